@@ -1,0 +1,114 @@
+"""How often the depths' predictions would be accepted as drafts."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32, Integer
+
+from ._shift import roll_and_mask
+from ._types import checked
+
+
+class MTPAcceptance(eqx.Module):
+    """Per depth: what was predicted, what the truth was, and whether it is scored.
+
+    Depth k at position i predicts token t(i+k+1).
+    """
+
+    predictions: Int32[Array, "depth batch seq"]
+    target_ids: Integer[Array, "depth batch seq"]
+    mask: Bool[Array, "depth batch seq"]
+
+
+class MTPAcceptanceRate(eqx.Module):
+    """Acceptance as integer counts; `+` joins batches, the rates are properties.
+
+    A depth is accepted where it predicts the reference token. Depths 1 … k are **jointly** accepted
+    where all of them are: what happens to a draft of k tokens in speculative decoding.
+
+    **Fields**, for each depth:
+
+    - `accepted`, `scored`: accepted positions, of those scored at depth k.
+    - `joint_accepted`, `joint_scored`: positions where depths 1 … k are all accepted, of those
+        scored at all of them.
+    - `joint_reached`: of the latter, those where depths 1 … k-1 are all accepted.
+    """
+
+    accepted: Int32[Array, "depth"]
+    scored: Int32[Array, "depth"]
+    joint_accepted: Int32[Array, "depth"]
+    joint_scored: Int32[Array, "depth"]
+    joint_reached: Int32[Array, "depth"]
+
+    def __add__(self, other: "MTPAcceptanceRate") -> "MTPAcceptanceRate":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def independent(self) -> Float32[Array, "depth"]:
+        """P(depth k accepted), in [0, 1]; 0 where nothing is scored."""
+        return _rate(self.accepted, self.scored)
+
+    @property
+    def percent(self) -> Float32[Array, "depth"]:
+        """`independent` in percent, as MaxText reports it for one depth."""
+        return 100 * self.independent
+
+    @property
+    def joint(self) -> Float32[Array, "depth"]:
+        """P(depths 1 … k all accepted), in [0, 1]; 0 where nothing is scored."""
+        return _rate(self.joint_accepted, self.joint_scored)
+
+    @property
+    def conditional(self) -> Float32[Array, "depth"]:
+        """P(depth k accepted | depths 1 … k-1 accepted), in [0, 1]; 0 where never reached."""
+        return _rate(self.joint_accepted, self.joint_reached)
+
+    @property
+    def expected_accepted_length(self) -> Float32[Array, ""]:
+        """τ = 1 + Σ_k joint_k: tokens committed by a forward pass of the main model."""
+        return 1 + jnp.sum(self.joint)
+
+
+@checked
+def calculate_mtp_acceptance_rate(
+    acceptance: MTPAcceptance,
+    main_predictions: Integer[Array, "batch seq"] | None,
+) -> MTPAcceptanceRate:
+    """Compares every depth's predictions with the main model's, or with the ground truth.
+
+    Depth k at position i is accepted where its prediction equals `main_predictions[i+k]`: both are
+    about token t(i+k+1). Teacher-forced: both saw the true tokens before it.
+
+    **Arguments:**
+
+    - `acceptance`: of a block's output.
+    - `main_predictions`: the main model's argmax at each position. `None` compares with the ground
+        truth instead.
+
+    **Returns:** `MTPAcceptanceRate`, with counts that add up over batches.
+    """
+    num_depths = acceptance.mask.shape[0]
+    if main_predictions is None:
+        reference = acceptance.target_ids
+    else:
+        depths = range(num_depths + 1)
+        reference = jnp.stack([roll_and_mask(main_predictions, -k) for k in depths])[1:]
+    accepted = acceptance.predictions == reference
+    joint_accepted = jnp.logical_and.accumulate(accepted, axis=0)
+    joint_mask = jnp.logical_and.accumulate(acceptance.mask, axis=0)
+    reached = jnp.concatenate([jnp.ones_like(accepted[:1]), joint_accepted])[:num_depths]
+
+    def count(condition: Bool[Array, "depth batch seq"]) -> Int32[Array, "depth"]:
+        return jnp.sum(condition, axis=(1, 2), dtype=jnp.int32)
+
+    return MTPAcceptanceRate(
+        accepted=count(accepted & acceptance.mask),
+        scored=count(acceptance.mask),
+        joint_accepted=count(joint_accepted & joint_mask),
+        joint_scored=count(joint_mask),
+        joint_reached=count(reached & joint_mask),
+    )
+
+
+def _rate(numerator: Int32[Array, "depth"], denominator: Int32[Array, "depth"]) -> Array:
+    return numerator.astype(jnp.float32) / jnp.maximum(denominator, 1).astype(jnp.float32)

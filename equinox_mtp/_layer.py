@@ -1,0 +1,104 @@
+"""One depth of Multi-Token Prediction."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
+
+from ._config import ConcatOrder, MTPConfig
+from ._decoder import AbstractDecoderLayer, split_auxiliary
+from ._types import MakeLayer, checked
+from .nn import Linear, RMSNorm
+
+
+class MultiTokenPredictionLayer(eqx.Module):
+    """Combines a hidden state with the embedding of a later token, and transforms the result.
+
+        h_k = TransformerLayer_k( W_k · concat( RMSNorm(Emb(t[i+k])), RMSNorm(h_{k-1}) ) )
+
+    See DeepSeek-V3 (arXiv 2412.19437, §2.2, eq. 21 and 22).
+    """
+
+    embedding_norm: RMSNorm
+    hidden_state_norm: RMSNorm
+    projection_layer: Linear
+    transformer_layer: AbstractDecoderLayer
+    output_norm: RMSNorm | None
+    concat_order: ConcatOrder = eqx.field(static=True)
+
+    @checked
+    def __init__(
+        self,
+        config: MTPConfig,
+        make_layer: MakeLayer,
+        *,
+        embed_size: int,
+        norm_epsilon: float = 1e-5,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `config`: the conventions.
+        - `make_layer`: `make_layer(key=key)` builds the transformer layer.
+        - `embed_size`: features of hidden states and embeddings.
+        - `norm_epsilon`: the epsilon of the layer's own norms.
+        - `key`: for the initial values.
+
+        **Raises:** `TypeError` if `make_layer` does not make an `AbstractDecoderLayer`.
+        """
+        projection_key, layer_key = jax.random.split(key)
+        transformer_layer = make_layer(key=layer_key)
+        if not isinstance(transformer_layer, AbstractDecoderLayer):
+            raise TypeError(
+                "`make_layer` must return an `AbstractDecoderLayer`; got a "
+                f"`{type(transformer_layer).__name__}`. Wrap it: subclass `AbstractDecoderLayer`, "
+                "hold your layer in a field, and call it in `__call__`."
+            )
+        self.embedding_norm = RMSNorm(embed_size, epsilon=norm_epsilon)
+        self.hidden_state_norm = RMSNorm(embed_size, epsilon=norm_epsilon)
+        self.projection_layer = Linear(2 * embed_size, embed_size, key=projection_key)
+        self.transformer_layer = transformer_layer
+        own_norm = config.output_norm == "own"
+        self.output_norm = RMSNorm(embed_size, epsilon=norm_epsilon) if own_norm else None
+        self.concat_order = config.concat_order
+
+    @checked
+    def __call__(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        token_embeddings: Float[Array, "batch seq embed"],
+        *,
+        position_ids: Integer[Array, "batch seq"],
+        segment_ids: Integer[Array, "batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+        inference: bool | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Any]:
+        """Runs one depth.
+
+        **Arguments:**
+
+        - `hidden_states`: of the depth before; at depth 1, of the main model.
+        - `token_embeddings`: of the tokens k places later, `[batch seq embed]`.
+        - `position_ids`, `segment_ids`: of the query positions, **not** shifted.
+        - `key`, `inference`: passed to the transformer layer.
+
+        **Returns:** `(hidden_states, auxiliary)`: the transformer layer's raw output, before any
+        norm, and its auxiliary outputs or `None`.
+        """
+        embedding = self.embedding_norm(token_embeddings)
+        hidden = self.hidden_state_norm(hidden_states)
+        if self.concat_order == "embedding_first":
+            parts = [embedding, hidden]
+        else:
+            parts = [hidden, embedding]
+        projected = self.projection_layer(jnp.concatenate(parts, axis=-1))
+        output = self.transformer_layer(
+            projected,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            key=key,
+            inference=inference,
+        )
+        return split_auxiliary(output)

@@ -1,0 +1,111 @@
+"""A language model with Multi-Token Prediction: the page to read first."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray, PyTree
+
+from ._block import MTPOutput, MultiTokenPredictionBlock
+from ._cross_entropy import linear_cross_entropy
+from ._decoder import AbstractDecoder, split_auxiliary
+from ._losses import TokenLoss, sum_token_losses
+from ._shift import align_targets, default_position_ids, scored_targets
+from ._types import checked
+
+
+class ModelOutput(eqx.Module):
+    """Everything that a model computed.
+
+    **Fields:**
+
+    - `main`: the main model's cross-entropy, as sum and count; `main.mean` is its loss.
+    - `mtp`: the block's output; `calculate_mtp_loss(output.mtp.losses)` is its loss.
+    - `predictions`: the main model's argmax at each position.
+    - `auxiliary`: what the decoder returned beside hidden states, or `None`.
+    """
+
+    main: TokenLoss
+    mtp: MTPOutput
+    predictions: Int32[Array, "batch seq"]
+    auxiliary: PyTree[Any]
+
+
+class MTPModel(eqx.Module):
+    """A decoder, and the prediction depths over it.
+
+    See DeepSeek-V3 (arXiv 2412.19437, §2.2). Nothing is stored twice: the block is lent the
+    decoder's embedding, final norm and output head.
+    """
+
+    decoder: AbstractDecoder
+    block: MultiTokenPredictionBlock
+
+    @checked
+    def __call__(
+        self,
+        input_ids: Integer[Array, "batch seq"],
+        target_ids: Integer[Array, "batch seq"],
+        target_mask: Integer[Array, "batch seq"] | Bool[Array, "batch seq"] | None = None,
+        *,
+        position_ids: Integer[Array, "batch seq"] | None = None,
+        segment_ids: Integer[Array, "batch seq"] | None = None,
+        chain_mask: bool = False,
+        key: PRNGKeyArray | None = None,
+        inference: bool | None = None,
+    ) -> ModelOutput:
+        """Runs the main model and all depths on a batch.
+
+        **Arguments:**
+
+        - `input_ids`, `target_ids`, `target_mask`: of `inputs_and_targets`. In packed rows, mask the
+            last token of each document if its target is the next document's first, as
+            `inputs_and_targets` does.
+        - `position_ids`: count from 0 in each row if `None`.
+        - `segment_ids`: which document each position belongs to; 0 is padding. `None` means that
+            every row is one document.
+        - `chain_mask`: see `align_targets`.
+        - `key`, `inference`: for dropout.
+
+        **Returns:** `ModelOutput`.
+        """
+        if position_ids is None:
+            position_ids = default_position_ids(input_ids)
+        decoder_key, block_key = (None, None) if key is None else jax.random.split(key)
+        targets = align_targets(
+            input_ids,
+            target_ids,
+            target_mask,
+            num_depths=self.block.config.num_depths,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            chain_mask=chain_mask,
+        )
+        hidden_states, auxiliary = split_auxiliary(
+            self.decoder(
+                input_ids,
+                position_ids=position_ids,
+                segment_ids=segment_ids,
+                key=decoder_key,
+                inference=inference,
+            )
+        )
+        token = linear_cross_entropy(
+            self.decoder.final_norm(hidden_states), self.decoder.output_head(), target_ids
+        )
+        mtp = self.block(
+            self.decoder,
+            hidden_states,
+            targets,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            key=block_key,
+            inference=inference,
+        )
+        mask = scored_targets(target_ids, target_mask, segment_ids)
+        return ModelOutput(
+            main=sum_token_losses(token.negative_log_likelihood, mask),
+            mtp=mtp,
+            predictions=token.predictions,
+            auxiliary=auxiliary,
+        )

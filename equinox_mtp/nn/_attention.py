@@ -1,0 +1,121 @@
+from collections.abc import Callable
+from typing import TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
+
+from .._types import checked
+from ._init import fan_in_normal
+from ._rotary import rotary_embedding
+
+AttentionFunction: TypeAlias = Callable[..., Array]
+"""`attention(query, key, value, *, position_ids, segment_ids, scale)`, as `causal_attention`."""
+
+
+@checked
+def causal_attention(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    position_ids: Integer[Array, "batch seq"],
+    segment_ids: Integer[Array, "batch seq"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Grouped-query attention, causal in the order of the row, and within documents.
+
+    `softmax(scale · query · keyᵀ + mask) · value`, with the softmax in float32; query head h reads
+    key head `h // (heads / kv_heads)`.
+
+    **Arguments:**
+
+    - `query`, `key`, `value`: after the positional encoding.
+    - `position_ids`: not used here; there for functions whose rows are not in order.
+    - `segment_ids`: a position attends only to its own document; `None` means one document a row.
+    - `scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`.
+    """
+    mask = None
+    if segment_ids is not None:
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, scale=scale, is_causal=True, implementation="xla"
+    )
+
+
+class GroupedQueryAttention(eqx.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads.
+
+    Grouped-query attention is arXiv 2305.13245. Runs in the dtype of its input.
+    """
+
+    query_kernel: Float[Array, "embed heads head_dim"]
+    key_kernel: Float[Array, "embed kv_heads head_dim"]
+    value_kernel: Float[Array, "embed kv_heads head_dim"]
+    out_kernel: Float[Array, "heads head_dim embed"]
+    attention: AttentionFunction = eqx.field(static=True)
+    rope_theta: float = eqx.field(static=True)
+    scale: float | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        embed_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        rope_theta: float = 10_000.0,
+        scale: float | None = None,
+        out_scale: float = 1.0,
+        attention: AttentionFunction = causal_attention,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `embed_size`, `num_heads`, `num_kv_heads`, `head_dim`: sizes; `num_kv_heads` divides
+            `num_heads`.
+        - `rope_theta`: the base of the rotary frequencies.
+        - `scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`.
+        - `out_scale`: multiplies the initial output kernel.
+        - `attention`: the attention function, with the arguments of `causal_attention`.
+        - `key`: for the initial values.
+        """
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"`num_kv_heads` must divide `num_heads`; got {num_kv_heads} and {num_heads}."
+            )
+        query_key, key_key, value_key, out_key = jax.random.split(key, 4)
+        self.query_kernel = fan_in_normal(query_key, (embed_size, num_heads, head_dim), embed_size)
+        kv_shape = (embed_size, num_kv_heads, head_dim)
+        self.key_kernel = fan_in_normal(key_key, kv_shape, embed_size)
+        self.value_kernel = fan_in_normal(value_key, kv_shape, embed_size)
+        self.out_kernel = fan_in_normal(
+            out_key, (num_heads, head_dim, embed_size), num_heads * head_dim, out_scale
+        )
+        self.attention = attention
+        self.rope_theta = rope_theta
+        self.scale = scale
+
+    @checked
+    def __call__(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        *,
+        position_ids: Integer[Array, "batch seq"],
+        segment_ids: Integer[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        """Attends; the arguments are those of `AbstractDecoderLayer`."""
+
+        def project(kernel: Array) -> Array:
+            return jnp.einsum("bse,ehd->bshd", hidden_states, kernel.astype(hidden_states.dtype))
+
+        attended = self.attention(
+            rotary_embedding(project(self.query_kernel), position_ids, theta=self.rope_theta),
+            rotary_embedding(project(self.key_kernel), position_ids, theta=self.rope_theta),
+            project(self.value_kernel),
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            scale=self.scale,
+        )
+        return jnp.einsum("bshd,hde->bse", attended, self.out_kernel.astype(hidden_states.dtype))
