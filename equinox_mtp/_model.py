@@ -58,8 +58,8 @@ class MTPModel(eqx.Module):
 
         **Arguments:**
 
-        - `input_ids`, `target_ids`, `target_mask`: of `inputs_and_targets`. In packed rows, mask the
-            last token of each document if its target is the next document's first, as
+        - `input_ids`, `target_ids`, `target_mask`: of `inputs_and_targets`. In packed rows, mask
+            the last token of each document if its target is the next document's first, as
             `inputs_and_targets` does.
         - `position_ids`: count from 0 in each row if `None`.
         - `segment_ids`: which document each position belongs to; 0 is padding. `None` means that

@@ -185,10 +185,7 @@ def align_targets(
         raise ValueError(f"`num_depths` must be zero or positive; got {num_depths}.")
     inputs, targets = jnp.asarray(input_ids), jnp.asarray(target_ids)
     segments = jnp.ones_like(inputs) if segment_ids is None else jnp.asarray(segment_ids)
-    if position_ids is None:
-        positions = default_position_ids(inputs)
-    else:
-        positions = jnp.asarray(position_ids)
+    positions = jnp.asarray(default_position_ids(inputs) if position_ids is None else position_ids)
     scored = scored_targets(targets, target_mask, segments)
 
     def roll(x: Array, fill_value: bool | int) -> Shaped[Array, "depths_from_zero batch seq"]:

@@ -22,13 +22,13 @@ from jax import Array
 from jaxtyping import Float, jaxtyped
 
 checked = jaxtyped(typechecker=beartype)
-"""Checks annotated shapes, dtypes and types of a function at every call; free inside a cached jit."""
+"""Checks the annotated shapes, dtypes and types of every call; free inside a cached jit."""
 
 HostOrDeviceArray: TypeAlias = Array | np.ndarray
 """Integer batches come from data pipelines, where they are often NumPy arrays still."""
 
 OutputHead: TypeAlias = Float[Array, "vocab embed"] | Callable[[Array], Array]
-"""From final hidden states to logits: a matrix, or a callable `[*batch embed] -> [*batch vocab]`."""
+"""From final hidden states to logits: a matrix, or a callable `[... embed] -> [... vocab]`."""
 
 MakeLayer: TypeAlias = Callable[..., Any]
 """`make_layer(key=key)` builds a fresh `AbstractDecoderLayer`."""

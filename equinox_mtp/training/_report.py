@@ -1,0 +1,128 @@
+"""What a run leaves for people to look at: metrics, curves, a summary."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class MetricsFile:
+    """`metrics.jsonl`, one record a line, flushed line by line."""
+
+    def __init__(self, path: Path, *, last_step: int):
+        """Opens the file; of an older run only the records up to `last_step` are kept."""
+        self.records = [record for record in _read(path) if record["step"] <= last_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(record) for record in self.records), encoding="utf8")
+        os.replace(temporary, path)
+        self._stream = path.open("a", encoding="utf8")
+
+    def write(self, record: Record) -> None:
+        """Appends a record."""
+        self.records.append(record)
+        self._stream.write(_line(record))
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+    def of(self, split: str) -> list[Record]:
+        """The records of `"train"` or `"held_out"`."""
+        return [record for record in self.records if record["split"] == split]
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _read(path: Path) -> list[Record]:
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # a process that is killed may leave half a line at the end
+    return records
+
+
+def plot_curves(metrics: MetricsFile, path: Path) -> None:
+    """Draws losses and acceptance over steps, and replaces the picture at `path`."""
+    from matplotlib.figure import Figure
+
+    train, held_out = metrics.of("train"), metrics.of("held_out")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, acceptance = figure.subplots(1, 2)
+    steps = [record["step"] for record in held_out]
+    _line_pair(losses, train, held_out, "main_loss", None, "main model", "C0")
+    num_depths = len(train[-1]["mtp_losses"]) if train else 0
+    for k in range(num_depths):
+        _line_pair(losses, train, held_out, "mtp_losses", k, f"depth {k + 1}", f"C{k + 1}")
+        joint = [100 * record["joint_acceptance"][k] for record in held_out]
+        label = "depth 1" if k == 0 else f"depths 1 … {k + 1}"
+        acceptance.plot(steps, joint, marker="o", color=f"C{k + 1}", label=label)
+    losses.set(
+        xlabel="step", ylabel="loss (nats a token)", title="Loss: training (line), held out (dots)"
+    )
+    acceptance.set(
+        xlabel="step",
+        ylabel="accepted (%)",
+        ylim=(0, 100),
+        title="Held-out drafts accepted by the main model",
+    )
+    for axes in (losses, acceptance):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)
+
+
+def _line_pair(
+    axes: Any,
+    train: list[Record],
+    held_out: list[Record],
+    name: str,
+    index: int | None,
+    label: str,
+    color: str,
+) -> None:
+    def values(records: list[Record]) -> list[float]:
+        return [record[name] if index is None else record[name][index] for record in records]
+
+    axes.plot(
+        [record["step"] for record in train], values(train), color=color, alpha=0.7, label=label
+    )
+    steps = [record["step"] for record in held_out]
+    axes.plot(steps, values(held_out), color=color, marker="o", linestyle="none")
+
+
+def summary(record: Record, seconds: float, tokens_per_second: float, out: Path) -> str:
+    """The closing lines of a run, from its last evaluation."""
+    lines = [
+        f"held-out text after step {record['step']} ({record['tokens']} tokens)",
+        f"  main loss            {record['main_loss']:.4f} nats a token",
+    ]
+    rows = zip(
+        record["mtp_losses"],
+        record["acceptance"],
+        record["joint_acceptance"],
+        record["conditional_acceptance"],
+        record["ground_truth_acceptance"],
+        strict=True,
+    )
+    for depth, (loss, alone, joint, conditional, truth) in enumerate(rows, start=1):
+        lines.append(
+            f"  depth {depth}: loss {loss:.4f}, accepted by the main model {alone:.1%} "
+            f"(jointly {joint:.1%}, conditionally {conditional:.1%}), right {truth:.1%}"
+        )
+    lines += [
+        f"  expected accepted length τ = {record['expected_accepted_length']:.3f} tokens a pass",
+        f"{tokens_per_second:,.0f} tokens/s while training, {seconds:.0f} s in all",
+        f"files: {out}/metrics.jsonl, {out}/curves.png, {out}/checkpoints",
+    ]
+    return "\n".join(lines)
