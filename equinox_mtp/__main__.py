@@ -41,12 +41,12 @@ def _train(options: Sequence[str]) -> int:
         )
         return 1
 
-    def parse(default: TrainConfig | None) -> TrainConfig:
+    def parse(default: TrainConfig) -> TrainConfig:
         return tyro.cli(
             TrainConfig, prog="python -m equinox_mtp train", args=options, default=default
         )
 
-    config = parse(default=None)
+    config = parse(default=TrainConfig())
     if config.resume:
         out = config.out or newest_run_folder()
         if out is None:

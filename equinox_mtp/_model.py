@@ -4,14 +4,15 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray, PyTree
+import jax.numpy as jnp
+from jaxtyping import Bool, Int32, Integer, PRNGKeyArray, PyTree
 
 from ._block import MTPOutput, MultiTokenPredictionBlock
 from ._cross_entropy import linear_cross_entropy
 from ._decoder import AbstractDecoder, split_auxiliary
 from ._losses import TokenLoss, sum_token_losses
 from ._shift import align_targets, default_position_ids, scored_targets
-from ._types import checked
+from ._types import HostOrDeviceArray, checked
 
 
 class ModelOutput(eqx.Module):
@@ -44,12 +45,14 @@ class MTPModel(eqx.Module):
     @checked
     def __call__(
         self,
-        input_ids: Integer[Array, "batch seq"],
-        target_ids: Integer[Array, "batch seq"],
-        target_mask: Integer[Array, "batch seq"] | Bool[Array, "batch seq"] | None = None,
+        input_ids: Integer[HostOrDeviceArray, "batch seq"],
+        target_ids: Integer[HostOrDeviceArray, "batch seq"],
+        target_mask: Integer[HostOrDeviceArray, "batch seq"]
+        | Bool[HostOrDeviceArray, "batch seq"]
+        | None = None,
         *,
-        position_ids: Integer[Array, "batch seq"] | None = None,
-        segment_ids: Integer[Array, "batch seq"] | None = None,
+        position_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None,
+        segment_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None,
         chain_mask: bool = False,
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
@@ -69,8 +72,11 @@ class MTPModel(eqx.Module):
 
         **Returns:** `ModelOutput`.
         """
-        if position_ids is None:
-            position_ids = default_position_ids(input_ids)
+        input_ids, target_ids = jnp.asarray(input_ids), jnp.asarray(target_ids)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        position_ids = (
+            default_position_ids(input_ids) if position_ids is None else jnp.asarray(position_ids)
+        )
         decoder_key, block_key = (None, None) if key is None else jax.random.split(key)
         targets = align_targets(
             input_ids,

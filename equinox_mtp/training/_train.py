@@ -86,7 +86,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW with warm-up, cosine decay and clipping."""
     warmup = min(config.warmup_steps, config.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else config.learning_rate,
+        init_value=config.learning_rate / (warmup + 1),
         peak_value=config.learning_rate,
         warmup_steps=warmup,
         decay_steps=config.steps,
@@ -103,6 +103,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
+@eqx.filter_jit
 def make_state(
     config: TrainConfig, vocab_size: int, optimizer: optax.GradientTransformation
 ) -> TrainState:
@@ -190,7 +191,7 @@ def train_step(
 
     updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
     model = eqx.apply_updates(state.model, updates)
-    metrics = StepMetrics(main, mtp, optax.global_norm(grads), scaling_factor)
+    metrics = StepMetrics(main, mtp, optax.tree.norm(grads), scaling_factor)
     return TrainState(model, optimizer_state, state.step + 1), metrics
 
 
@@ -243,7 +244,11 @@ def train(config: TrainConfig) -> Path:
 
     tokens_per_step = config.batch_size * config.seq_len
     step_seconds: list[float] = []
-    with progress_bar(config.steps, first_step) as bar, interruptible() as interrupted:
+    with (
+        contextlib.closing(metrics),
+        progress_bar(config.steps, first_step) as bar,
+        interruptible() as interrupted,
+    ):
         for step in range(first_step + 1, config.steps + 1):
             step_started = time.perf_counter()
             batch = train_rows.training_batch(step - 1, config.batch_size, config.seed)
@@ -265,7 +270,6 @@ def train(config: TrainConfig) -> Path:
                 last_saved = step
             if interrupted():
                 break
-    metrics.close()
 
     if last_saved < config.steps:
         print(f"interrupted at step {last_saved}; continue with --resume --out {out}")

@@ -1,0 +1,495 @@
+"""The training command's parts: data, checkpoints, the step, the loop, the command line."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import equinox_mtp.training._train as train_module
+from equinox_mtp.__main__ import main
+from equinox_mtp.training import (
+    CheckpointInfo,
+    Corpus,
+    PackedRows,
+    TrainConfig,
+    checkpoints,
+    last_checkpoint,
+    load_corpus,
+    load_info,
+    load_state,
+    make_optimizer,
+    make_state,
+    save_checkpoint,
+    train,
+    train_step,
+)
+
+TINY = TrainConfig(
+    embed_size=16,
+    num_layers=1,
+    num_heads=2,
+    mlp_size=32,
+    seq_len=24,
+    batch_size=4,
+    steps=6,
+    warmup_steps=2,
+    eval_every=3,
+    eval_rows=4,
+    checkpoint_every=2,
+)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        words = rng.choice(["def f(x):\n", "    return x\n", "import jax\n", "y = 1\n"], 12)
+        (folder / f"{i:02d}.py").write_text("".join(words))
+    return folder
+
+
+def records(out: Path, split: str) -> list[dict[str, Any]]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["split"] == split]
+
+
+def losses(out: Path) -> list[tuple[Any, ...]]:
+    return [(r["step"], r["main_loss"], *r["mtp_losses"]) for r in records(out, "train")]
+
+
+# --- data
+
+
+def test_text_is_bytes_with_an_end_of_document(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes("é\n".encode())
+    (tmp_path / "a.txt").write_bytes(b"ab")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / ".hidden").write_bytes(b"no")
+    corpus = load_corpus([tmp_path])
+    assert corpus.vocab_size == 257
+    assert [d.tolist() for d in corpus.documents] == [[97, 98, 256], [0xC3, 0xA9, 10, 256]]
+
+
+def test_default_data_is_the_standard_library() -> None:
+    corpus = load_corpus([])
+    text = bytes(b for d in corpus.documents[:50] for b in d.tolist() if b < 256)
+    assert b"import" in text
+    assert corpus.num_tokens > 3_000_000
+
+
+def test_token_ids_from_npy_and_bin(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.array([[1, 2, 3], [4, 5, 6]]))
+    np.array([7, 0, 8, 9, 0], np.uint16).tofile(tmp_path / "stream.bin")
+    corpus = load_corpus(
+        [tmp_path / "rows.npy", tmp_path / "stream.bin"], vocab_size=10, end_of_document=0
+    )
+    assert [d.tolist() for d in corpus.documents] == [[1, 2, 3], [4, 5, 6], [7, 0], [8, 9, 0]]
+    assert corpus.vocab_size == 10
+
+
+@pytest.mark.parametrize(
+    ("files", "vocab_size", "message"),
+    [
+        ({}, None, "no file or directory"),
+        ({"a.txt": b""}, None, "`data` is empty"),
+        ({"a.npy": np.array([1, 2])}, None, "`vocab_size` must be given"),
+        ({"a.npy": np.array([1, 12])}, 10, r"\[0, 10\).*got 1 … 12"),
+        ({"a.npy": np.array([-1, 2])}, 10, "got -1 … 2"),
+        ({"a.npy": np.array([0.5])}, 10, "integer token ids.*float64"),
+        ({"a.npy": np.zeros((1, 1, 1), int)}, 10, r"\(1, 1, 1\)"),
+        ({"a.npy": np.array([{}], dtype=object)}, 10, "not a readable"),
+        ({"a.npy": b"nonsense"}, 10, "not a readable"),
+        ({"a.npy": np.array([1, 2]), "b.txt": b"text"}, 10, "not both"),
+        ({"a.txt": b"text"}, 10, "`vocab_size` and `end_of_document` are for token ids"),
+    ],
+)
+def test_bad_data_is_named(
+    tmp_path: Path, files: dict[str, Any], vocab_size: int | None, message: str
+) -> None:
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            np.save(tmp_path / name, content, allow_pickle=True)
+    paths = [tmp_path / name for name in files] or [tmp_path / "missing"]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_corpus(paths, vocab_size=vocab_size)
+
+
+def test_split_holds_documents_out() -> None:
+    documents = [np.full(4, i, np.int32) for i in range(40)]
+    train_part, held_out = Corpus(documents, 40).split(seed=1)
+    ids = [[int(d[0]) for d in part.documents] for part in (train_part, held_out)]
+    assert sorted(ids[0] + ids[1]) == list(range(40))
+    assert len(ids[1]) == 2
+    one = np.arange(100, dtype=np.int32)
+    train_part, held_out = Corpus([one], 100).split(seed=1)
+    assert train_part.documents[0].tolist() == list(range(95))
+    assert held_out.documents[0].tolist() == list(range(95, 100))
+    with pytest.raises(ValueError, match="too short"):
+        Corpus([one[:2]], 100).split(seed=1)
+
+
+def test_rows_hold_every_pair_of_neighbours_once() -> None:
+    rng = np.random.default_rng(3)
+    lengths = [5, 1, 17, 2, 9]
+    documents = [rng.integers(0, 1000, n).astype(np.int32) for n in lengths]
+    rows = PackedRows(Corpus(documents, 1000), seq_len=8)
+    batch = rows.batch(np.arange(len(rows)))
+    tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segment_ids)
+    expected = [(a, b) for d in documents for a, b in zip(d[:-1], d[1:], strict=True)]
+    found = []
+    for row, segment in zip(tokens, segments, strict=True):
+        for i in range(8):
+            if segment[i] == segment[i + 1] != 0:
+                found.append((row[i], row[i + 1]))
+    assert found == expected
+    for segment, position in zip(segments, np.asarray(batch.position_ids), strict=True):
+        count = 0
+        for i in range(8):
+            count = count + 1 if i and segment[i] == segment[i - 1] else 0
+            if segment[i]:
+                assert position[i] == count
+    assert segments.max() > 1
+    assert segments[-1, -1] == 0
+
+
+def test_training_batches_shuffle_every_epoch() -> None:
+    rows = PackedRows(Corpus([np.arange(81, dtype=np.int32)], 81), seq_len=8)
+    firsts = [
+        int(t) for step in range(5) for t in rows.training_batch(step, 4, seed=7).tokens[:, 0]
+    ]
+    every_row = list(range(0, 80, 8))
+    assert sorted(firsts[:10]) == sorted(firsts[10:20]) == every_row
+    assert firsts[:10] != firsts[10:20]
+    again = rows.training_batch(2, 4, seed=7)
+    assert np.asarray(again.tokens[:, 0]).tolist() == firsts[8:12]
+
+
+def test_evaluation_batches_pad_the_last() -> None:
+    rows = PackedRows(Corpus([np.arange(41, dtype=np.int32)], 41), seq_len=8)
+    batches = list(rows.batches(batch_size=4, max_rows=100))
+    assert [b.tokens.shape for b in batches] == [(4, 9), (4, 9)]
+    scored = sum(int(jnp.sum(b.segment_ids[:, 1:] != 0)) for b in batches)
+    assert scored == 40
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "`steps`"),
+        ("depths", -1, "`depths`"),
+        ("seq_len", 2, "`seq_len` must be more than `depths`"),
+        ("accumulate", 3, "`accumulate` must divide `batch_size`"),
+        ("learning_rate", 0.0, "`learning_rate`"),
+        ("mtp_scaling_switch", 1.5, "`mtp_scaling_switch`"),
+    ],
+)
+def test_bad_options_are_named(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **{field: value})
+
+
+# --- checkpoints
+
+
+def _info(step: int) -> CheckpointInfo:
+    return CheckpointInfo(step, 257, "hash", dataclasses.replace(TINY, data=(Path("a"), Path("b"))))
+
+
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+    state = {"w": jnp.arange(3.0), "n": jnp.int32(7)}
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, state, _info(step), keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    newest = last_checkpoint(tmp_path)
+    assert load_info(newest) == _info(3)
+    loaded = load_state(newest, jax.tree.map(jnp.zeros_like, state))
+    np.testing.assert_array_equal(loaded["w"], state["w"])
+    assert int(loaded["n"]) == 7
+
+
+def test_failed_save_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"w": jnp.arange(3.0)}
+    save_checkpoint(tmp_path, state, _info(1))
+
+    def full_disk(stream: Any, tree: Any) -> None:
+        stream.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(eqx, "tree_serialise_leaves", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(tmp_path, state, _info(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    loaded = load_state(last_checkpoint(tmp_path), state)
+    np.testing.assert_array_equal(loaded["w"], state["w"])
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    state = {"w": jnp.arange(300.0)}
+    path = save_checkpoint(tmp_path, state, _info(1))
+    whole = (path / "state.eqx").read_bytes()
+    (path / "state.eqx").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_state(path, state)
+    (path / "state.eqx").write_bytes(whole)
+    with pytest.raises(ValueError, match="does not fit"):
+        load_state(path, {"w": jnp.arange(299.0)})
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        last_checkpoint(tmp_path)
+
+
+# --- the step
+
+
+def test_accumulation_is_exact(text: Path) -> None:
+    corpus = load_corpus([text])
+    rows = PackedRows(corpus, TINY.seq_len)
+    batch = rows.batch(np.array([0, 3, len(rows) - 1, 5]))  # the last row is mostly padding
+    params = []
+    for accumulate in (1, 2, 4):
+        config = dataclasses.replace(TINY, accumulate=accumulate)
+        optimizer = make_optimizer(config)
+        state = make_state(config, corpus.vocab_size, optimizer)
+        split = jax.tree.map(lambda x, n=accumulate: x.reshape(n, -1, x.shape[1]), batch)
+        for _ in range(2):
+            state, metrics = train_step((split, config, optimizer), state)
+        params.append((eqx.filter(state.model, eqx.is_array), metrics))
+    for other in params[1:]:
+        # AdamW divides small gradients by their own size: rounding shows up enlarged.
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), params[0], other
+        )
+
+
+# --- the loop
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainConfig]:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    stream = rng.integers(0, 5, 2000) % rng.integers(1, 5, 2000)
+    np.save(folder / "tokens.npy", stream)
+    config = dataclasses.replace(
+        TINY,
+        data=(folder / "tokens.npy",),
+        vocab_size=8,
+        end_of_document=3,
+        out=folder / "whole",
+        dropout_rate=0.1,
+    )
+    return train(config), config
+
+
+def test_run_writes_what_it_promises(
+    run: tuple[Path, TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, config = run
+    assert [r["step"] for r in records(out, "train")] == [1, 2, 3, 4, 5, 6]
+    assert [r["scaling_factor"] for r in records(out, "train")] == pytest.approx(
+        [0.3, 0.3, 0.3, 0.3, 0.1, 0.1]
+    )
+    held_out = records(out, "held_out")
+    assert [r["step"] for r in held_out] == [3, 6]
+    joint = held_out[-1]["joint_acceptance"]
+    assert held_out[-1]["expected_accepted_length"] == pytest.approx(1 + sum(joint), abs=1e-6)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["step-00000004", "step-00000006"]
+    assert load_info(last_checkpoint(out / "checkpoints")).config == config
+
+
+def test_resumed_run_has_the_same_losses(
+    run: tuple[Path, TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, config = run
+    config = dataclasses.replace(config, out=tmp_path / "resumed")
+    real_step = train_module.train_step
+
+    def die_at_step_6(inputs: Any, state: Any) -> Any:
+        if int(state.step) == 5:
+            raise RuntimeError("power cut")
+        return real_step(inputs, state)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
+        patched.setattr(train_module, "train_step", die_at_step_6)
+        train(config)
+    assert len(losses(tmp_path / "resumed")) == 5
+    with (tmp_path / "resumed" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"split": "tra')  # a line cut short by the power cut
+    train(dataclasses.replace(config, resume=True))
+    assert losses(tmp_path / "resumed") == losses(whole)
+    last = [records(out, "held_out")[-1] for out in (tmp_path / "resumed", whole)]
+    assert last[0] == last[1]
+
+
+def test_interrupt_saves_and_stops(
+    run: tuple[Path, TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, config = run
+    config = dataclasses.replace(config, out=tmp_path / "interrupted")
+    real_step = train_module.train_step
+
+    def interrupt_in_step_3(inputs: Any, state: Any) -> Any:
+        if int(state.step) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real_step(inputs, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "train_step", interrupt_in_step_3)
+        train(config)
+    assert "interrupted at step 3; continue with --resume" in capsys.readouterr().out
+    assert last_checkpoint(config.out / "checkpoints").name == "step-00000003"  # type: ignore[operator]
+    train(dataclasses.replace(config, resume=True))
+    assert losses(tmp_path / "interrupted") == losses(whole)
+
+
+def test_finished_run_resumes_to_its_summary(
+    run: tuple[Path, TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, config = run
+    before = losses(out)
+    train(dataclasses.replace(config, resume=True))
+    assert "expected accepted length" in capsys.readouterr().out
+    assert losses(out) == before
+
+
+def test_resume_refuses_another_run(run: tuple[Path, TrainConfig], tmp_path: Path) -> None:
+    out, config = run
+    with pytest.raises(FileExistsError, match="`out`.*holds a run already"):
+        train(config)
+    resumed = dataclasses.replace(config, resume=True)
+    with pytest.raises(ValueError, match="`learning_rate` was 0.004"):
+        train(dataclasses.replace(resumed, learning_rate=1.0))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        train(dataclasses.replace(resumed, out=tmp_path))
+    tokens = config.data[0]
+    stream = np.load(tokens)
+    try:
+        np.save(tokens, stream[::-1])
+        with pytest.raises(ValueError, match="`data` is not what the run"):
+            train(resumed)
+    finally:
+        np.save(tokens, stream)
+    assert (out / "metrics.jsonl").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run(
+    run: tuple[Path, TrainConfig], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        run[1], out=tmp_path / "hot", learning_rate=1e30, warmup_steps=0, checkpoint_every=1
+    )
+    with pytest.raises(FloatingPointError, match="not finite at step 2"):
+        train(config)
+    state = last_checkpoint(tmp_path / "hot" / "checkpoints")
+    assert state.name == "step-00000001"
+
+
+@pytest.mark.slow
+def test_killed_process_resumes(run: tuple[Path, TrainConfig], tmp_path: Path) -> None:
+    """kill -9, then --resume on the command line: the losses of an uninterrupted run."""
+    whole, config = run
+    options = {
+        "data": config.data[0],
+        "out": tmp_path / "killed",
+        **{
+            name: getattr(config, name)
+            for name in (
+                *("vocab_size", "end_of_document", "dropout_rate", "embed_size", "num_layers"),
+                *("num_heads", "mlp_size", "seq_len", "batch_size", "warmup_steps", "steps"),
+                *("eval_every", "eval_rows", "checkpoint_every"),
+            )
+        },
+    }
+    command = [sys.executable, "-m", "equinox_mtp", "train"]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoints(tmp_path / "killed" / "checkpoints") and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    resumed = subprocess.run(
+        [*command[:4], "--resume", "--out", str(tmp_path / "killed")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "expected accepted length" in resumed.stdout
+    found, expected = losses(tmp_path / "killed"), losses(whole)
+    assert [f[0] for f in found] == [e[0] for e in expected]
+    # Another process may sum in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# --- the command line
+
+
+def test_command_line_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "usage: python -m equinox_mtp train" in capsys.readouterr().out
+    assert main(["fly"]) == 2
+    assert "no command 'fly'" in capsys.readouterr().err
+    assert main(["train", "--data", str(tmp_path / "nowhere")]) == 1
+    assert "error: `data`: there is no file or directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_status:
+        main(["train", "--seq-len", "1"])
+    assert exit_status.value.code == 2
+    assert "`seq_len` must be more than `depths`" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume"]) == 1
+    assert "`resume`: there is no run under runs/" in capsys.readouterr().err
+
+
+def test_missing_extra_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["train"]) == 1
+    assert "pip install 'equinox-mtp[train]'" in capsys.readouterr().err
+
+
+def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train_module.newest_run_folder() is None
+    assert train_module.new_run_folder() == Path("runs/0001")
+    (tmp_path / "runs" / "0009").mkdir(parents=True)
+    assert train_module.new_run_folder() == Path("runs/0010")
