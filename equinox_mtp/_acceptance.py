@@ -86,10 +86,17 @@ def calculate_mtp_acceptance_rate(
         truth instead.
 
     **Returns:** `MTPAcceptanceRate`, with counts that add up over batches.
+
+    **Raises:** `ValueError` if `main_predictions` is of another batch.
     """
-    num_depths = acceptance.mask.shape[0]
+    num_depths, *batch_shape = acceptance.mask.shape
     if main_predictions is None:
         reference = acceptance.target_ids
+    elif main_predictions.shape != tuple(batch_shape):
+        raise ValueError(
+            f"`main_predictions` must have shape {tuple(batch_shape)}, the (batch, seq) of "
+            f"`acceptance`; got {main_predictions.shape}. Take both from the same batch."
+        )
     else:
         depths = range(num_depths + 1)
         reference = jnp.stack([roll_and_mask(main_predictions, -k) for k in depths])[1:]

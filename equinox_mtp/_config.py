@@ -87,6 +87,10 @@ class MTPConfig:
             if (value := getattr(self, name)) not in choices:
                 wanted = " or ".join(repr(choice) for choice in choices)
                 raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"`{field.name}` must be True or False; got {value!r}.")
         if self.repeated_layer and self.num_depths == 0:
             raise ValueError(
                 "`repeated_layer=True` needs at least one depth to repeat the layer at; got "

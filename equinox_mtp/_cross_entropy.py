@@ -34,7 +34,8 @@ def linear_cross_entropy(
     - `hidden_states`: after the final norm. The product with the head is taken in their dtype and
         accumulated in float32.
     - `head`: a matrix `[vocab embed]`, or a callable `[*batch embed] -> [*batch vocab]`.
-    - `target_ids`: in `[0, vocab)`; mask what should not count afterwards.
+    - `target_ids`: in `[0, vocab)`; mask what should not count afterwards. The likelihood of an id
+        outside may be NaN.
 
     **Returns:** `CrossEntropy`, in nats and float32 (predictions: int32, the first id on ties).
     """

@@ -55,10 +55,10 @@ def sum_token_losses(
 def calculate_mtp_loss(
     losses: MTPLosses,
     *,
-    scaling_factor: float | Float[Array, ""] = 0.1,
-    depth_weights: Float[Array, "depth"] | None = None,
+    scaling_factor: float | int | Float[Array, ""] = 0.1,
+    depth_weights: Float[Array, "depths"] | None = None,
     reduction: Reduction = "pooled",
-    total_weights: Float[Array, "depth"] | None = None,
+    total_weights: Float[Array, "depths"] | None = None,
 ) -> Float32[Array, ""]:
     """The loss that Multi-Token Prediction adds to the main model's.
 
@@ -72,7 +72,8 @@ def calculate_mtp_loss(
     **Arguments:**
 
     - `losses`: of one batch, or the sum of several.
-    - `scaling_factor`: λ. May be traced, so that a schedule does not compile anew.
+    - `scaling_factor`: λ. Pass an array into a compiled function, so that a schedule does not
+        compile anew.
     - `depth_weights`: one weight for each depth, not negative; need not add up to 1. May be traced.
         `exponential_depth_weights` gives those of FastMTP.
     - `reduction`: see above.
@@ -81,13 +82,20 @@ def calculate_mtp_loss(
 
     **Returns:** the loss, in nats a token; 0, with gradient 0, where nothing is scored.
 
-    **Raises:** `ValueError` if there is no such reduction.
+    **Raises:** `ValueError` if weights are not one a depth.
     """
     num_depths = losses.losses.shape[0]
+    for name, array in (("depth_weights", depth_weights), ("total_weights", total_weights)):
+        if array is not None and array.shape != (num_depths,):
+            raise ValueError(
+                f"`{name}` must hold one number for each of the {num_depths} depths in `losses`; "
+                f"got shape {array.shape}."
+            )
     counts = losses.weights if total_weights is None else total_weights.astype(jnp.float32)
     if depth_weights is None:
         depth_weights = jnp.ones(num_depths, jnp.float32)
-    weights = _safe_divide(depth_weights.astype(jnp.float32), jnp.sum(depth_weights))
+    depth_weights = depth_weights.astype(jnp.float32)
+    weights = _safe_divide(depth_weights, jnp.sum(depth_weights))
     if reduction == "pooled":
         mean = _safe_divide(jnp.sum(weights * losses.losses), jnp.sum(weights * counts))
     else:
@@ -97,7 +105,7 @@ def calculate_mtp_loss(
 
 @checked
 def exponential_depth_weights(
-    num_depths: int, decay: float | Float[Array, ""]
+    num_depths: int, decay: float | int | Float[Array, ""]
 ) -> Float32[Array, "depth"]:
     """Depth weights β^(k-1) / Σ_j β^(j-1), as in FastMTP (arXiv 2509.18362, §3.2).
 

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Int32, Integer, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray, PyTree
 
 from ._block import MTPOutput, MultiTokenPredictionBlock
 from ._cross_entropy import linear_cross_entropy

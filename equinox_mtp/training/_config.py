@@ -45,9 +45,9 @@ class TrainConfig:
     dtype: str = "float32"
     """Compute dtype, float32 or bfloat16; parameters are float32."""
 
-    steps: int = 600
+    steps: int = 350
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Rows in a step, over all microbatches."""
     accumulate: int = 1
     """Microbatches that a step is split into; the gradient is the same for any number."""
@@ -55,7 +55,7 @@ class TrainConfig:
     """Tokens in a row."""
     learning_rate: float = 4e-3
     """Peak learning rate of AdamW."""
-    warmup_steps: int = 40
+    warmup_steps: int = 30
     """Steps of linear warm-up; a cosine down to a tenth follows."""
     weight_decay: float = 0.1
     """Of matrices; vectors do not decay."""

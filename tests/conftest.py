@@ -1,0 +1,28 @@
+"""Fixtures and settings that every test shares."""
+
+import os
+
+# JAX reads both when it starts, hence before anything imports it. Eight devices on one CPU make
+# the sharded tests real; asking for another platform is still possible.
+_FORCE_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FORCE_DEVICES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import itertools  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
+import hypothesis  # noqa: E402
+import jax.random as jr  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import PRNGKeyArray  # noqa: E402
+
+# The first example of a shape compiles, and takes far longer than the next: no deadline holds.
+hypothesis.settings.register_profile("equinox_mtp", deadline=None, max_examples=40)
+hypothesis.settings.load_profile("equinox_mtp")
+
+
+@pytest.fixture
+def getkey() -> Callable[[], PRNGKeyArray]:
+    """A function that gives a fresh key at every call, the same ones in every run."""
+    seeds = itertools.count()
+    return lambda: jr.key(next(seeds))

@@ -1,0 +1,171 @@
+"""Tables of cases, and the slow, obvious NumPy oracles that the library is compared with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+DTYPES = (jnp.bool_, jnp.int32, jnp.float32, jnp.bfloat16)
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """The same values, shape and dtype; exact."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected, strict=True)
+
+
+def assert_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """The same shape, and values close in float64; never NaN or infinite."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert np.all(np.isfinite(actual))
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, strict=True)
+
+
+def assert_rejects(argument: str, function: Callable[..., object], *args: Any, **kw: Any) -> None:
+    """The shape and dtype check at the public boundary stops the call, and names `argument`."""
+    with pytest.raises(TypeCheckError, match=f"typechecking parameter '{argument}'"):
+        function(*args, **kw)
+
+
+def shift_oracle(
+    x: np.ndarray,
+    shift: int,
+    fill_value: bool | int | float = 0,
+    segment_ids: np.ndarray | None = None,
+) -> np.ndarray:
+    """`roll_and_mask`, and with `segment_ids` `roll_and_mask_by_segment`, one position a time."""
+    out = np.full_like(x, fill_value)
+    batch, seq = x.shape[:2]
+    for b in range(batch):
+        for i in range(seq):
+            source = i - shift
+            if source >= seq:
+                continue
+            if segment_ids is None or segment_ids[b, i] == segment_ids[b, source] != 0:
+                out[b, i] = x[b, source]
+    return out
+
+
+def align_oracle(
+    input_ids: np.ndarray,
+    target_ids: np.ndarray,
+    target_mask: np.ndarray | None = None,
+    *,
+    num_depths: int,
+    segment_ids: np.ndarray | None = None,
+    position_ids: np.ndarray | None = None,
+    chain_mask: bool = False,
+) -> dict[str, np.ndarray]:
+    """`align_targets` as a loop over depths, rows and positions."""
+    batch, seq = input_ids.shape
+    segments = np.ones((batch, seq), int) if segment_ids is None else segment_ids
+    counts = np.ones((batch, seq), bool) if target_mask is None else target_mask != 0
+    if position_ids is None:
+        position_ids = np.tile(np.arange(seq, dtype=np.int32), (batch, 1))
+    shape = (num_depths, batch, seq)
+    out = {
+        "input_ids": np.zeros(shape, input_ids.dtype),
+        "position_ids": np.zeros(shape, position_ids.dtype),
+        "target_ids": np.zeros(shape, target_ids.dtype),
+        "mask": np.zeros(shape, bool),
+    }
+    for k in range(1, num_depths + 1):
+        for b in range(batch):
+            for i in range(seq):
+                if i + k >= seq or not segments[b, i] == segments[b, i + k] != 0:
+                    continue
+                out["input_ids"][k - 1, b, i] = input_ids[b, i + k]
+                out["position_ids"][k - 1, b, i] = position_ids[b, i + k]
+                out["target_ids"][k - 1, b, i] = target_ids[b, i + k]
+                chain = range(i, i + k + 1) if chain_mask else [i + k]
+                out["mask"][k - 1, b, i] = all(
+                    counts[b, j] and segments[b, j] == segments[b, i] for j in chain
+                )
+    return out
+
+
+def loss_oracle(
+    losses: np.ndarray,
+    counts: np.ndarray,
+    *,
+    scaling_factor: float = 0.1,
+    depth_weights: np.ndarray | None = None,
+    reduction: str = "pooled",
+    total_weights: np.ndarray | None = None,
+) -> float:
+    """`calculate_mtp_loss` in float64, one depth at a time."""
+    num_depths = len(losses)
+    divisors = counts if total_weights is None else total_weights
+    weights = [1.0] * num_depths if depth_weights is None else [float(w) for w in depth_weights]
+    total = sum(weights)
+    if total == 0:
+        return 0.0
+    weights = [w / total for w in weights]
+    depths = range(num_depths)
+    if reduction == "mean_of_depths":
+        means = [float(losses[k]) / float(divisors[k]) if divisors[k] else 0.0 for k in depths]
+        return scaling_factor * sum(weights[k] * means[k] for k in depths)
+    divisor = sum(weights[k] * float(divisors[k]) for k in depths)
+    if divisor == 0:
+        return 0.0
+    return scaling_factor * sum(weights[k] * float(losses[k]) for k in depths) / divisor
+
+
+def acceptance_oracle(
+    predictions: np.ndarray,
+    target_ids: np.ndarray,
+    mask: np.ndarray,
+    main_predictions: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """The counts of `calculate_mtp_acceptance_rate`, one draft a time."""
+    num_depths, batch, seq = mask.shape
+    names = ("accepted", "scored", "joint_accepted", "joint_scored", "joint_reached")
+    out = {name: np.zeros(num_depths, np.int32) for name in names}
+
+    def accepts(k: int, b: int, i: int) -> bool:
+        if main_predictions is None:
+            return bool(predictions[k - 1, b, i] == target_ids[k - 1, b, i])
+        reference = main_predictions[b, i + k] if i + k < seq else 0
+        return bool(predictions[k - 1, b, i] == reference)
+
+    for k in range(1, num_depths + 1):
+        for b in range(batch):
+            for i in range(seq):
+                if mask[k - 1, b, i]:
+                    out["scored"][k - 1] += 1
+                    out["accepted"][k - 1] += accepts(k, b, i)
+                if all(mask[j - 1, b, i] for j in range(1, k + 1)):
+                    before = all(accepts(j, b, i) for j in range(1, k))
+                    out["joint_scored"][k - 1] += 1
+                    out["joint_reached"][k - 1] += before
+                    out["joint_accepted"][k - 1] += before and accepts(k, b, i)
+    return out
+
+
+def cross_entropy_oracle(
+    hidden_states: np.ndarray, head: np.ndarray, target_ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per token, in float64: negative log-likelihood, log-sum-exp and the first best id."""
+    logits = hidden_states.astype(np.float64) @ head.astype(np.float64).T
+    highest = logits.max(axis=-1)
+    log_sum_exp = highest + np.log(np.exp(logits - highest[..., None]).sum(axis=-1))
+    target_logits = np.take_along_axis(logits, target_ids[..., None], axis=-1)[..., 0]
+    return log_sum_exp - target_logits, log_sum_exp, logits.argmax(axis=-1).astype(np.int32)
+
+
+def finite_differences(
+    function: Callable[[np.ndarray], float], x: np.ndarray, step: float = 1e-5
+) -> np.ndarray:
+    """The gradient of a float64 function by central differences, one entry at a time."""
+    x = x.astype(np.float64)
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (function(up) - function(down)) / (2 * step)
+    return gradient

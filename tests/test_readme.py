@@ -1,0 +1,68 @@
+"""README's examples run as they stand, and show what it says they show."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def namespaces() -> list[dict[str, Any]]:
+    """What is defined after each block."""
+    names: dict[str, Any] = {}
+    snapshots = []
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+        snapshots.append(dict(names))
+    return snapshots
+
+
+def test_training_loop_learns(namespaces: list[dict[str, Any]]) -> None:
+    uniform_guess = 1.3 * np.log(257)  # λ = 0.3
+    assert float(namespaces[0]["loss"]) < 0.75 * uniform_guess
+    assert float(namespaces[0]["output"].main.mean) < 0.75 * np.log(257)
+    assert namespaces[1]["acceptance"].scored.tolist() == [127, 126]
+    code_lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
+    assert len(code_lines) <= 22
+
+
+def test_packed_example_counts(namespaces: list[dict[str, Any]]) -> None:
+    np.testing.assert_array_equal(namespaces[2]["output"].mtp.losses.weights, [4.0, 2.0])
+
+
+def test_wrapped_model_shares_its_weights(namespaces: list[dict[str, Any]]) -> None:
+    namespace = namespaces[-1]
+    gpt, model = namespace["gpt"], namespace["model"]
+    assert model.decoder.gpt is gpt
+    assert model.decoder.output_head() is gpt.head.weight
+    output = namespace["output"]
+    input_ids = jnp.ones((2, 64), int)
+
+    def logits(ids: jax.Array) -> jax.Array:
+        x = jax.vmap(gpt.tokens)(ids) + gpt.positions.weight[: len(ids)]
+        for layer in gpt.layers:
+            x = layer(x)
+        return jax.vmap(gpt.head)(jax.vmap(gpt.norm)(x))
+
+    log_probabilities = jax.nn.log_softmax(jax.vmap(logits)(input_ids))
+    np.testing.assert_allclose(output.main.mean, -log_probabilities[..., 1].mean(), rtol=1e-5)
+    np.testing.assert_array_equal(output.mtp.losses.weights, [2 * 63, 2 * 62])
+    grads = eqx.filter_grad(
+        lambda m: m(input_ids, input_ids, inference=True).mtp.losses.losses.sum()
+    )(model)
+    assert float(jnp.abs(grads.decoder.gpt.head.weight).max()) > 0
+
+
+def test_wrapper_is_short() -> None:
+    (wrapper,) = (block for block in BLOCKS if "class GPTDecoder" in block)
+    decoder = wrapper.split("class GPTLayer")[0]
+    lines = [line for line in decoder.splitlines() if line.strip()]
+    assert len(lines) <= 15
