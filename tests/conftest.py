@@ -1,12 +1,21 @@
 """Fixtures and settings that every test shares."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # JAX reads both when it starts, hence before anything imports it. Eight devices on one CPU make
 # the sharded tests real; asking for another platform is still possible.
 _FORCE_DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FORCE_DEVICES}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Many tests, and the processes and notebooks they start, compile the same programs.
+_CACHE = tempfile.mkdtemp(prefix="equinox_mtp_compiled_")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import itertools  # noqa: E402
 from collections.abc import Callable  # noqa: E402

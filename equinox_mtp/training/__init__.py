@@ -31,27 +31,27 @@ from ._data import (
 from ._data import (
     load_corpus as load_corpus,
 )
-from ._train import (
+from ._step import (
     TrainState as TrainState,
 )
-from ._train import (
+from ._step import (
     evaluate as evaluate,
 )
-from ._train import (
+from ._step import (
     make_model as make_model,
 )
-from ._train import (
+from ._step import (
     make_optimizer as make_optimizer,
 )
-from ._train import (
+from ._step import (
     make_state as make_state,
+)
+from ._step import (
+    train_step as train_step,
 )
 from ._train import (
     newest_run_folder as newest_run_folder,
 )
 from ._train import (
     train as train,
-)
-from ._train import (
-    train_step as train_step,
 )

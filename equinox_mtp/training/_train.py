@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import signal
 import statistics
@@ -15,9 +14,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, Int32, PyTree
 from tqdm import tqdm
 
 import equinox_mtp as emtp
@@ -31,189 +28,20 @@ from ._checkpoint import (
     save_checkpoint,
 )
 from ._config import TrainConfig
-from ._data import Batch, PackedRows, load_corpus
+from ._data import PackedRows, load_corpus
 from ._report import MetricsFile, plot_curves, summary
+from ._step import (
+    Evaluation,
+    StepMetrics,
+    TrainState,
+    evaluate,
+    make_optimizer,
+    make_state,
+    train_step,
+)
 
 RUNS = Path("runs")
 FREE_TO_CHANGE = {"out", "resume", "eval_every", "eval_rows", "checkpoint_every"}
-
-
-class TrainState(eqx.Module):
-    """What a step changes, and a checkpoint holds."""
-
-    model: emtp.MTPModel
-    optimizer_state: PyTree[Any]
-    step: Int32[Array, ""]
-
-
-class StepMetrics(eqx.Module):
-    """Sums and counts of one step, over all microbatches."""
-
-    main: emtp.TokenLoss
-    mtp: emtp.MTPLosses
-    grad_norm: Float32[Array, ""]
-    scaling_factor: Float32[Array, ""]
-
-
-class Evaluation(eqx.Module):
-    """Sums and counts over held-out text."""
-
-    main: emtp.TokenLoss
-    mtp: emtp.MTPLosses
-    main_model: emtp.MTPAcceptanceRate
-    ground_truth: emtp.MTPAcceptanceRate
-
-    def __add__(self, other: "Evaluation") -> "Evaluation":
-        return jax.tree.map(jnp.add, self, other)
-
-
-def make_model(config: TrainConfig, vocab_size: int) -> emtp.MTPModel:
-    """The model that a configuration describes, with fresh parameters."""
-    transformer = config.transformer(vocab_size)
-    decoder_key, block_key = jax.random.split(jax.random.key(config.seed))
-    return emtp.MTPModel(
-        decoder=emtp.nn.TransformerDecoder(transformer, key=decoder_key),
-        block=emtp.MultiTokenPredictionBlock(
-            config.mtp(),
-            functools.partial(emtp.nn.TransformerDecoderLayer, transformer),
-            embed_size=transformer.embed_size,
-            key=block_key,
-        ),
-    )
-
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay and clipping."""
-    warmup = min(config.warmup_steps, config.steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (warmup + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=config.steps,
-        end_value=0.1 * config.learning_rate,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            schedule,
-            b2=0.95,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        ),
-    )
-
-
-@eqx.filter_jit
-def make_state(
-    config: TrainConfig, vocab_size: int, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """The state before the first step."""
-    model = make_model(config, vocab_size)
-    optimizer_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-    return TrainState(model, optimizer_state, jnp.zeros((), jnp.int32))
-
-
-def run_model(
-    model: emtp.MTPModel, batch: Batch, *, key: Array | None = None, inference: bool = False
-) -> emtp.ModelOutput:
-    """Runs the model on packed rows."""
-    input_ids, target_ids, target_mask = emtp.inputs_and_targets(
-        batch.tokens, segment_ids=batch.segment_ids
-    )
-    return model(
-        input_ids,
-        target_ids,
-        target_mask,
-        position_ids=batch.position_ids,
-        segment_ids=batch.segment_ids[:, :-1],
-        key=key,
-        inference=inference,
-    )
-
-
-def count_targets(batch: Batch, num_depths: int) -> tuple[Float32[Array, ""], Array]:
-    """Scored tokens of all microbatches: of the main model, and `[depth]` of the MTP layers."""
-
-    def count(microbatch: Batch) -> tuple[Array, Array]:
-        tokens, segment_ids = microbatch.tokens, microbatch.segment_ids
-        input_ids, target_ids, target_mask = emtp.inputs_and_targets(
-            tokens, segment_ids=segment_ids
-        )
-        targets = emtp.align_targets(
-            input_ids,
-            target_ids,
-            target_mask,
-            num_depths=num_depths,
-            segment_ids=segment_ids[:, :-1],
-        )
-        return jnp.sum(target_mask), jnp.sum(targets.mask, axis=(1, 2))
-
-    main, mtp = jax.vmap(count)(batch)
-    return jnp.sum(main).astype(jnp.float32), jnp.sum(mtp, axis=0).astype(jnp.float32)
-
-
-@eqx.filter_jit(donate="all-except-first")
-def train_step(
-    inputs: tuple[Batch, TrainConfig, optax.GradientTransformation], state: TrainState
-) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step over microbatches `[microbatch batch …]`.
-
-    The gradient is that of the whole batch, however many microbatches it is split into: every
-    microbatch's sums are divided by the counts of all.
-    """
-    batch, config, optimizer = inputs
-    first, then = config.mtp_scaling
-    switch_step = math.floor(config.mtp_scaling_switch * config.steps)
-    scaling_factor = jnp.where(state.step < switch_step, first, then).astype(jnp.float32)
-    main_count, mtp_counts = count_targets(batch, config.depths)
-    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-    def loss_fn(model: emtp.MTPModel, microbatch: Batch, key: Array):
-        output = run_model(model, microbatch, key=key)
-        mtp_loss = emtp.calculate_mtp_loss(
-            output.mtp.losses, scaling_factor=scaling_factor, total_weights=mtp_counts
-        )
-        main_loss = output.main.loss / jnp.maximum(main_count, 1)
-        return main_loss + mtp_loss, (output.main, output.mtp.losses)
-
-    def run_microbatch(total: PyTree[Any], inputs: tuple[Batch, Array]):
-        (_, losses), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(state.model, *inputs)
-        return jax.tree.map(jnp.add, total, (losses, grads)), None
-
-    params = eqx.filter(state.model, eqx.is_inexact_array)
-    none = emtp.MTPLosses(jnp.zeros(config.depths), jnp.zeros(config.depths))
-    zeros = (
-        (emtp.TokenLoss(jnp.zeros(()), jnp.zeros(())), none),
-        jax.tree.map(jnp.zeros_like, params),
-    )
-    keys = jax.random.split(step_key, config.accumulate)
-    ((main, mtp), grads), _ = jax.lax.scan(run_microbatch, zeros, (batch, keys))
-
-    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
-    model = eqx.apply_updates(state.model, updates)
-    metrics = StepMetrics(main, mtp, optax.tree.norm(grads), scaling_factor)
-    return TrainState(model, optimizer_state, state.step + 1), metrics
-
-
-@eqx.filter_jit
-def evaluate_batch(model: emtp.MTPModel, batch: Batch) -> Evaluation:
-    """Losses and acceptance on one batch."""
-    output = run_model(model, batch, inference=True)
-    acceptance = output.mtp.acceptance
-    return Evaluation(
-        main=output.main,
-        mtp=output.mtp.losses,
-        main_model=emtp.calculate_mtp_acceptance_rate(acceptance, output.predictions),
-        ground_truth=emtp.calculate_mtp_acceptance_rate(acceptance, None),
-    )
-
-
-def evaluate(model: emtp.MTPModel, rows: PackedRows, batch_size: int, max_rows: int) -> Evaluation:
-    """Losses and acceptance on the first `max_rows` held-out rows."""
-    evaluations = [
-        evaluate_batch(model, batch) for batch in rows.batches(min(batch_size, len(rows)), max_rows)
-    ]
-    return functools.reduce(lambda x, y: x + y, evaluations)
 
 
 def train(config: TrainConfig) -> Path:
