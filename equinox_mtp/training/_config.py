@@ -45,7 +45,7 @@ class TrainConfig:
     dtype: str = "float32"
     """Compute dtype, float32 or bfloat16; parameters are float32."""
 
-    steps: int = 350
+    steps: int = 300
     """Optimizer steps."""
     batch_size: int = 8
     """Rows in a step, over all microbatches."""
