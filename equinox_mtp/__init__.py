@@ -16,7 +16,12 @@ from ._block import (
 from ._block import (
     MultiTokenPredictionBlock as MultiTokenPredictionBlock,
 )
-from ._config import MTPConfig as MTPConfig
+from ._config import (
+    MTPConfig as MTPConfig,
+)
+from ._config import (
+    Preset as Preset,
+)
 from ._cross_entropy import (
     CrossEntropy as CrossEntropy,
 )

@@ -1,8 +1,10 @@
 """`python -m equinox_mtp train`."""
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 _USAGE = """usage: python -m equinox_mtp train [options]
 
@@ -35,27 +37,34 @@ def _train(options: Sequence[str]) -> int:
         from .training import TrainConfig, last_checkpoint, load_info, newest_run_folder, train
     except ModuleNotFoundError as error:
         print(
-            f"error: the training command needs {error.name}. Install the extra `train`: "
-            "pip install 'equinox-mtp[train]'",
+            f"error: the training command needs {error.name}. Install the extra `train`, in "
+            "the repository by: pip install -e '.[train]'",
             file=sys.stderr,
         )
         return 1
 
-    def parse(default: TrainConfig) -> TrainConfig:
-        return tyro.cli(
-            TrainConfig, prog="python -m equinox_mtp train", args=options, default=default
-        )
-
-    config = parse(default=TrainConfig())
-    if config.resume:
-        out = config.out or newest_run_folder()
+    prog, default = "python -m equinox_mtp train", TrainConfig()
+    run = _named_run(options)
+    if run.resume:
+        out = run.out or newest_run_folder(with_checkpoint=True)
         if out is None:
-            raise FileNotFoundError("`resume`: there is no run under runs/. Name one with --out.")
+            raise FileNotFoundError(
+                "`resume`: no run under runs/ has a checkpoint. Name a run with --out."
+            )
         # What is not said on the command line stays as it was in the run.
         stored = load_info(last_checkpoint(out / "checkpoints")).config
-        config = dataclasses.replace(parse(default=stored), out=out, resume=True)
+        default = dataclasses.replace(stored, out=out)
+    config = tyro.cli(TrainConfig, prog=prog, args=options, default=default)
     train(config)
     return 0
+
+
+def _named_run(options: Sequence[str]) -> argparse.Namespace:
+    """`--resume` and `--out`, ahead of the other options, whose defaults depend on them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_known_args(options)[0]
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ class MultiTokenPredictionBlock(eqx.Module):
         - `embed_size`: features of hidden states and embeddings.
         - `norm_epsilon`: the epsilon of the MTP layers' own norms.
         - `key`: for the initial values.
+
+        **Raises:** `TypeError` if `make_layer` does not make an `AbstractDecoderLayer`;
+        `ValueError` if the layers it makes are not alike.
         """
         self.config = config
         self.layers = _stack_layers(
@@ -155,7 +158,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         **Returns:** `MTPOutput`.
 
         **Raises:** `ValueError` if `targets` has other depths than the block, or another shape than
-        `main_hidden_state`.
+        `main_hidden_state`, or if the layers change the dtype of `main_hidden_state`.
         """
         config, layers = self.config, self.layers
         _check_targets(targets, config.num_depths, main_hidden_state)
@@ -186,6 +189,12 @@ class MultiTokenPredictionBlock(eqx.Module):
             token = linear_cross_entropy(normed, predictor.output_head(), target.target_ids)
             loss = sum_token_losses(token.negative_log_likelihood, target.mask)
             carried = normed if config.carried_hidden_state == "after_norm" else hidden_states
+            if carried.dtype != main_hidden_state.dtype:
+                raise ValueError(
+                    f"`main_hidden_state` is {main_hidden_state.dtype}, and the MTP layer made "
+                    f"{carried.dtype} of it and of the decoder's embeddings; they must agree, so "
+                    "that depths can be chained. Cast `main_hidden_state` or what `embed` returns."
+                )
             return carried, (loss, token.predictions, hidden_states, auxiliary)
 
         hidden_states = main_hidden_state

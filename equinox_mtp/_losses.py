@@ -56,9 +56,9 @@ def calculate_mtp_loss(
     losses: MTPLosses,
     *,
     scaling_factor: float | int | Float[Array, ""] = 0.1,
-    depth_weights: Float[Array, "depths"] | None = None,
+    depth_weights: Float[Array, "_"] | None = None,
     reduction: Reduction = "pooled",
-    total_weights: Float[Array, "depths"] | None = None,
+    total_weights: Float[Array, "_"] | None = None,
 ) -> Float32[Array, ""]:
     """The loss that Multi-Token Prediction adds to the main model's.
 

@@ -189,7 +189,7 @@ _CONVENTIONS = {
 def test_conventions(batch: _Batch, name: str):
     config = _CONVENTIONS[name]
     # One case shows that positions and segments reach the layer; the rest compile quickly.
-    parts = _make_parts(config, _transformer_layer if name == "maxtext" else _ToyLayer)
+    parts = _make_parts(config, _transformer_layer if name == "paper" else _ToyLayer)
     aligned = align_oracle(
         *batch, num_depths=config.num_depths, segment_ids=_SEGMENTS, position_ids=_POSITIONS
     )

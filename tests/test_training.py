@@ -478,7 +478,7 @@ def test_command_line_errors(
     assert "`seq_len` must be more than `depths`" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--resume"]) == 1
-    assert "`resume`: there is no run under runs/" in capsys.readouterr().err
+    assert "`resume`: no run under runs/ has a checkpoint" in capsys.readouterr().err
 
 
 def test_missing_extra_is_named(
@@ -486,7 +486,7 @@ def test_missing_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["train"]) == 1
-    assert "pip install 'equinox-mtp[train]'" in capsys.readouterr().err
+    assert "pip install -e '.[train]'" in capsys.readouterr().err
 
 
 def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

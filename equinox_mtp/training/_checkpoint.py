@@ -38,7 +38,8 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_PREFIX}{info.step:08d}"
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(f".{_PREFIX}*.tmp"):
+        shutil.rmtree(leftover)  # of a process that was killed
     temporary.mkdir()
     try:
         with (temporary / _STATE).open("wb") as stream:
@@ -47,13 +48,15 @@ def save_checkpoint(
         with (temporary / _CONFIG).open("w", encoding="utf8") as stream:
             json.dump(_to_json(info), stream, indent=2)
             _flush(stream)
+        _flush_folder(temporary)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _flush_folder(folder)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        # Renamed first: a folder that is deleted halfway must not pass for a checkpoint.
+        shutil.rmtree(old.rename(folder / f".{old.name}.old.tmp"))
     return target
 
 
@@ -77,13 +80,19 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def load_info(checkpoint: Path) -> CheckpointInfo:
-    """Reads what is stored beside the weights."""
-    stored = json.loads((checkpoint / _CONFIG).read_text(encoding="utf8"))
-    config = stored.pop("config")
-    config["data"] = tuple(Path(path) for path in config["data"])
-    config["out"] = None if config["out"] is None else Path(config["out"])
-    config["mtp_scaling"] = tuple(config["mtp_scaling"])
-    return CheckpointInfo(config=TrainConfig(**config), **stored)
+    """Reads what is stored beside the weights; `ValueError` if that is damaged."""
+    try:
+        stored = json.loads((checkpoint / _CONFIG).read_text(encoding="utf8"))
+        config = stored.pop("config")
+        config["data"] = tuple(Path(path) for path in config["data"])
+        config["out"] = None if config["out"] is None else Path(config["out"])
+        config["mtp_scaling"] = tuple(config["mtp_scaling"])
+        return CheckpointInfo(config=TrainConfig(**config), **stored)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint / _CONFIG} is damaged, or of another version: {error!r}. Delete this "
+            "folder to continue from the checkpoint before it."
+        ) from error
 
 
 def load_state(checkpoint: Path, like: PyTree[Any]) -> PyTree[Any]:

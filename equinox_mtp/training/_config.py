@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from .._config import MTPConfig, Preset
-from ..nn import TransformerConfig
+from equinox_mtp import MTPConfig, Preset
+from equinox_mtp.nn import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainConfig:
     warmup_steps: int = 30
     """Steps of linear warm-up; a cosine down to a tenth follows."""
     weight_decay: float = 0.1
-    """Of matrices; vectors do not decay."""
+    """Of everything but the scales of norms."""
     max_grad_norm: float = 1.0
     """The gradient is clipped to this global norm."""
     mtp_scaling: tuple[float, float] = (0.3, 0.1)

@@ -94,6 +94,11 @@ def load_corpus(
     elif len(token_files) == len(files):
         if vocab_size is None:
             raise ValueError("`vocab_size` must be given for token ids; got none.")
+        if end_of_document is not None and not 0 <= end_of_document < vocab_size:
+            raise ValueError(
+                f"`end_of_document` must lie in [0, {vocab_size}), the `vocab_size`; got "
+                f"{end_of_document}."
+            )
         streams = [stream for file in files for stream in _read_tokens(file, vocab_size)]
         documents = [part for stream in streams for part in _cut(stream, end_of_document)]
     else:
@@ -127,7 +132,8 @@ def _is_binary(file: Path) -> bool:
 def _library_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(root.rglob("*.py"))
-    return [file for file in files if not _NOT_LIBRARY & set(file.relative_to(root).parts)]
+    library = [file for file in files if not _NOT_LIBRARY & set(file.relative_to(root).parts)]
+    return [file for file in library if file.is_file()]
 
 
 def _read_text(file: Path) -> np.ndarray:
@@ -142,6 +148,8 @@ def _read_tokens(file: Path, vocab_size: int) -> list[np.ndarray]:
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"`data`: {file} is not a readable .npy file: {error}") from error
     else:
+        if file.stat().st_size % 2:
+            raise ValueError(f"`data`: {file} must hold uint16 token ids; it has an odd size.")
         array = np.fromfile(file, np.uint16)
     if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
@@ -165,9 +173,9 @@ def _cut(stream: np.ndarray, end_of_document: int | None) -> list[np.ndarray]:
 class PackedRows:
     """Documents laid end to end and cut into rows; each row remembers what belongs together.
 
-    A row's last token is the next row's first, so that every token is a target once. Segment ids
-    count the documents of a row from 1; 0 is the padding of the last row. Positions start anew with
-    each document, and with each row.
+    A row's last token is the next row's first, so that every pair of neighbours is in one row.
+    Segment ids count the documents of a row from 1; 0 is the padding of the last row. Positions
+    start anew with each document, and with each row.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int):

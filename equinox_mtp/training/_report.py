@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 Record = dict[str, Any]
 
 
@@ -51,8 +53,6 @@ def _read(path: Path) -> list[Record]:
 
 def plot_curves(metrics: MetricsFile, path: Path) -> None:
     """Draws losses and acceptance over steps, and replaces the picture at `path`."""
-    from matplotlib.figure import Figure
-
     train, held_out = metrics.of("train"), metrics.of("held_out")
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, acceptance = figure.subplots(1, 2)
@@ -101,7 +101,7 @@ def _line_pair(
     axes.plot(steps, values(held_out), color=color, marker="o", linestyle="none")
 
 
-def summary(record: Record, seconds: float, tokens_per_second: float, out: Path) -> str:
+def summary(record: Record, seconds: float, tokens_per_second: float | None, out: Path) -> str:
     """The closing lines of a run, from its last evaluation."""
     lines = [
         f"held-out text after step {record['step']} ({record['tokens']} tokens)",
@@ -122,7 +122,8 @@ def summary(record: Record, seconds: float, tokens_per_second: float, out: Path)
         )
     lines += [
         f"  expected accepted length τ = {record['expected_accepted_length']:.3f} tokens a pass",
-        f"{tokens_per_second:,.0f} tokens/s while training, {seconds:.0f} s in all",
+        f"{seconds:.0f} s in all"
+        + ("" if tokens_per_second is None else f", {tokens_per_second:,.0f} tokens/s in training"),
         f"files: {out}/metrics.jsonl, {out}/curves.png, {out}/checkpoints",
     ]
     return "\n".join(lines)

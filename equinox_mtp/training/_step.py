@@ -76,8 +76,19 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             schedule,
             b2=0.95,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=is_decayed,
         ),
+    )
+
+
+def is_decayed(params: PyTree[Any]) -> PyTree[bool]:
+    """Which parameters weight decay acts on: all but the scales of norms."""
+
+    def is_norm(node: Any) -> bool:
+        return isinstance(node, emtp.nn.RMSNorm)
+
+    return jax.tree.map(
+        lambda node: jax.tree.map(lambda _: not is_norm(node), node), params, is_leaf=is_norm
     )
 
 

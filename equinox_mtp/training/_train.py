@@ -87,26 +87,31 @@ def train(config: TrainConfig) -> Path:
             metrics.write({**record, "tokens_per_second": tokens_per_step / step_seconds[-1]})
             bar.set_postfix_str(describe(record))
             bar.update()
-            last = step == config.steps
+            last, stop = step == config.steps, interrupted()
             if last or step % config.eval_every == 0:
                 max_rows = config.eval_rows * (4 if last else 1)
                 evaluation = evaluate(state.model, held_out_rows, config.batch_size, max_rows)
                 metrics.write(held_out_record(step, evaluation))
                 plot_curves(metrics, out / "curves.png")
-            if last or interrupted() or step % config.checkpoint_every == 0:
+            if last or stop or step % config.checkpoint_every == 0:
                 save_checkpoint(out / "checkpoints", state, dataclasses.replace(info, step=step))
                 last_saved = step
-            if interrupted():
+            if stop:
                 break
 
     if last_saved < config.steps:
         print(f"interrupted at step {last_saved}; continue with --resume --out {out}")
     else:
         # The first step of a process compiles.
-        seconds = statistics.median(step_seconds[1:] or step_seconds or [math.inf])
-        seconds_in_all = time.perf_counter() - started
-        record = metrics.of("held_out")[-1]
-        print(summary(record, seconds_in_all, tokens_per_step / seconds, out))
+        seconds = statistics.median(step_seconds[1:]) if len(step_seconds) > 1 else None
+        print(
+            summary(
+                metrics.of("held_out")[-1],
+                time.perf_counter() - started,
+                None if seconds is None else tokens_per_step / seconds,
+                out,
+            )
+        )
     return out
 
 
@@ -121,8 +126,9 @@ def start_or_resume(
                 f"`out`: {out} holds a run already. Continue it with --resume, or choose another "
                 "folder."
             )
+        state = make_state(config, info.vocab_size, optimizer)
         out.mkdir(parents=True, exist_ok=True)
-        return make_state(config, info.vocab_size, optimizer)
+        return state
     checkpoint = last_checkpoint(folder)
     stored = load_info(checkpoint)
     for field in dataclasses.fields(TrainConfig):
@@ -147,9 +153,11 @@ def new_run_folder() -> Path:
     return RUNS / f"{1 if last is None else int(last.name) + 1:04d}"
 
 
-def newest_run_folder() -> Path | None:
+def newest_run_folder(*, with_checkpoint: bool = False) -> Path | None:
     """The last of runs/0001, runs/0002, …, if there is one."""
     found = sorted(path for path in RUNS.glob("[0-9]" * 4) if path.is_dir())
+    if with_checkpoint:
+        found = [path for path in found if checkpoints(path / "checkpoints")]
     return found[-1] if found else None
 
 
