@@ -45,7 +45,7 @@ class MTPConfig:
     | `carried_hidden_state` | before norm | before norm | before norm | after norm | after norm |
     | `output_norm` | not said | shared | own | own | own |
     | `repeated_layer` | no | no | no (D = 1) | optional | yes |
-    | `stop_gradient_…` | not said | no | weights do not tell | no | main model frozen |
+    | `stop_gradient_…` | not said | no | weights do not tell | no | MTP layer alone |
 
     Sources: DeepSeek-V3 (arXiv 2412.19437, §2.2); MaxText's `multi_token_prediction`; the released
     DeepSeek-V3 weights as vLLM runs them; Megatron-LM's `multi_token_prediction`; FastMTP (arXiv

@@ -107,7 +107,7 @@ def calculate_mtp_loss(
 def exponential_depth_weights(
     num_depths: int, decay: float | int | Float[Array, ""]
 ) -> Float32[Array, "depth"]:
-    """Depth weights β^(k-1) / Σ_j β^(j-1), as in FastMTP (arXiv 2509.18362, §3.2).
+    """Depth weights β^(k-1) / Σ_j β^(j-1), as in FastMTP (arXiv 2509.18362, eq. 2).
 
     **Arguments:**
 
