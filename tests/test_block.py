@@ -474,6 +474,13 @@ def test_targets_of_another_shape(batch: _Batch, num_depths: int, seq: int):
         _run(parts, targets)
 
 
+def test_hidden_states_of_another_dtype_than_the_embedding(batch: _Batch):
+    parts = _make_parts(MTPConfig(2), _ToyLayer)
+    parts = parts._replace(hidden_states=parts.hidden_states.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"`main_hidden_state` is bfloat16, .* made float32"):
+        _run(parts, batch.targets(2))
+
+
 def test_positions_count_from_zero_by_default(batch: _Batch):
     parts = _make_parts(MTPConfig(1))
     targets = align_targets(*batch, num_depths=1)

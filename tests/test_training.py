@@ -29,12 +29,14 @@ from equinox_mtp.training import (
     load_corpus,
     load_info,
     load_state,
+    make_model,
     make_optimizer,
     make_state,
     save_checkpoint,
     train,
     train_step,
 )
+from equinox_mtp.training._step import is_decayed
 
 TINY = TrainConfig(
     embed_size=16,
@@ -129,6 +131,15 @@ def test_bad_data_is_named(
     paths = [tmp_path / name for name in files] or [tmp_path / "missing"]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_corpus(paths, vocab_size=vocab_size)
+
+
+def test_bad_token_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"odd\.bin must hold uint16.*odd size"):
+        load_corpus([tmp_path / "odd.bin"], vocab_size=10)
+    np.save(tmp_path / "a.npy", np.arange(9))
+    with pytest.raises(ValueError, match=r"`end_of_document` must lie in \[0, 10\)"):
+        load_corpus([tmp_path / "a.npy"], vocab_size=10, end_of_document=10)
 
 
 def test_split_holds_documents_out() -> None:
@@ -257,12 +268,36 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
         load_state(path, {"w": jnp.arange(299.0)})
 
 
+def test_damaged_configuration_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, {"w": jnp.zeros(1)}, _info(1))
+    stored = json.loads((path / "config.json").read_text())
+    for damaged in ("{", json.dumps({**stored, "unheard_of": 1})):
+        (path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"config\.json is damaged, or of another version"):
+            load_info(path)
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000001.999999.tmp").mkdir()
+    save_checkpoint(tmp_path, {"w": jnp.zeros(1)}, _info(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         last_checkpoint(tmp_path)
 
 
 # --- the step
+
+
+def test_weight_decay_spares_the_scales_of_norms() -> None:
+    state = jax.eval_shape(lambda: eqx.filter(make_model(TINY, 257), eqx.is_inexact_array))
+    decayed = jax.tree_util.tree_leaves_with_path(is_decayed(state))
+    spared = {jax.tree_util.keystr(path) for path, flag in decayed if not flag}
+    assert len(spared) == 8
+    assert all("norm" in name for name in spared)
+    assert not any("norm" in jax.tree_util.keystr(path) for path, flag in decayed if flag)
 
 
 def test_accumulation_is_exact(text: Path) -> None:
@@ -481,12 +516,35 @@ def test_command_line_errors(
     assert "`resume`: no run under runs/ has a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["tyro", "tqdm", "matplotlib"])
 def test_missing_extra_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tyro", None)
+    for module in [m for m in sys.modules if m.startswith(("equinox_mtp.training", f"{name}."))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
     assert main(["train"]) == 1
     assert "pip install -e '.[train]'" in capsys.readouterr().err
+
+
+def test_bad_model_leaves_no_folder(
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", str(text), "--num-heads", "3"]) == 1
+    assert "`num_heads` must divide `embed_size`" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_options_to_resume_default_to_those_of_the_run(
+    run: tuple[Path, TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = run
+    assert main(["train", "--resume", "--out", str(out), "--accumulate", "4"]) == 1
+    assert "`accumulate` was 1 in the run to resume, and is 4 now" in capsys.readouterr().err
 
 
 def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,3 +553,6 @@ def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert train_module.new_run_folder() == Path("runs/0001")
     (tmp_path / "runs" / "0009").mkdir(parents=True)
     assert train_module.new_run_folder() == Path("runs/0010")
+    (tmp_path / "runs" / "0003" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "runs" / "0003" / "checkpoints" / "step-00000001" / "config.json").touch()
+    assert train_module.newest_run_folder(with_checkpoint=True) == Path("runs/0003")
