@@ -164,6 +164,12 @@ class MultiTokenPredictionBlock(eqx.Module):
         _check_targets(targets, config.num_depths, main_hidden_state)
         if layers is None:
             return _empty_output(targets, main_hidden_state)
+        embed_size = layers.embedding_norm.scale.shape[-1]
+        if main_hidden_state.shape[-1] != embed_size:
+            raise ValueError(
+                f"`main_hidden_state` must have the {embed_size} features that the block was made "
+                f"with as `embed_size`; got {main_hidden_state.shape[-1]}."
+            )
         if position_ids is None:
             position_ids = default_position_ids(main_hidden_state[..., 0])
         if config.repeated_layer:

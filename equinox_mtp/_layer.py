@@ -46,8 +46,14 @@ class MultiTokenPredictionLayer(eqx.Module):
         - `norm_epsilon`: the epsilon of the layer's own norms.
         - `key`: for the initial values.
 
-        **Raises:** `TypeError` if `make_layer` does not make an `AbstractDecoderLayer`.
+        **Raises:** `TypeError` if `make_layer` is a layer, or does not make an
+        `AbstractDecoderLayer`.
         """
+        if isinstance(make_layer, AbstractDecoderLayer):
+            raise TypeError(
+                "`make_layer` must be a function that builds a layer; got a layer. Pass "
+                f"`lambda key: {type(make_layer).__name__}(..., key=key)`, for instance."
+            )
         projection_key, layer_key = jax.random.split(key)
         transformer_layer = make_layer(key=layer_key)
         if not isinstance(transformer_layer, AbstractDecoderLayer):

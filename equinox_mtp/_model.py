@@ -42,6 +42,18 @@ class MTPModel(eqx.Module):
     decoder: AbstractDecoder
     block: MultiTokenPredictionBlock
 
+    def __check_init__(self) -> None:
+        for name, wanted in (
+            ("decoder", AbstractDecoder),
+            ("block", MultiTokenPredictionBlock),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, wanted):
+                raise TypeError(
+                    f"`{name}` must be a `{wanted.__name__}`; got a `{type(value).__name__}`. A "
+                    "model of your own becomes a decoder by a wrapper, as README shows."
+                )
+
     @checked
     def __call__(
         self,

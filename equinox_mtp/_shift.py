@@ -227,8 +227,8 @@ def inputs_and_targets(
     - `segment_ids`: which document each of these tokens belongs to; 0 is padding. With `None` every
         row is one document and every target counts.
 
-    **Returns:** `(input_ids, target_ids, target_mask)`, each `[batch seq]`. The segment ids that go
-    with them are `segment_ids[:, :-1]`.
+    **Returns:** `(input_ids, target_ids, target_mask)`, each `[batch seq]`. The segment and
+    position ids that go with them are `segment_ids[:, :-1]` and `position_ids[:, :-1]`.
 
     **Raises:** `ValueError` if a row has fewer than two tokens.
     """

@@ -481,6 +481,18 @@ def test_hidden_states_of_another_dtype_than_the_embedding(batch: _Batch):
         _run(parts, batch.targets(2))
 
 
+def test_hidden_states_of_another_size(batch: _Batch):
+    parts = _make_parts(MTPConfig(2), _ToyLayer)
+    parts = parts._replace(hidden_states=parts.hidden_states[..., :-1])
+    with pytest.raises(ValueError, match=f"`main_hidden_state` must have the {_EMBED} features"):
+        _run(parts, batch.targets(2))
+
+
+def test_layer_instead_of_a_function_that_makes_one():
+    with pytest.raises(TypeError, match=r"`make_layer` must be a function.*got a layer"):
+        _make_block(MTPConfig(2), make_layer=_ToyLayer(key=jax.random.key(0)))
+
+
 def test_positions_count_from_zero_by_default(batch: _Batch):
     parts = _make_parts(MTPConfig(1))
     targets = align_targets(*batch, num_depths=1)

@@ -340,12 +340,6 @@ def test_unknown_reduction_raises() -> None:
         ("depth_weights", calculate_mtp_loss, (LOSSES,), {"depth_weights": jnp.ones((3, 1))}),
         ("depth_weights", calculate_mtp_loss, (LOSSES,), {"depth_weights": jnp.ones(3, int)}),
         ("total_weights", calculate_mtp_loss, (LOSSES,), {"total_weights": 3.0}),
-        (
-            "total_weights",
-            calculate_mtp_loss,
-            (LOSSES,),
-            {"depth_weights": jnp.ones(3), "total_weights": jnp.ones(2)},
-        ),
         ("mask", sum_token_losses, (jnp.ones((2, 3)), jnp.ones((2, 4), bool)), {}),
         ("mask", sum_token_losses, (jnp.ones((2, 3)), jnp.ones((2, 3))), {}),
         ("negative_log_likelihood", sum_token_losses, (jnp.ones(3), jnp.ones((2, 3), bool)), {}),

@@ -273,3 +273,8 @@ def test_every_weight_is_held_once():
     assert shapes.count((_VOCAB, _EMBED)) == 2
     tied = [x.shape for x in jax.tree.leaves(eqx.filter(_make_model(), eqx.is_array))]
     assert tied.count((_VOCAB, _EMBED)) == 1
+
+
+def test_parts_of_another_kind_are_named() -> None:
+    with pytest.raises(TypeError, match="decoder"):
+        MTPModel(eqx.nn.Identity(), eqx.nn.Identity())  # type: ignore[arg-type]
