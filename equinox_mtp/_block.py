@@ -157,19 +157,15 @@ class MultiTokenPredictionBlock(eqx.Module):
 
         **Returns:** `MTPOutput`.
 
-        **Raises:** `ValueError` if `targets` has other depths than the block, or another shape than
-        `main_hidden_state`, or if the layers change the dtype of `main_hidden_state`.
+        **Raises:** `ValueError` if `targets` has other depths than the block or another shape than
+        `main_hidden_state`, if that has not `embed_size` features, or if the layers change its
+        dtype.
         """
         config, layers = self.config, self.layers
         _check_targets(targets, config.num_depths, main_hidden_state)
         if layers is None:
             return _empty_output(targets, main_hidden_state)
-        embed_size = layers.embedding_norm.scale.shape[-1]
-        if main_hidden_state.shape[-1] != embed_size:
-            raise ValueError(
-                f"`main_hidden_state` must have the {embed_size} features that the block was made "
-                f"with as `embed_size`; got {main_hidden_state.shape[-1]}."
-            )
+        _check_embed_size(layers, main_hidden_state)
         if position_ids is None:
             position_ids = default_position_ids(main_hidden_state[..., 0])
         if config.repeated_layer:
@@ -195,12 +191,7 @@ class MultiTokenPredictionBlock(eqx.Module):
             token = linear_cross_entropy(normed, predictor.output_head(), target.target_ids)
             loss = sum_token_losses(token.negative_log_likelihood, target.mask)
             carried = normed if config.carried_hidden_state == "after_norm" else hidden_states
-            if carried.dtype != main_hidden_state.dtype:
-                raise ValueError(
-                    f"`main_hidden_state` is {main_hidden_state.dtype}, and the MTP layer made "
-                    f"{carried.dtype} of it and of the decoder's embeddings; they must agree, so "
-                    "that depths can be chained. Cast `main_hidden_state` or what `embed` returns."
-                )
+            _check_dtype(carried, main_hidden_state)
             return carried, (loss, token.predictions, hidden_states, auxiliary)
 
         hidden_states = main_hidden_state
@@ -270,6 +261,24 @@ def _check_targets(targets: MTPTargets, num_depths: int, main_hidden_state: Arra
             f"`targets` must have shape {wanted}, that is (depth, batch, seq) of this block and of "
             f"`main_hidden_state`; got {targets.mask.shape}. Make them with "
             f"`align_targets(..., num_depths={num_depths})` from the same batch."
+        )
+
+
+def _check_embed_size(layers: MultiTokenPredictionLayer, main_hidden_state: Array) -> None:
+    embed_size = layers.embedding_norm.scale.shape[-1]
+    if main_hidden_state.shape[-1] != embed_size:
+        raise ValueError(
+            f"`main_hidden_state` must have the {embed_size} features that the block was made with "
+            f"as `embed_size`; got {main_hidden_state.shape[-1]}."
+        )
+
+
+def _check_dtype(carried: Array, main_hidden_state: Array) -> None:
+    if carried.dtype != main_hidden_state.dtype:
+        raise ValueError(
+            f"`main_hidden_state` is {main_hidden_state.dtype}, and the MTP layer made "
+            f"{carried.dtype} of it and of the decoder's embeddings; they must agree, so that "
+            "depths can be chained. Cast `main_hidden_state` or what `embed` returns."
         )
 
 

@@ -276,5 +276,12 @@ def test_every_weight_is_held_once():
 
 
 def test_parts_of_another_kind_are_named() -> None:
-    with pytest.raises(TypeError, match="decoder"):
-        MTPModel(eqx.nn.Identity(), eqx.nn.Identity())  # type: ignore[arg-type]
+    # Checked on a bare instance: the import hook of the tests would stop the constructor first.
+    model = object.__new__(MTPModel)
+    object.__setattr__(model, "decoder", eqx.nn.Identity())
+    with pytest.raises(TypeError, match="`decoder` must be a `AbstractDecoder`; got a `Identity`"):
+        model.__check_init__()
+    object.__setattr__(model, "decoder", _make_model().decoder)
+    object.__setattr__(model, "block", model.decoder)
+    with pytest.raises(TypeError, match="`block` must be a `MultiTokenPredictionBlock`"):
+        model.__check_init__()

@@ -341,9 +341,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainConfig]:
     return train(config), config
 
 
-def test_run_writes_what_it_promises(
-    run: tuple[Path, TrainConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_writes_what_it_promises(run: tuple[Path, TrainConfig]) -> None:
     out, config = run
     assert [r["step"] for r in records(out, "train")] == [1, 2, 3, 4, 5, 6]
     assert [r["scaling_factor"] for r in records(out, "train")] == pytest.approx(
@@ -540,11 +538,13 @@ def test_bad_model_leaves_no_folder(
 
 
 def test_options_to_resume_default_to_those_of_the_run(
-    run: tuple[Path, TrainConfig], capsys: pytest.CaptureFixture[str]
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, _ = run
-    assert main(["train", "--resume", "--out", str(out), "--accumulate", "4"]) == 1
-    assert "`accumulate` was 1 in the run to resume, and is 4 now" in capsys.readouterr().err
+    # 3 divides the 12 rows of this run's batches, and not the 8 of a default run's.
+    config = dataclasses.replace(TINY, data=(text,), batch_size=12)
+    save_checkpoint(tmp_path / "checkpoints", {}, CheckpointInfo(1, 257, "hash", config))
+    assert main(["train", "--resume", "--out", str(tmp_path), "--accumulate", "3"]) == 1
+    assert "`accumulate` was 1 in the run to resume, and is 3 now" in capsys.readouterr().err
 
 
 def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
