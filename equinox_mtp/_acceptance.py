@@ -71,7 +71,7 @@ class MTPAcceptanceRate(eqx.Module):
 
 @checked
 def calculate_mtp_acceptance_rate(
-    acceptance: MTPAcceptance,
+    acceptance: MTPAcceptance | None,
     main_predictions: Integer[Array, "batch seq"] | None,
 ) -> MTPAcceptanceRate:
     """Compares every depth's predictions with the main model's, or with the ground truth.
@@ -87,8 +87,13 @@ def calculate_mtp_acceptance_rate(
 
     **Returns:** `MTPAcceptanceRate`, with counts that add up over batches.
 
-    **Raises:** `ValueError` if `main_predictions` is of another batch.
+    **Raises:** `ValueError` if `main_predictions` is of another batch, or `acceptance` is `None`.
     """
+    if acceptance is None:
+        raise ValueError(
+            "`acceptance` is `None`: the model or block was called with `predictions=False`. Call "
+            "it with `predictions=True` where acceptance is wanted."
+        )
     num_depths, *batch_shape = acceptance.mask.shape
     if main_predictions is None:
         reference = acceptance.target_ids

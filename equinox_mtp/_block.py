@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from ._acceptance import MTPAcceptance
 from ._config import MTPConfig
-from ._cross_entropy import linear_cross_entropy
+from ._cross_entropy import depth_sums
 from ._decoder import AbstractDecoder
 from ._layer import MultiTokenPredictionLayer
-from ._losses import MTPLosses, sum_token_losses
+from ._losses import MTPLosses, Objective, calculate_mtp_loss, loss_weights
 from ._shift import MTPTargets, default_position_ids
 from ._types import MakeLayer, checked
 
@@ -25,13 +25,13 @@ class MTPOutput(eqx.Module):
     **Fields:**
 
     - `losses`: for `calculate_mtp_loss`.
-    - `acceptance`: for `calculate_mtp_acceptance_rate`.
+    - `acceptance`: for `calculate_mtp_acceptance_rate`; `None` if predictions were not asked for.
     - `hidden_states`: each MTP layer's raw output, before any norm.
     - `auxiliary`: what the transformer layers returned beside hidden states, or `None`.
     """
 
     losses: MTPLosses
-    acceptance: MTPAcceptance
+    acceptance: MTPAcceptance | None
     hidden_states: Float[Array, "depth batch seq embed"]
     auxiliary: PyTree[Any]
 
@@ -40,8 +40,9 @@ class MultiTokenPredictionBlock(eqx.Module):
     """D prediction depths over a decoder that is passed in when called.
 
     The block holds only the MTP layers; embedding, final norm and output head are the decoder's, so
-    that a model's pytree holds each weight once. The depths are scanned and recomputed in the
-    backward pass: neither compile time nor activation memory grows with D layers.
+    that a model's pytree holds each weight once. The layers are scanned over depths and recomputed
+    in the backward pass, and the losses of all depths are computed tile by tile, without logits:
+    a depth more takes no compile time, and the memory of two arrays `[batch seq embed]`.
 
     `layers` holds all layers stacked over a leading axis of size D (1 if the layer is repeated, and
     `None` without depths); `block.layer(depth)` takes one out.
@@ -141,6 +142,9 @@ class MultiTokenPredictionBlock(eqx.Module):
         *,
         position_ids: Integer[Array, "batch seq"] | None = None,
         segment_ids: Integer[Array, "batch seq"] | None = None,
+        predictions: bool = True,
+        z_loss_weight: float | Float[Array, ""] | None = None,
+        objective: Objective = calculate_mtp_loss,
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
     ) -> MTPOutput:
@@ -153,6 +157,12 @@ class MultiTokenPredictionBlock(eqx.Module):
         - `targets`: of `align_targets`, with as many depths as the block.
         - `position_ids`, `segment_ids`: of the batch, **not** shifted; `position_ids` count from 0
             in each row if `None`.
+        - `predictions`: whether to find every position's best id, for acceptance.
+        - `z_loss_weight`: adds `z_loss_weight · log_sum_exp²` to the loss of every scored token
+            (PaLM, arXiv 2204.02311, §5); `None` for none.
+        - `objective`: how the losses will be reduced, `MTPLosses -> scalar`. For speed alone: the
+            head's gradient is summed over depths in the forward pass, with the weights that this
+            function gives them, and computed anew in the backward pass if they turn out otherwise.
         - `key`, `inference`: for dropout.
 
         **Returns:** `MTPOutput`.
@@ -161,54 +171,88 @@ class MultiTokenPredictionBlock(eqx.Module):
         `main_hidden_state`, if that has not `embed_size` features, or if the layers change its
         dtype.
         """
-        config, layers = self.config, self.layers
-        _check_targets(targets, config.num_depths, main_hidden_state)
-        if layers is None:
-            return _empty_output(targets, main_hidden_state)
-        _check_embed_size(layers, main_hidden_state)
+        _check_targets(targets, self.config.num_depths, main_hidden_state)
+        if self.layers is None:
+            return _empty_output(targets, main_hidden_state, predictions)
+        _check_embed_size(self.layers, main_hidden_state)
         if position_ids is None:
             position_ids = default_position_ids(main_hidden_state[..., 0])
+        head_decoder = _stop_gradient(decoder) if self.config.stop_gradient_head else decoder
+        hidden_states, normed, auxiliary = self._run_layers(
+            decoder,
+            head_decoder,
+            main_hidden_state,
+            targets,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            key=key,
+            inference=inference,
+        )
+        counts = jnp.sum(targets.mask, axis=(1, 2), dtype=jnp.float32)
+        sums = depth_sums(
+            normed,
+            head_decoder.output_head(),
+            targets.target_ids,
+            targets.mask,
+            z_loss_weight=z_loss_weight,
+            predictions=predictions,
+            expected=loss_weights(objective, counts),
+        )
+        acceptance = None
+        if sums.predictions is not None:
+            acceptance = MTPAcceptance(sums.predictions, targets.target_ids, targets.mask)
+        return MTPOutput(
+            losses=MTPLosses(sums.losses, counts, z_losses=sums.z_losses),
+            acceptance=acceptance,
+            hidden_states=hidden_states,
+            auxiliary=auxiliary,
+        )
+
+    def _run_layers(
+        self,
+        decoder: AbstractDecoder,
+        head_decoder: AbstractDecoder,
+        hidden_states: Array,
+        targets: MTPTargets,
+        *,
+        position_ids: Array,
+        **arguments: Any,
+    ) -> tuple[Array, Array, Any]:
+        """Each depth's hidden states before and after the output norm, and auxiliary outputs."""
+        config, layers = self.config, self.layers
+        assert layers is not None
+        key = arguments.pop("key")
+        dtype = hidden_states.dtype
         if config.repeated_layer:
             scanned, constant = None, self.layer(1)
         else:
             scanned, constant = eqx.partition(layers, eqx.is_array)
         embedder = _stop_gradient(decoder) if config.stop_gradient_embedding else decoder
-        predictor = _stop_gradient(decoder) if config.stop_gradient_head else decoder
 
         def run_depth(hidden_states: Array, inputs: tuple[Any, MTPTargets, Array | None]):
             scanned, target, layer_key = inputs
-            layer = eqx.combine(scanned, constant) if scanned is not None else constant
+            layer = constant if scanned is None else eqx.combine(scanned, constant)
             hidden_states, auxiliary = layer(
                 hidden_states,
                 embedder.embed(target.input_ids, target.position_ids),
                 position_ids=position_ids,
-                segment_ids=segment_ids,
                 key=layer_key,
-                inference=inference,
+                **arguments,
             )
-            output_norm = predictor.final_norm if layer.output_norm is None else layer.output_norm
-            normed = output_norm(hidden_states)
-            token = linear_cross_entropy(normed, predictor.output_head(), target.target_ids)
-            loss = sum_token_losses(token.negative_log_likelihood, target.mask)
+            norm = head_decoder.final_norm if layer.output_norm is None else layer.output_norm
+            normed = norm(hidden_states)
             carried = normed if config.carried_hidden_state == "after_norm" else hidden_states
-            _check_dtype(carried, main_hidden_state)
-            return carried, (loss, token.predictions, hidden_states, auxiliary)
+            _check_dtype(carried, dtype)
+            return carried, (hidden_states, normed, auxiliary)
 
-        hidden_states = main_hidden_state
         if config.input_hidden_state == "after_norm":
-            hidden_states = predictor.final_norm(hidden_states)
+            hidden_states = head_decoder.final_norm(hidden_states)
         if config.stop_gradient_hidden:
             hidden_states = lax.stop_gradient(hidden_states)
         keys = None if key is None else jax.random.split(key, config.num_depths)
-        _, (loss, predictions, hidden_states, auxiliary) = lax.scan(
-            jax.checkpoint(run_depth), hidden_states, (scanned, targets, keys)
-        )
-        return MTPOutput(
-            losses=MTPLosses(losses=loss.loss, weights=loss.weight),
-            acceptance=MTPAcceptance(predictions, targets.target_ids, targets.mask),
-            hidden_states=hidden_states,
-            auxiliary=auxiliary,
-        )
+        # In a scan nothing is merged across iterations: `prevent_cse` would only cost.
+        run_depth = jax.checkpoint(run_depth, policy=config.checkpoint_policy, prevent_cse=False)
+        return lax.scan(run_depth, hidden_states, (scanned, targets, keys))[1]
 
 
 def _num_layers(config: MTPConfig) -> int:
@@ -273,21 +317,22 @@ def _check_embed_size(layers: MultiTokenPredictionLayer, main_hidden_state: Arra
         )
 
 
-def _check_dtype(carried: Array, main_hidden_state: Array) -> None:
-    if carried.dtype != main_hidden_state.dtype:
+def _check_dtype(carried: Array, dtype: Any) -> None:
+    if carried.dtype != dtype:
         raise ValueError(
-            f"`main_hidden_state` is {main_hidden_state.dtype}, and the MTP layer made "
+            f"`main_hidden_state` is {dtype}, and the MTP layer made "
             f"{carried.dtype} of it and of the decoder's embeddings; they must agree, so that "
             "depths can be chained. Cast `main_hidden_state` or what `embed` returns."
         )
 
 
-def _empty_output(targets: MTPTargets, main_hidden_state: Array) -> MTPOutput:
+def _empty_output(targets: MTPTargets, main_hidden_state: Array, predictions: bool) -> MTPOutput:
+    no_sums = jnp.zeros(0, jnp.float32)
+    best_ids = jnp.zeros(targets.mask.shape, jnp.int32)
+    acceptance = MTPAcceptance(best_ids, targets.target_ids, targets.mask) if predictions else None
     return MTPOutput(
-        losses=MTPLosses(losses=jnp.zeros(0, jnp.float32), weights=jnp.zeros(0, jnp.float32)),
-        acceptance=MTPAcceptance(
-            jnp.zeros(targets.mask.shape, jnp.int32), targets.target_ids, targets.mask
-        ),
+        losses=MTPLosses(no_sums, no_sums, z_losses=no_sums),
+        acceptance=acceptance,
         hidden_states=jnp.zeros((0, *main_hidden_state.shape), main_hidden_state.dtype),
         auxiliary=None,
     )

@@ -1,6 +1,7 @@
 """The conventions in which implementations of Multi-Token Prediction differ, as typed data."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
 ConcatOrder: TypeAlias = Literal["embedding_first", "hidden_first"]
@@ -65,6 +66,9 @@ class MTPConfig:
     - `stop_gradient_hidden`: no MTP gradient into the main model's hidden states.
     - `stop_gradient_embedding`: no MTP gradient into the embedding.
     - `stop_gradient_head`: no MTP gradient into the output head and the main model's final norm.
+    - `checkpoint_policy`: what a depth's layer keeps for the backward pass, as in `jax.checkpoint`.
+        `None` keeps its input alone and computes the rest again; a function of
+        `jax.checkpoint_policies` trades memory for time.
 
     **Raises:** `ValueError` for a value or a combination that makes no sense.
     """  # noqa: E501
@@ -78,6 +82,7 @@ class MTPConfig:
     stop_gradient_hidden: bool = False
     stop_gradient_embedding: bool = False
     stop_gradient_head: bool = False
+    checkpoint_policy: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.num_depths, bool) or not isinstance(self.num_depths, int):
@@ -92,6 +97,11 @@ class MTPConfig:
             value = getattr(self, field.name)
             if isinstance(field.default, bool) and not isinstance(value, bool):
                 raise ValueError(f"`{field.name}` must be True or False; got {value!r}.")
+        if not (self.checkpoint_policy is None or callable(self.checkpoint_policy)):
+            raise ValueError(
+                "`checkpoint_policy` must be a function, such as those of "
+                f"`jax.checkpoint_policies`, or `None`; got {self.checkpoint_policy!r}."
+            )
         if self.repeated_layer and self.num_depths == 0:
             raise ValueError(
                 "`repeated_layer=True` needs at least one depth to repeat the layer at; got "

@@ -1,5 +1,6 @@
 """Losses as sums and counts, divided once, at the end."""
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import equinox as eqx
@@ -11,12 +12,19 @@ from ._types import checked
 
 Reduction: TypeAlias = Literal["pooled", "mean_of_depths"]
 
+Objective: TypeAlias = Callable[["MTPLosses"], Array]
+"""From the depths' losses to a scalar, as `functools.partial(calculate_mtp_loss, ...)`."""
+
 
 class TokenLoss(eqx.Module):
-    """A cross-entropy summed over tokens, and the number of tokens; `+` joins batches."""
+    """A cross-entropy summed over tokens, and the number of tokens; `+` joins batches.
+
+    `z_loss` is the part of `loss` that is a z-loss, for reports, without gradient.
+    """
 
     loss: Float32[Array, ""]
     weight: Float32[Array, ""]
+    z_loss: Float32[Array, ""] = eqx.field(default_factory=lambda: jnp.zeros((), jnp.float32))
 
     def __add__(self, other: "TokenLoss") -> "TokenLoss":
         return jax.tree.map(jnp.add, self, other)
@@ -28,10 +36,26 @@ class TokenLoss(eqx.Module):
 
 
 class MTPLosses(eqx.Module):
-    """Per depth, the summed cross-entropy and the number of scored tokens; `+` joins batches."""
+    """Per depth, the summed cross-entropy and the number of scored tokens; `+` joins batches.
+
+    `z_losses` are the part of `losses` that is a z-loss, for reports, without gradient.
+    """
 
     losses: Float32[Array, "depth"]
     weights: Float32[Array, "depth"]
+    z_losses: Float32[Array, "depth"]
+
+    def __init__(
+        self,
+        losses: Float32[Array, "depth"],
+        weights: Float32[Array, "depth"],
+        *,
+        z_losses: Float32[Array, "depth"] | None = None,
+    ):
+        """`z_losses` are zero if `None`."""
+        self.losses = losses
+        self.weights = weights
+        self.z_losses = jnp.zeros_like(losses) if z_losses is None else z_losses
 
     def __add__(self, other: "MTPLosses") -> "MTPLosses":
         return jax.tree.map(jnp.add, self, other)
@@ -101,6 +125,16 @@ def calculate_mtp_loss(
     else:
         mean = jnp.sum(weights * _safe_divide(losses.losses, counts))
     return (scaling_factor * mean).astype(jnp.float32)
+
+
+def loss_weights(objective: Objective, counts: Float32[Array, "depth"]) -> Float32[Array, "depth"]:
+    """With what weights the depths' summed losses enter an objective, the largest being 1.
+
+    They are its derivative at losses of 0; constants for `calculate_mtp_loss`, which is linear.
+    """
+    counts = jax.lax.stop_gradient(counts)
+    weights = jax.grad(lambda losses: objective(MTPLosses(losses, counts)))(jnp.zeros_like(counts))
+    return jax.lax.stop_gradient(_safe_divide(weights, jnp.max(jnp.abs(weights))))
 
 
 @checked

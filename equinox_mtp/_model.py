@@ -5,12 +5,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int32, Integer, PRNGKeyArray, PyTree
 
 from ._block import MTPOutput, MultiTokenPredictionBlock
-from ._cross_entropy import linear_cross_entropy
+from ._cross_entropy import summed_linear_cross_entropy
 from ._decoder import AbstractDecoder, split_auxiliary
-from ._losses import TokenLoss, sum_token_losses
+from ._losses import Objective, TokenLoss, calculate_mtp_loss
 from ._shift import align_targets, default_position_ids, scored_targets
 from ._types import HostOrDeviceArray, checked
 
@@ -22,13 +22,13 @@ class ModelOutput(eqx.Module):
 
     - `main`: the main model's cross-entropy, as sum and count; `main.mean` is its loss.
     - `mtp`: the block's output; `calculate_mtp_loss(output.mtp.losses)` is its loss.
-    - `predictions`: the main model's argmax at each position.
+    - `predictions`: the main model's argmax at each position, or `None` if not asked for.
     - `auxiliary`: what the decoder returned beside hidden states, or `None`.
     """
 
     main: TokenLoss
     mtp: MTPOutput
-    predictions: Int32[Array, "batch seq"]
+    predictions: Int32[Array, "batch seq"] | None
     auxiliary: PyTree[Any]
 
 
@@ -66,6 +66,9 @@ class MTPModel(eqx.Module):
         position_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None,
         segment_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None,
         chain_mask: bool = False,
+        predictions: bool = True,
+        z_loss_weight: float | Float[Array, ""] | None = None,
+        objective: Objective = calculate_mtp_loss,
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
     ) -> ModelOutput:
@@ -80,6 +83,9 @@ class MTPModel(eqx.Module):
         - `segment_ids`: which document each position belongs to; 0 is padding. `None` means that
             every row is one document.
         - `chain_mask`: see `align_targets`.
+        - `predictions`: whether to find every position's best ids, for acceptance.
+        - `z_loss_weight`: of a z-loss on the main model's and all depths' tokens; `None` for none.
+        - `objective`: how the depths' losses will be reduced, for speed alone; see the block.
         - `key`, `inference`: for dropout.
 
         **Returns:** `ModelOutput`.
@@ -108,8 +114,14 @@ class MTPModel(eqx.Module):
                 inference=inference,
             )
         )
-        token = linear_cross_entropy(
-            self.decoder.final_norm(hidden_states), self.decoder.output_head(), target_ids
+        scored = scored_targets(target_ids, target_mask, segment_ids)
+        main = summed_linear_cross_entropy(
+            self.decoder.final_norm(hidden_states),
+            self.decoder.output_head(),
+            target_ids,
+            scored,
+            z_loss_weight=z_loss_weight,
+            predictions=predictions,
         )
         mtp = self.block(
             self.decoder,
@@ -117,13 +129,16 @@ class MTPModel(eqx.Module):
             targets,
             position_ids=position_ids,
             segment_ids=segment_ids,
+            predictions=predictions,
+            z_loss_weight=z_loss_weight,
+            objective=objective,
             key=block_key,
             inference=inference,
         )
-        mask = scored_targets(target_ids, target_mask, segment_ids)
+        count = jnp.sum(scored, dtype=jnp.float32)
         return ModelOutput(
-            main=sum_token_losses(token.negative_log_likelihood, mask),
+            main=TokenLoss(main.loss, count, z_loss=main.z_loss),
             mtp=mtp,
-            predictions=token.predictions,
+            predictions=main.predictions,
             auxiliary=auxiliary,
         )

@@ -12,8 +12,7 @@ import numpy as np
 import optax
 import pytest
 from golden import assert_close, build, quick_jit
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
 from equinox_mtp import (

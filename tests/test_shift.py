@@ -11,8 +11,7 @@ from helpers import DTYPES, align_oracle, assert_equal, assert_rejects, shift_or
 from hypothesis import example, given
 from hypothesis.extra.numpy import arrays
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from equinox_mtp import (
     MTPTargets,

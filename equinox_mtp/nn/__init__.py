@@ -2,11 +2,7 @@
 
 from ._attention import (
     AttentionFunction as AttentionFunction,
-)
-from ._attention import (
     GroupedQueryAttention as GroupedQueryAttention,
-)
-from ._attention import (
     causal_attention as causal_attention,
 )
 from ._feed_forward import SwiGLU as SwiGLU
@@ -15,10 +11,6 @@ from ._norm import RMSNorm as RMSNorm
 from ._rotary import rotary_embedding as rotary_embedding
 from ._transformer import (
     TransformerConfig as TransformerConfig,
-)
-from ._transformer import (
     TransformerDecoder as TransformerDecoder,
-)
-from ._transformer import (
     TransformerDecoderLayer as TransformerDecoderLayer,
 )

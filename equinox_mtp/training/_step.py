@@ -103,7 +103,12 @@ def make_state(
 
 
 def run_model(
-    model: emtp.MTPModel, batch: Batch, *, key: Array | None = None, inference: bool = False
+    model: emtp.MTPModel,
+    batch: Batch,
+    *,
+    predictions: bool = True,
+    key: Array | None = None,
+    inference: bool = False,
 ) -> emtp.ModelOutput:
     """Runs the model on packed rows."""
     input_ids, target_ids, target_mask = emtp.inputs_and_targets(
@@ -115,6 +120,7 @@ def run_model(
         target_mask,
         position_ids=batch.position_ids,
         segment_ids=batch.segment_ids[:, :-1],
+        predictions=predictions,
         key=key,
         inference=inference,
     )
@@ -158,7 +164,7 @@ def train_step(
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     def loss_fn(model: emtp.MTPModel, microbatch: Batch, key: Array):
-        output = run_model(model, microbatch, key=key)
+        output = run_model(model, microbatch, predictions=False, key=key)
         mtp_loss = emtp.calculate_mtp_loss(
             output.mtp.losses, scaling_factor=scaling_factor, total_weights=mtp_counts
         )

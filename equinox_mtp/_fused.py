@@ -1,0 +1,387 @@
+"""The cross-entropy of a linear head in tiles, in two strategies with gradients of their own.
+
+`token_losses` gives every token's loss, and computes the logits again in the backward pass: four
+matrix products. `weighted_losses` gives weighted sums, and computes the gradients in the forward
+pass, while a tile's logits are there: three.
+
+Arrays have the axes `depth batch seq`, and `embed`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32, Integer
+
+from ._head import HeadSharding, LinearHead, tokens_on_all_devices
+from ._token_tiles import scan_tiles
+from ._vocab_tiles import (
+    HeadGradient,
+    VocabSums,
+    backward_over_vocabulary,
+    sum_over_vocabulary,
+)
+
+
+class TokenLosses(NamedTuple):
+    """Each token's negative log-likelihood, log-sum-exp and, if asked for, best id."""
+
+    negative_log_likelihood: Float32[Array, "depth batch seq"]
+    log_sum_exp: Float32[Array, "depth batch seq"]
+    predictions: Int32[Array, "depth batch seq"] | None
+
+
+class WeightedLosses(NamedTuple):
+    """Per depth, Σ weight · (nll + z · lse²), the second part of it and, if asked for, best ids."""
+
+    losses: Float32[Array, "depth"]
+    z_losses: Float32[Array, "depth"]
+    predictions: Int32[Array, "depth batch seq"] | None
+
+
+# Each token's loss
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def token_losses(
+    predictions: bool,
+    head: LinearHead,
+    hidden_states: Float[Array, "depth batch seq embed"],
+    target_ids: Integer[Array, "depth batch seq"],
+) -> TokenLosses:
+    """Every token's loss; differentiable in both of its parts."""
+    local = partial(_local_token_losses, head, predictions)
+    words = ("vocab embed", "vocab", "depth batch seq embed", "depth batch seq")
+    tokens = "depth batch seq"
+    return TokenLosses(
+        *_on_devices(head.sharding, local, words, (tokens, tokens, tokens))(
+            head.weight, head.bias, hidden_states, target_ids
+        )
+    )
+
+
+def _local_token_losses(
+    head: LinearHead, predictions: bool, weight: Array, bias: Array | None, *tokens: Array
+) -> tuple[Array, Array, Array | None]:
+    head = _with_arrays(head, weight, bias)
+    offset = _first_local_id(head)
+
+    def visit(carry: None, tile: tuple[Array, Array], depth: Array) -> tuple[None, VocabSums]:
+        hidden_states, target_ids = tile
+        return None, sum_over_vocabulary(
+            head, hidden_states, target_ids - offset, predictions=predictions
+        )[0]
+
+    _, sums = scan_tiles(visit, None, tokens, tokens=_tokens_at_a_time(head))
+    sums = _over_vocab_axes(sums, head, offset)
+    log_sum_exp = sums.log_sum_exp
+    return log_sum_exp - sums.target_logit, log_sum_exp, sums.best_id
+
+
+def _token_losses_forward(
+    predictions: bool, head: LinearHead, hidden_states: Array, target_ids: Array
+) -> tuple[TokenLosses, Any]:
+    out = token_losses(predictions, head, hidden_states, target_ids)
+    return out, (head, hidden_states, target_ids, out.log_sum_exp)
+
+
+def _token_losses_backward(predictions: bool, residuals: Any, cotangents: TokenLosses) -> Any:
+    head, hidden_states, target_ids, log_sum_exp = residuals
+    target_weight = cotangents.negative_log_likelihood
+    hidden_gradient, head_gradient = _token_gradients(
+        head,
+        hidden_states,
+        target_ids,
+        log_sum_exp,
+        softmax_weight=target_weight + cotangents.log_sum_exp,
+        target_weight=target_weight,
+    )
+    return head_gradient, hidden_gradient, None
+
+
+token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
+def _token_gradients(
+    head: LinearHead,
+    hidden_states: Array,
+    target_ids: Array,
+    log_sum_exp: Array,
+    *,
+    softmax_weight: Array,
+    target_weight: Array,
+) -> tuple[Array, LinearHead]:
+    """The gradients of hidden states and head, from each token's cotangents."""
+    tokens = "depth batch seq"
+    words = ("vocab embed", "vocab", "depth batch seq embed", *[tokens] * 4)
+    out_words = ("depth batch seq embed", "vocab embed", "vocab")
+    local = partial(_local_token_gradients, head)
+    hidden_gradient, weight, bias = _on_devices(head.sharding, local, words, out_words)(
+        head.weight,
+        head.bias,
+        hidden_states,
+        target_ids,
+        log_sum_exp,
+        softmax_weight,
+        target_weight,
+    )
+    return hidden_gradient, _with_arrays(head, weight, bias)
+
+
+def _local_token_gradients(
+    head: LinearHead, weight: Array, bias: Array | None, hidden_states: Array, *rest: Array
+) -> tuple[Array, Array, Array | None]:
+    head = _with_arrays(head, weight, bias)
+    offset = _first_local_id(head)
+    vocab_axes = () if head.sharding is None else head.sharding.vocab_axes
+
+    def visit(
+        gradient: HeadGradient, tile: tuple[Array, ...], depth: Array
+    ) -> tuple[HeadGradient, Array]:
+        hidden, target_ids, log_sum_exp, softmax_weight, target_weight = tile
+        hidden_gradient, gradient = backward_over_vocabulary(
+            head,
+            hidden,
+            target_ids - offset,
+            log_sum_exp,
+            softmax_weight=softmax_weight,
+            target_weight=target_weight,
+            head_gradient=gradient,
+        )
+        return gradient, hidden_gradient if vocab_axes else hidden_gradient.astype(hidden.dtype)
+
+    gradient, hidden_gradient = scan_tiles(
+        visit, _no_gradient(head), (hidden_states, *rest), tokens=_tokens_at_a_time(head)
+    )
+    if vocab_axes:
+        hidden_gradient = lax.psum(hidden_gradient, vocab_axes).astype(hidden_states.dtype)
+    return hidden_gradient, *_over_token_axes(gradient, head)
+
+
+# Weighted sums of losses
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def weighted_losses(
+    predictions: bool,
+    head: LinearHead,
+    hidden_states: Float[Array, "depth batch seq embed"],
+    target_ids: Integer[Array, "depth batch seq"],
+    weights: Float32[Array, "depth batch seq"],
+    z_loss_weight: Float32[Array, ""],
+    expected: Float32[Array, "depth"],
+) -> WeightedLosses:
+    """Weighted sums of token losses, one for each depth.
+
+    The gradient of the head is summed over depths in the forward pass, before it is known with what
+    cotangents the sums will come back: `expected` says it up to a common factor. If they come back
+    otherwise the backward pass computes that gradient anew. Hence a wrong `expected` costs time,
+    and never exactness.
+    """
+    token = token_losses(predictions, head, hidden_states, target_ids)
+    return sum_by_depth(token, weights, z_loss_weight)
+
+
+def sum_by_depth(token: TokenLosses, weights: Array, z_loss_weight: Array) -> WeightedLosses:
+    """The weighted sums of each depth's token losses."""
+
+    def total(values: Array) -> Array:
+        # A token that weighs nothing must not turn a sum into NaN.
+        return jnp.sum(jnp.where(weights == 0, 0.0, weights * values), axis=(1, 2))
+
+    z_losses = z_loss_weight * total(jnp.square(token.log_sum_exp))
+    return WeightedLosses(
+        total(token.negative_log_likelihood) + z_losses, z_losses, token.predictions
+    )
+
+
+def _weighted_losses_forward(
+    predictions: bool,
+    head: LinearHead,
+    hidden_states: Array,
+    target_ids: Array,
+    weights: Array,
+    z_loss_weight: Array,
+    expected: Array,
+) -> tuple[WeightedLosses, Any]:
+    tokens, hidden = "depth batch seq", "depth batch seq embed"
+    words = ("vocab embed", "vocab", hidden, tokens, tokens, "", "depth")
+    out_words = (tokens, tokens, tokens, hidden, "vocab embed", "vocab")
+    local = partial(_local_losses_and_gradients, head, predictions)
+    *token, hidden_gradient, weight, bias = _on_devices(head.sharding, local, words, out_words)(
+        head.weight, head.bias, hidden_states, target_ids, weights, z_loss_weight, expected
+    )
+    token = TokenLosses(*token)
+    gradients = (hidden_gradient, _with_arrays(head, weight, bias))
+    arguments = (head, hidden_states, target_ids, weights, z_loss_weight, expected)
+    return sum_by_depth(token, weights, z_loss_weight), (arguments, token, gradients)
+
+
+def _local_losses_and_gradients(
+    head: LinearHead,
+    predictions: bool,
+    weight: Array,
+    bias: Array | None,
+    hidden_states: Array,
+    target_ids: Array,
+    weights: Array,
+    z_loss_weight: Array,
+    expected: Array,
+) -> tuple[Any, ...]:
+    head = _with_arrays(head, weight, bias)
+
+    def visit(
+        gradient: HeadGradient, tile: tuple[Array, ...], depth: Array
+    ) -> tuple[HeadGradient, Any]:
+        hidden, target_ids, weights = tile
+        sums, logits = sum_over_vocabulary(
+            head, hidden, target_ids, predictions=predictions, keep_logits=True
+        )
+        log_sum_exp = sums.log_sum_exp
+        hidden_gradient, gradient = backward_over_vocabulary(
+            head,
+            hidden,
+            target_ids,
+            log_sum_exp,
+            softmax_weight=weights * (1 + 2 * z_loss_weight * log_sum_exp),
+            target_weight=weights,
+            head_gradient=gradient,
+            head_weight=expected[depth],
+            kept_logits=logits,
+        )
+        token = TokenLosses(log_sum_exp - sums.target_logit, log_sum_exp, sums.best_id)
+        return gradient, (token, hidden_gradient.astype(hidden.dtype))
+
+    gradient, (token, hidden_gradient) = scan_tiles(
+        visit,
+        _no_gradient(head),
+        (hidden_states, target_ids, weights),
+        tokens=_tokens_at_a_time(head),
+    )
+    return *token, hidden_gradient, *_over_token_axes(gradient, head)
+
+
+def _weighted_losses_backward(
+    predictions: bool, residuals: Any, cotangents: WeightedLosses
+) -> tuple[Any, ...]:
+    arguments, token, (hidden_gradient, head_gradient) = residuals
+    head, hidden_states, target_ids, weights, z_loss_weight, expected = arguments
+    by_depth = cotangents.losses
+    by_token = by_depth[:, None, None]
+    square = jnp.square(token.log_sum_exp)
+
+    def compute_anew() -> LinearHead:
+        scaled = weights * by_token
+        return _token_gradients(
+            head,
+            hidden_states,
+            target_ids,
+            token.log_sum_exp,
+            softmax_weight=scaled * (1 + 2 * z_loss_weight * token.log_sum_exp),
+            target_weight=scaled,
+        )[1]
+
+    factor, is_as_expected = _proportion(by_depth, expected)
+    scale = partial(jax.tree.map, lambda x: (x * factor).astype(x.dtype))
+    if len(by_depth) == 1:
+        head_gradient = scale(head_gradient)
+    else:
+        head_gradient = lax.cond(is_as_expected, lambda: scale(head_gradient), compute_anew)
+    return (
+        head_gradient,
+        (hidden_gradient * by_token[..., None]).astype(hidden_gradient.dtype),
+        None,
+        by_token * (token.negative_log_likelihood + z_loss_weight * square),
+        jnp.sum(by_token * weights * square),
+        jnp.zeros_like(expected),
+    )
+
+
+weighted_losses.defvjp(_weighted_losses_forward, _weighted_losses_backward)
+
+
+def _proportion(actual: Array, expected: Array) -> tuple[Array, Array]:
+    """The factor between two vectors, and whether there is one, up to float32's rounding."""
+    square = jnp.sum(jnp.square(expected))
+    factor = jnp.sum(actual * expected) / jnp.where(square == 0, 1.0, square)
+    tolerance = 8 * jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(actual))
+    return factor, jnp.all(jnp.abs(actual - factor * expected) <= tolerance)
+
+
+# On one device, and on several
+
+
+def _tokens_at_a_time(head: LinearHead) -> int:
+    sharded = head.sharding is not None
+    return head.token_tile if sharded else tokens_on_all_devices(head.token_tile)
+
+
+def _with_arrays(head: LinearHead, weight: Array, bias: Array | None) -> LinearHead:
+    head = eqx.tree_at(lambda head: head.weight, head, weight)
+    return head if bias is None else eqx.tree_at(lambda head: head.bias, head, bias)
+
+
+def _no_gradient(head: LinearHead) -> HeadGradient:
+    return HeadGradient(
+        jnp.zeros(head.weight.shape, jnp.float32),
+        None if head.bias is None else jnp.zeros(head.bias.shape, jnp.float32),
+    )
+
+
+def _on_devices(
+    sharding: HeadSharding | None,
+    function: Callable[..., Any],
+    words: Sequence[str],
+    out_words: Sequence[str],
+) -> Callable[..., Any]:
+    """`function` on every device's part of arrays with these axis words.
+
+    Gradients are never taken through this: each strategy maps its forward and backward pass.
+    """
+    if sharding is None:
+        return function
+    return jax.shard_map(
+        function,
+        mesh=sharding.mesh,
+        in_specs=tuple(map(sharding.spec, words)),
+        out_specs=tuple(map(sharding.spec, out_words)),
+        check_vma=False,
+    )
+
+
+def _first_local_id(head: LinearHead) -> Array | int:
+    if head.sharding is None or not head.sharding.vocab_axes:
+        return 0
+    return lax.axis_index(head.sharding.vocab_axes) * head.weight.shape[0]
+
+
+def _over_vocab_axes(sums: VocabSums, head: LinearHead, offset: Array | int) -> VocabSums:
+    """Joins what the devices know of their parts of the vocabulary."""
+    if head.sharding is None or not head.sharding.vocab_axes:
+        return sums
+    axes = head.sharding.vocab_axes
+    highest = lax.pmax(sums.highest, axes)
+    best_id = sums.best_id
+    if best_id is not None:
+        no_id = jnp.iinfo(jnp.int32).max
+        best_id = lax.pmin(jnp.where(sums.highest == highest, best_id + offset, no_id), axes)
+    return VocabSums(
+        highest=highest,
+        scaled_sum=lax.psum(sums.scaled_sum * jnp.exp(sums.highest - highest), axes),
+        target_logit=lax.psum(sums.target_logit, axes),
+        best_id=best_id,
+    )
+
+
+def _over_token_axes(gradient: HeadGradient, head: LinearHead) -> tuple[Array, Array | None]:
+    """The head's gradient from all devices' tokens, in the dtype of its parameters."""
+    if head.sharding is not None and head.sharding.token_axes:
+        gradient = lax.psum(gradient, head.sharding.token_axes)
+    weight = gradient.weight.astype(head.weight.dtype)
+    if head.bias is None or gradient.bias is None:
+        return weight, None
+    return weight, gradient.bias.astype(head.bias.dtype)

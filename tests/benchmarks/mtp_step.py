@@ -1,0 +1,299 @@
+"""Compile time, step time and memory of the MTP block against a naive one.
+
+    python tests/benchmarks/mtp_step.py [--preset cpu|gpu] [--json FILE]
+
+A step is the value and the gradient of the MTP loss: with respect to the block, the decoder's
+embedding (which is its output head too) and the main hidden states. `naive` unrolls the depths,
+makes all logits and takes optax's cross-entropy; `fused` is the library; `recompute` is the library
+with the loss that computes its logits again in the backward pass. All are measured in one run, in
+turn, so that what else the machine does meets them alike.
+
+`matmul_fraction` is the time of the necessary matrix products alone (those of layers and head,
+forward and backward, each timed by itself in the same run; half of the attention's, which is
+causal), over the time of the step.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+import equinox_mtp as emtp
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one benchmark."""
+
+    batch: int
+    seq: int
+    embed: int
+    mlp: int
+    heads: int
+    vocab: int
+    dtype: str
+
+
+PRESETS = {
+    "cpu": [Shape(4, 512, 512, 1408, 8, 32_000, "float32")],
+    "gpu": [
+        Shape(4, 1024, 7168, 18_432, 56, 129_280, "bfloat16"),
+        Shape(8, 2048, 2048, 5632, 16, 129_280, "bfloat16"),
+    ],
+    "tiny": [Shape(2, 32, 32, 64, 2, 300, "float32")],
+}
+
+Parameters = tuple[emtp.nn.TransformerDecoder, emtp.MultiTokenPredictionBlock, jax.Array]
+Loss = Callable[[Parameters, emtp.MTPTargets], jax.Array]
+
+
+@eqx.filter_jit
+def make_case(shape: Shape, num_depths: int) -> tuple[Parameters, emtp.MTPTargets]:
+    """What a step is given: parameters and hidden states, and targets."""
+    config = emtp.nn.TransformerConfig(
+        vocab_size=shape.vocab,
+        embed_size=shape.embed,
+        num_layers=1,
+        num_heads=shape.heads,
+        mlp_size=shape.mlp,
+        dtype=shape.dtype,
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    decoder = emtp.nn.TransformerDecoder(config, key=keys[0])
+    block = emtp.MultiTokenPredictionBlock(
+        emtp.MTPConfig(num_depths),
+        functools.partial(emtp.nn.TransformerDecoderLayer, config),
+        embed_size=shape.embed,
+        key=keys[1],
+    )
+    tokens = jax.random.randint(keys[2], (shape.batch, shape.seq + 1), 0, shape.vocab)
+    size = (shape.batch, shape.seq, shape.embed)
+    hidden_states = jax.random.normal(keys[3], size, shape.dtype)
+    targets = emtp.align_targets(*emtp.inputs_and_targets(tokens), num_depths=num_depths)
+    return (decoder, block, hidden_states), targets
+
+
+def fused_loss(parameters: Parameters, targets: emtp.MTPTargets) -> jax.Array:
+    """The library's loss."""
+    decoder, block, hidden_states = parameters
+    output = block(decoder, hidden_states, targets, predictions=False)
+    return emtp.calculate_mtp_loss(output.losses)
+
+
+class RecomputingDecoder(emtp.AbstractDecoder):
+    """A decoder whose head has its logits computed again in the backward pass."""
+
+    decoder: emtp.nn.TransformerDecoder
+
+    def embed(self, input_ids: jax.Array, position_ids: jax.Array) -> jax.Array:
+        return self.decoder.embed(input_ids, position_ids)
+
+    def __call__(self, input_ids: jax.Array, **arguments: Any) -> jax.Array:
+        return self.decoder(input_ids, **arguments)
+
+    def final_norm(self, hidden_states: jax.Array) -> jax.Array:
+        return self.decoder.final_norm(hidden_states)
+
+    def output_head(self) -> emtp.LinearHead:
+        return emtp.LinearHead(self.decoder.output_head(), recompute_logits=True)
+
+
+def recompute_loss(parameters: Parameters, targets: emtp.MTPTargets) -> jax.Array:
+    """The library's loss, with the logits computed again in the backward pass."""
+    decoder, *rest = parameters
+    return fused_loss((RecomputingDecoder(decoder), *rest), targets)
+
+
+def naive_loss(parameters: Parameters, targets: emtp.MTPTargets) -> jax.Array:
+    """What one would write first: a loop, full logits, and optax's cross-entropy."""
+    decoder, block, hidden_states = parameters
+    position_ids = jnp.broadcast_to(jnp.arange(hidden_states.shape[1]), hidden_states.shape[:2])
+    total = jnp.zeros(())
+    for k in range(block.config.num_depths):
+        embedding = decoder.embed(targets.input_ids[k], targets.position_ids[k])
+        layer = block.layer(k + 1)
+        hidden_states, _ = layer(hidden_states, embedding, position_ids=position_ids)
+        normed = decoder.final_norm(hidden_states)
+        logits = jnp.einsum(
+            "bse,ve->bsv",
+            normed,
+            decoder.output_head().astype(normed.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets.target_ids[k])
+        total += jnp.sum(losses * targets.mask[k])
+    return 0.1 * total / jnp.sum(targets.mask)
+
+
+VARIANTS: dict[str, Loss] = {
+    "fused": fused_loss,
+    "recompute": recompute_loss,
+    "naive": naive_loss,
+}
+
+
+class Step:
+    """One variant at one number of depths, compiled; `run` times one step."""
+
+    def __init__(self, variant: str, depths: int, case: tuple[Any, Any]):
+        self.variant, self.depths, self.case = variant, depths, case
+        self.times: list[float] = []
+        start = time.perf_counter()
+        gradient = eqx.filter_jit(eqx.filter_value_and_grad(VARIANTS[variant]))
+        self.compiled = gradient.lower(*case).compile()
+        self.compile_s = time.perf_counter() - start
+        memory = self.compiled.compiled.memory_analysis()
+        self.temp_bytes = int(memory.temp_size_in_bytes)
+
+    def run(self) -> Any:
+        start = time.perf_counter()
+        out = jax.block_until_ready(self.compiled(*self.case))
+        self.times.append(time.perf_counter() - start)
+        return out
+
+
+class Product:
+    """A plain matrix product, the number of times that one depth needs it."""
+
+    def __init__(self, equation: str, x: tuple[int, ...], y: tuple[int, ...], count: float, dtype):
+        keys = jax.random.split(jax.random.key(0))
+        self.arguments = jax.random.normal(keys[0], x, dtype), jax.random.normal(keys[1], y, dtype)
+        self.product = jax.jit(functools.partial(jnp.einsum, equation))
+        self.count, self.times = count, []
+        self.product(*self.arguments).block_until_ready()
+
+    def run(self) -> None:
+        repeats = 3
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = self.product(*self.arguments)
+        out.block_until_ready()
+        self.times.append((time.perf_counter() - start) / repeats)
+
+
+def necessary_products(shape: Shape) -> list[Product]:
+    """All matrix products of one depth, forward and backward, and of its head."""
+    tokens, embed, mlp = shape.batch * shape.seq, shape.embed, shape.mlp
+    products = []
+
+    def linear(size_in: int, size_out: int, count: int = 1) -> None:
+        forward, backward = (tokens, size_in), (tokens, size_out)
+        kernel = (size_in, size_out)
+        for equation, x, y in (
+            ("ti,io->to", forward, kernel),
+            ("to,io->ti", backward, kernel),
+            ("ti,to->io", forward, backward),
+        ):
+            products.append(Product(equation, x, y, count, shape.dtype))
+
+    linear(2 * embed, embed)
+    linear(embed, embed, count=4)
+    linear(embed, mlp, count=2)
+    linear(mlp, embed)
+    linear(embed, shape.vocab)
+    features = (shape.batch, shape.heads, shape.seq, embed // shape.heads)
+    scores = (shape.batch, shape.heads, shape.seq, shape.seq)
+    # Two products forward, four backward, of which a causal mask needs half.
+    products.append(Product("bhqd,bhkd->bhqk", features, features, 0.5 * 3, shape.dtype))
+    products.append(Product("bhqk,bhkd->bhqd", scores, features, 0.5 * 3, shape.dtype))
+    return products
+
+
+def check(steps: list[Step]) -> None:
+    """Loss and gradients of every variant against the naive one's."""
+    outputs = {step.variant: step.run() for step in steps}
+    for step in steps:
+        step.times.clear()
+        leaves = zip(
+            jax.tree.leaves(outputs[step.variant]), jax.tree.leaves(outputs["naive"]), strict=True
+        )
+        step.relative_error = max(
+            float(jnp.max(jnp.abs(x - y)) / jnp.maximum(jnp.max(jnp.abs(y)), 1e-30))
+            for x, y in leaves
+        )
+
+
+def measure(shape: Shape, all_depths: list[int], repeats: int) -> list[dict[str, Any]]:
+    """All rows of one shape."""
+    steps = []
+    for depths in all_depths:
+        case = make_case(shape, depths)
+        of_depth = [Step(variant, depths, case) for variant in VARIANTS]
+        check(of_depth)
+        steps += of_depth
+        print(f"compiled {depths} depth(s)", file=sys.stderr)
+    products = necessary_products(shape)
+    for repeat in range(repeats):
+        for timed in (*products, *steps):
+            timed.run()
+        print(f"measured {repeat + 1} of {repeats} times", file=sys.stderr)
+    matmul_s = sum(product.count * statistics.median(product.times) for product in products)
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return [
+        {
+            "shape": dataclasses.asdict(shape),
+            "variant": step.variant,
+            "depths": step.depths,
+            "compile_s": step.compile_s,
+            "step_s": statistics.median(step.times),
+            "temp_bytes": step.temp_bytes,
+            "matmul_fraction": step.depths * matmul_s / statistics.median(step.times),
+            "relative_error": step.relative_error,
+            "device_peak_bytes": peak,
+        }
+        for step in steps
+    ]
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """A table for people, and for README."""
+    naive = {row["depths"]: row for row in rows if row["variant"] == "naive"}
+    print(f"\n{Shape(**rows[0]['shape'])} on {jax.devices()[0].device_kind}\n")
+    print("| D | variant | compile (s) | step (s) | of naive | matmul | temporaries | of naive |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        reference = naive[row["depths"]]
+        print(
+            f"| {row['depths']} | {row['variant']} | {row['compile_s']:.1f} "
+            f"| {row['step_s']:.3f} | {row['step_s'] / reference['step_s']:.2f} "
+            f"| {row['matmul_fraction']:.2f} | {row['temp_bytes'] / 2**20:.0f} MiB "
+            f"| {row['temp_bytes'] / reference['temp_bytes']:.3f} |"
+        )
+    worst = max(row["relative_error"] for row in rows)
+    print(f"\nLosses and gradients differ from the naive ones by at most {worst:.1e} (relative).")
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    # Compile times are to be those of a first run.
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = []
+    for shape in PRESETS[arguments.preset]:
+        of_shape = measure(shape, arguments.depths, arguments.repeats)
+        print_table(of_shape)
+        rows += of_shape
+    if arguments.json:
+        device = jax.devices()[0].device_kind
+        report = {"preset": arguments.preset, "device": device, "rows": rows}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
