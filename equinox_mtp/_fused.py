@@ -268,32 +268,41 @@ def _local_losses_and_gradients(
 def _weighted_losses_backward(
     predictions: bool, residuals: Any, cotangents: WeightedLosses
 ) -> tuple[Any, ...]:
-    arguments, token, (hidden_gradient, head_gradient) = residuals
+    arguments, token, gradients = residuals
     head, hidden_states, target_ids, weights, z_loss_weight, expected = arguments
     by_depth = cotangents.losses
     by_token = by_depth[:, None, None]
     square = jnp.square(token.log_sum_exp)
+    factor, is_as_expected = _proportion(by_depth, expected)
 
-    def compute_anew() -> LinearHead:
+    def scale(gradients: tuple[Array, LinearHead]) -> tuple[Array, LinearHead]:
+        hidden_gradient, head_gradient = gradients
+        return (
+            (hidden_gradient * by_token[..., None]).astype(hidden_gradient.dtype),
+            jax.tree.map(lambda x: (x * factor).astype(x.dtype), head_gradient),
+        )
+
+    def compute_anew(gradients: tuple[Array, LinearHead]) -> tuple[Array, LinearHead]:
         scaled = weights * by_token
-        return _token_gradients(
+        _, head_gradient = _token_gradients(
             head,
             hidden_states,
             target_ids,
             token.log_sum_exp,
             softmax_weight=scaled * (1 + 2 * z_loss_weight * token.log_sum_exp),
             target_weight=scaled,
-        )[1]
+        )
+        return scale(gradients)[0], head_gradient
 
-    factor, is_as_expected = _proportion(by_depth, expected)
-    scale = partial(jax.tree.map, lambda x: (x * factor).astype(x.dtype))
     if len(by_depth) == 1:
-        head_gradient = scale(head_gradient)
+        hidden_gradient, head_gradient = scale(gradients)
     else:
-        head_gradient = lax.cond(is_as_expected, lambda: scale(head_gradient), compute_anew)
+        # Both gradients come out of it: were it for the head's alone, XLA would run it after the
+        # layers' backward pass, and hold all that it needs until then.
+        hidden_gradient, head_gradient = lax.cond(is_as_expected, scale, compute_anew, gradients)
     return (
         head_gradient,
-        (hidden_gradient * by_token[..., None]).astype(hidden_gradient.dtype),
+        hidden_gradient,
         None,
         by_token * (token.negative_log_likelihood + z_loss_weight * square),
         jnp.sum(by_token * weights * square),
