@@ -9,6 +9,7 @@ Any other callable is run on tiles of tokens, and once more in the backward pass
 """
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -146,7 +147,7 @@ def depth_sums(
     else:
         if expected is None:
             expected = jnp.ones(hidden_states.shape[0], jnp.float32)
-        out = weighted_losses(
+        out: Any = weighted_losses(
             predictions, linear, hidden_states, target_ids, weights, z_loss_weight, expected
         )
     return out._replace(z_losses=jax.lax.stop_gradient(out.z_losses))
@@ -171,6 +172,7 @@ def _token_losses(
     linear = _as_linear_head(head)
     if linear is not None:
         return token_losses(predictions, linear, hidden_states, target_ids)
+    assert callable(head)
 
     @jax.checkpoint
     def losses_of_tile(hidden_states: Array, target_ids: Array) -> TokenLosses:

@@ -85,7 +85,7 @@ def _local_token_losses(
 def _token_losses_forward(
     predictions: bool, head: LinearHead, hidden_states: Array, target_ids: Array
 ) -> tuple[TokenLosses, Any]:
-    out = token_losses(predictions, head, hidden_states, target_ids)
+    out: Any = token_losses(predictions, head, hidden_states, target_ids)
     return out, (head, hidden_states, target_ids, out.log_sum_exp)
 
 
@@ -182,7 +182,7 @@ def weighted_losses(
     otherwise the backward pass computes that gradient anew. Hence a wrong `expected` costs time,
     and never exactness.
     """
-    token = token_losses(predictions, head, hidden_states, target_ids)
+    token: Any = token_losses(predictions, head, hidden_states, target_ids)
     return sum_by_depth(token, weights, z_loss_weight)
 
 

@@ -15,13 +15,13 @@ Visit: TypeAlias = Callable[[Any, Any, Array], tuple[Any, Any]]
 
 
 class _Tiling(NamedTuple):
-    """At each depth, `count` tiles of `size` positions in each of `batch` rows."""
+    """At each depth, `num_tiles` tiles of `size` positions in each of `batch` rows."""
 
     depth: int
     batch: int
     seq: int
     size: int
-    count: int
+    num_tiles: int
 
 
 def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[Any, Any]:
@@ -43,44 +43,44 @@ def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[A
     depth, batch, seq = jax.tree.leaves(inputs)[0].shape[:3]
     if depth * batch * seq == 0:
         return carry, _empty_outputs(visit, carry, inputs)
-    count = min(seq, math.ceil(batch * seq / tokens))
-    tiling = _Tiling(depth, batch, seq, size=-(-seq // count), count=count)
+    num_tiles = min(seq, math.ceil(batch * seq / tokens))
+    tiling = _Tiling(depth, batch, seq, size=-(-seq // num_tiles), num_tiles=num_tiles)
     split = jax.tree.map(lambda x: _split(x, tiling), inputs)
     tile_shapes = jax.eval_shape(partial(_read, tiling=tiling), split, jnp.int32(0))
     _, output_shapes = eqx.filter_eval_shape(visit, carry, tile_shapes, jnp.int32(0))
 
     def step(state: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], None]:
         carry, written = state
-        carry, outputs = visit(carry, _read(split, index, tiling), index // count)
+        carry, outputs = visit(carry, _read(split, index, tiling), index // num_tiles)
         return (carry, _write(written, outputs, index, tiling)), None
 
     # Outputs go to their places in one buffer: stacked by tile, they would have to be transposed.
     buffers = jax.tree.map(
-        lambda s: jnp.zeros((depth, batch, tiling.size, count, *s.shape[2:]), s.dtype),
+        lambda s: jnp.zeros((depth, batch, tiling.size, num_tiles, *s.shape[2:]), s.dtype),
         output_shapes,
     )
     (carry, written), _ = lax.scan(
-        step, (carry, buffers), jnp.arange(depth * count, dtype=jnp.int32)
+        step, (carry, buffers), jnp.arange(depth * num_tiles, dtype=jnp.int32)
     )
     return carry, jax.tree.map(lambda x: _join(x, tiling), written)
 
 
 def _split(x: Array, tiling: _Tiling) -> Array:
-    """`[depth batch seq …]` to `[depth batch size count …]`."""
-    padding = tiling.size * tiling.count - tiling.seq
+    """`[depth batch seq …]` to `[depth batch size num_tiles …]`."""
+    padding = tiling.size * tiling.num_tiles - tiling.seq
     if padding:
         x = jnp.pad(x, [(0, 0), (0, 0), (0, padding), *[(0, 0)] * (x.ndim - 3)])
-    return x.reshape(*x.shape[:2], tiling.size, tiling.count, *x.shape[3:])
+    return x.reshape(*x.shape[:2], tiling.size, tiling.num_tiles, *x.shape[3:])
 
 
 def _join(x: Array, tiling: _Tiling) -> Array:
     """The inverse of `_split`."""
-    x = x.reshape(*x.shape[:2], tiling.size * tiling.count, *x.shape[4:])
+    x = x.reshape(*x.shape[:2], tiling.size * tiling.num_tiles, *x.shape[4:])
     return x[:, :, : tiling.seq]
 
 
 def _starts(index: Array, ndim: int, tiling: _Tiling) -> tuple[Any, ...]:
-    return (index // tiling.count, 0, 0, index % tiling.count, *[0] * (ndim - 4))
+    return (index // tiling.num_tiles, 0, 0, index % tiling.num_tiles, *[0] * (ndim - 4))
 
 
 def _read(split: Any, index: Array, tiling: _Tiling) -> Any:

@@ -17,13 +17,13 @@ class VocabSums(NamedTuple):
     first id with the highest logit, or `None` if it was not asked for.
     """
 
-    highest: Float32[Array, "batch seq"]
-    scaled_sum: Float32[Array, "batch seq"]
-    target_logit: Float32[Array, "batch seq"]
-    best_id: Int32[Array, "batch seq"] | None
+    highest: Float32[Array, "*tokens"]
+    scaled_sum: Float32[Array, "*tokens"]
+    target_logit: Float32[Array, "*tokens"]
+    best_id: Int32[Array, "*tokens"] | None
 
     @property
-    def log_sum_exp(self) -> Float32[Array, "batch seq"]:
+    def log_sum_exp(self) -> Float32[Array, "*tokens"]:
         """log Σ_v exp(logits[v])."""
         return self.highest + jnp.log(self.scaled_sum)
 

@@ -21,6 +21,7 @@ DEFAULTS = {
     "stop_gradient_hidden": False,
     "stop_gradient_embedding": False,
     "stop_gradient_head": False,
+    "checkpoint_policy": None,
 }
 
 PRESETS = {

@@ -149,6 +149,7 @@ def test_token_losses(case: tuple[str, int]):
 def test_acceptance(case: tuple[str, int]):
     loaded = _load(*case)
     _, output, _ = _jitted(*case)
+    assert output.acceptance is not None
     for depth in range(1, loaded.num_depths + 1):
         prefix = f"eval{depth}/"
         mask = loaded.numbers[prefix + "mtp_mask"][0] != 0
