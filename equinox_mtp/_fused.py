@@ -238,8 +238,8 @@ def _local_losses_and_gradients(
         gradient: HeadGradient, tile: tuple[Array, ...], depth: Array
     ) -> tuple[HeadGradient, Any]:
         hidden, target_ids, weights = tile
-        sums, logits = sum_over_vocabulary(
-            head, hidden, target_ids, predictions=predictions, keep_logits=True
+        sums, kept_tiles = sum_over_vocabulary(
+            head, hidden, target_ids, predictions=predictions, keep_tiles=True
         )
         log_sum_exp = sums.log_sum_exp
         hidden_gradient, gradient = backward_over_vocabulary(
@@ -251,7 +251,7 @@ def _local_losses_and_gradients(
             target_weight=weights,
             head_gradient=gradient,
             head_weight=expected[depth],
-            kept_logits=logits,
+            kept_tiles=kept_tiles,
         )
         token = TokenLosses(log_sum_exp - sums.target_logit, log_sum_exp, sums.best_id)
         return gradient, (token, hidden_gradient.astype(hidden.dtype))

@@ -35,6 +35,17 @@ class HeadGradient(NamedTuple):
     bias: Float32[Array, "vocab"] | None
 
 
+class KeptTiles(NamedTuple):
+    """A tile of tokens, as the pass over the vocabulary leaves it for the backward pass.
+
+    `values` are exp(logits - highest), with `highest` each tile's own: so the softmax takes no
+    second exponential. Under a soft-cap they are the logits, which its derivative needs.
+    """
+
+    values: Float32[Array, "tiles batch seq vocab_tile"]
+    highest: Float32[Array, "tiles batch seq"]
+
+
 class _Tile(NamedTuple):
     """A tile's rows of the head, its first id, and which of its ids no tile before it had."""
 
@@ -71,8 +82,8 @@ def _tile_logits(head: LinearHead, hidden_states: Array, tile: _Tile) -> Array:
     return logits if tile.is_new is None else jnp.where(tile.is_new, logits, -jnp.inf)
 
 
-def _is_target(target_ids: Array, tile: _Tile, logits: Array) -> Array:
-    ids = tile.start + lax.broadcasted_iota(target_ids.dtype, logits.shape, logits.ndim - 1)
+def _is_target(target_ids: Array, tile: _Tile, values: Array) -> Array:
+    ids = tile.start + lax.broadcasted_iota(target_ids.dtype, values.shape, values.ndim - 1)
     is_target = ids == target_ids[..., None]
     return is_target if tile.is_new is None else is_target & tile.is_new
 
@@ -83,25 +94,28 @@ def sum_over_vocabulary(
     target_ids: Integer[Array, "batch seq"],
     *,
     predictions: bool,
-    keep_logits: bool = False,
-) -> tuple[VocabSums, Float32[Array, "tiles batch seq vocab_tile"] | None]:
-    """One pass over the vocabulary, with a running maximum; `keep_logits` also returns them."""
+    keep_tiles: bool = False,
+) -> tuple[VocabSums, KeptTiles | None]:
+    """One pass over the vocabulary, with a running maximum."""
 
-    def visit(sums: VocabSums, index: Array) -> tuple[VocabSums, Array | None]:
+    def visit(sums: VocabSums, index: Array) -> tuple[VocabSums, KeptTiles | None]:
         tile = _take_tile(head, index)
         logits = _tile_logits(head, hidden_states, tile)
-        tile_highest = jnp.max(logits, axis=-1)
+        # Finite also for a tile whose ids are all ruled out by a bias of -inf.
+        tile_highest = jnp.maximum(jnp.max(logits, axis=-1), jnp.finfo(jnp.float32).min)
+        exponentials = jnp.exp(logits - tile_highest[..., None])
         highest = jnp.maximum(sums.highest, tile_highest)
         scaled_sum = sums.scaled_sum * jnp.exp(sums.highest - highest)
-        scaled_sum += jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
+        scaled_sum += jnp.exp(tile_highest - highest) * jnp.sum(exponentials, axis=-1)
         is_target = _is_target(target_ids, tile, logits)
         target_logit = sums.target_logit + jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         best_id = sums.best_id
         if best_id is not None:
             first = tile.start + _first_index(logits, tile_highest)
             best_id = jnp.where(tile_highest > sums.highest, first, best_id)
+        kept = logits if head.soft_cap is not None else exponentials
         return VocabSums(highest, scaled_sum, target_logit, best_id), (
-            logits if keep_logits else None
+            KeptTiles(kept, tile_highest) if keep_tiles else None
         )
 
     zeros = jnp.zeros(target_ids.shape, jnp.float32)
@@ -131,28 +145,33 @@ def backward_over_vocabulary(
     target_weight: Float32[Array, "batch seq"],
     head_gradient: HeadGradient,
     head_weight: Float32[Array, ""] | float = 1.0,
-    kept_logits: Float32[Array, "tiles batch seq vocab_tile"] | None = None,
+    kept_tiles: KeptTiles | None = None,
 ) -> tuple[Float32[Array, "batch seq embed"], HeadGradient]:
     """The gradients of Σ_tokens with `softmax_weight · softmax - target_weight · onehot` as logits'
     cotangent: that of the hidden states, and `head_weight` times the head's added to
     `head_gradient`.
 
-    Logits that were not kept are computed again.
+    Tiles that were not kept are computed again.
     """
 
+    def softmax_and_logits(tile: _Tile, kept: KeptTiles | None) -> tuple[Array, Array | None]:
+        if kept is None or head.soft_cap is not None:
+            logits = _tile_logits(head, hidden_states, tile) if kept is None else kept.values
+            return jnp.exp(logits - log_sum_exp[..., None]), logits
+        return kept.values * jnp.exp(kept.highest - log_sum_exp)[..., None], None
+
     def visit(
-        carry: tuple[Array, HeadGradient], inputs: tuple[Array, Array | None]
+        carry: tuple[Array, HeadGradient], inputs: tuple[Array, KeptTiles | None]
     ) -> tuple[tuple[Array, HeadGradient], None]:
         hidden_gradient, head_gradient = carry
-        index, logits = inputs
+        index, kept = inputs
         tile = _take_tile(head, index)
-        if logits is None:
-            logits = _tile_logits(head, hidden_states, tile)
-        softmax = jnp.exp(logits - log_sum_exp[..., None])
+        softmax, logits = softmax_and_logits(tile, kept)
         cotangent = softmax_weight[..., None] * softmax
-        is_target = _is_target(target_ids, tile, logits)
+        is_target = _is_target(target_ids, tile, softmax)
         cotangent -= jnp.where(is_target, target_weight[..., None], 0.0)
-        cotangent = head.cotangent(logits, cotangent)
+        if logits is not None:
+            cotangent = head.cotangent(logits, cotangent)
         if tile.is_new is not None:
             cotangent = jnp.where(tile.is_new, cotangent, 0.0)
         low = cotangent.astype(hidden_states.dtype)
@@ -168,7 +187,7 @@ def backward_over_vocabulary(
 
     start = (jnp.zeros(hidden_states.shape, jnp.float32), head_gradient)
     indices = jnp.arange(_num_tiles(head), dtype=jnp.int32)
-    return lax.scan(visit, start, (indices, kept_logits))[0]
+    return lax.scan(visit, start, (indices, kept_tiles))[0]
 
 
 def _add_tile(gradient: HeadGradient, tile: HeadGradient, start: Array) -> HeadGradient:
