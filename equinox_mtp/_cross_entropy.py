@@ -153,10 +153,11 @@ def depth_sums(
         expected = jnp.ones(hidden_states.shape[0], jnp.float32)
     sums = with_auto_axes(
         partial(_depth_sums, predictions),
-        lambda tokens: WeightedLosses(P(), P(), tokens),
+        lambda tokens: (P(), P(), tokens),
         target_ids,
     )
-    return sums(head, hidden_states, target_ids, weights, z_loss_weight, expected)
+    out = sums(head, hidden_states, target_ids, weights, z_loss_weight, expected)
+    return WeightedLosses(*out)
 
 
 def _depth_sums(
@@ -167,7 +168,7 @@ def _depth_sums(
     weights: Array,
     z_loss_weight: Array,
     expected: Array,
-) -> WeightedLosses:
+) -> tuple[Array, Array, Array | None]:
     weights = weights.astype(jnp.float32)
     linear = _as_linear_head(head)
     if linear is None or linear.keeps_no_gradient:
@@ -177,7 +178,7 @@ def _depth_sums(
         out: Any = weighted_losses(
             predictions, linear, hidden_states, target_ids, weights, z_loss_weight, expected
         )
-    return out._replace(z_losses=jax.lax.stop_gradient(out.z_losses))
+    return out.losses, jax.lax.stop_gradient(out.z_losses), out.predictions
 
 
 def _as_depth_batch_seq(x: Array, features: int = 0) -> Array:

@@ -191,8 +191,9 @@ def sum_by_depth(token: TokenLosses, weights: Array, z_loss_weight: Array) -> We
     """The weighted sums of each depth's token losses."""
 
     def total(values: Array) -> Array:
-        # A token that weighs nothing must not turn a sum into NaN.
-        return jnp.sum(jnp.where(weights == 0, 0.0, weights * values), axis=(1, 2))
+        # A token that weighs nothing must not turn a sum into NaN. It has a derivative by weight.
+        finite = jnp.nan_to_num(lax.stop_gradient(values))
+        return jnp.sum(weights * jnp.where(weights == 0, finite, values), axis=(1, 2))
 
     z_losses = z_loss_weight * total(jnp.square(token.log_sum_exp))
     return WeightedLosses(

@@ -20,6 +20,12 @@ _HOW_TO_SPLIT: Mapping[str, str] = {
 }
 
 
+_CLOSURE_NOTE = (
+    "On a mesh of explicit axes `head` must not close over arrays: make it an `equinox.Module` "
+    "that holds them, or a `LinearHead`."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadSharding:
     """Where hidden states and output head lie on a mesh, for the loss.
@@ -30,14 +36,17 @@ class HeadSharding:
     numbers a token, and the hidden states' gradient.
 
     Without it the loss is right too, and no hidden state or logit moves between devices that each
-    hold some of the tokens; but the head is gathered, and its gradient is summed over devices in
-    each tile. Set the mesh with `jax.set_mesh`, as tiles can only be `token_tile` tokens *on each
-    device* if the number of devices is known.
+    hold some of the tokens; but every device gets the whole head, and its gradient is summed over
+    devices in each tile. Set the mesh with `jax.set_mesh` then: on a mesh of `Auto` axes that is
+    not set a tile is `token_tile` tokens of *all* devices, and a split head is gathered by tiles.
 
-    Both ways take meshes of `Auto` and of `Explicit` axes: within the loss explicit axes are
-    automatic, losses of tokens come back sharded as the target ids are, and gradients as what they
-    are gradients of. Inside a `shard_map` of your own leave it out: the loss is then that of the
-    device's tokens.
+    Both ways take meshes of `Auto` and of `Explicit` axes. Explicit axes are automatic within the
+    loss; losses of tokens come back sharded as the target ids are, and gradients as what they are
+    gradients of. A head that is a callable must then be a pytree of its arrays.
+
+    Inside a `shard_map` of your own leave it out: the loss is then that of the device's tokens, to
+    be summed. The gradient of a head that is the same on all devices is a sum over them already
+    if `check_vma` is on, as JAX has it, and each device's part otherwise.
 
     **Fields:**
 
@@ -106,7 +115,7 @@ def on_devices(
     Gradients are never taken through this: each strategy maps its forward and backward pass.
     """
     if sharding is None:
-        return function
+        return lambda *arrays: _whole_heads(function(*_whole_heads(arrays, words)), out_words)
 
     def on_mesh(*arrays: Array | None) -> Any:
         mesh = _mesh(sharding)
@@ -124,6 +133,20 @@ def on_devices(
         )(*arrays)
 
     return on_mesh
+
+
+def _whole_heads(arrays: Sequence[Array | None], words: Sequence[str]) -> tuple[Array | None, ...]:
+    """Has what is split over the vocabulary or the features of the head put together outside of
+    the loops, where the mesh is known: XLA would do so for every tile."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return tuple(arrays)
+    return tuple(
+        jax.lax.with_sharding_constraint(array, P())
+        if array is not None and "vocab" in axis_words
+        else array
+        for array, axis_words in zip(arrays, words, strict=True)
+    )
 
 
 def _mesh(sharding: HeadSharding) -> Mesh | AbstractMesh:
@@ -236,12 +259,17 @@ def with_auto_axes(
             out_specs(jax.typeof(tokens).sharding.spec),
             is_leaf=lambda spec: isinstance(spec, P),
         )
-        on_arrays = jax.sharding.auto_axes(
-            on_arrays, axes=mesh.explicit_axes, out_sharding=out_sharding
-        )
-        # Outside of `jit` and `jax.set_mesh` nothing else says on which devices to run.
-        in_context = not jax.sharding.get_abstract_mesh().empty
-        return (on_arrays if in_context else jax.jit(on_arrays))(arrays)
+        axes = mesh.explicit_axes
+        mapped: Any = jax.sharding.auto_axes(on_arrays, axes=axes, out_sharding=out_sharding)
+        if jax.sharding.get_abstract_mesh().empty:
+            # Outside of `jit` nothing else says on which devices to run.
+            mapped = jax.jit(mapped)
+        try:
+            return mapped(arrays)
+        except ValueError as error:
+            if "context mesh" in str(error):
+                error.add_note(_CLOSURE_NOTE)
+            raise
 
     return run
 

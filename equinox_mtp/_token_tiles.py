@@ -51,7 +51,7 @@ def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[A
     first = jax.tree.leaves(inputs)[0]
     if math.prod(first.shape[:3]) == 0:
         return carry, _empty_outputs(visit, carry, inputs)
-    tiling = _tiling(*first.shape[:3], tokens)
+    tiling = _tiling(first.shape, tokens)
     split = jax.tree.map(lambda x: _split(x, tiling), inputs)
     tile_shapes = jax.eval_shape(partial(_read, tiling=tiling), split, jnp.int32(0))
     _, output_shapes = eqx.filter_eval_shape(visit, carry, tile_shapes, jnp.int32(0))
@@ -71,7 +71,8 @@ def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[A
     return carry, jax.tree.map(lambda x: _join(x, tiling), written)
 
 
-def _tiling(depth: int, batch: int, seq: int, tokens: int) -> _Tiling:
+def _tiling(shape: tuple[int, ...], tokens: int) -> _Tiling:
+    depth, batch, seq = shape[:3]
     shards = shards_of(seq, batch=batch, tokens=tokens)
     shard_seq = seq // shards
     num_tiles = min(shard_seq, math.ceil(batch * seq / tokens))
