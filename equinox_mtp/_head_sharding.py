@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
@@ -136,14 +137,17 @@ def on_devices(
 
 
 def _whole_heads(arrays: Sequence[Array | None], words: Sequence[str]) -> tuple[Array | None, ...]:
-    """Has what is split over the vocabulary or the features of the head put together outside of
-    the loops, where the mesh is known: XLA would do so for every tile."""
+    """Puts split arrays of the head together, where the mesh is known.
+
+    Outside of the loops, that is: XLA would do so for every tile. Outside of `jit` arrays stay
+    where they are.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return tuple(arrays)
     return tuple(
         jax.lax.with_sharding_constraint(array, P())
-        if array is not None and "vocab" in axis_words
+        if isinstance(array, Tracer) and "vocab" in axis_words
         else array
         for array, axis_words in zip(arrays, words, strict=True)
     )
@@ -275,12 +279,10 @@ def with_auto_axes(
 
 
 def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
-    """The mesh with explicit axes on which one of the arrays lies, by its type."""
-    for array in jax.tree.leaves(arrays):
-        mesh = jax.typeof(array).sharding.mesh
-        if mesh.explicit_axes:
-            return mesh
-    return None
+    """The mesh with explicit axes that is set, or on which one of the arrays lies by its type."""
+    meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
+    current = jax.sharding.get_abstract_mesh()
+    return next((mesh for mesh in (current, *meshes) if mesh.explicit_axes), None)
 
 
 def _vary_together(arguments: Any) -> Any:
