@@ -24,7 +24,8 @@ from ._decoder import (
     AbstractDecoder as AbstractDecoder,
     AbstractDecoderLayer as AbstractDecoderLayer,
 )
-from ._head import HeadSharding as HeadSharding, LinearHead as LinearHead
+from ._head import LinearHead as LinearHead
+from ._head_sharding import HeadSharding as HeadSharding
 from ._layer import MultiTokenPredictionLayer as MultiTokenPredictionLayer
 from ._losses import (
     MTPLosses as MTPLosses,

@@ -9,15 +9,18 @@ Any other callable is run on tiles of tokens, and once more in the backward pass
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
 
 from ._fused import TokenLosses, WeightedLosses, sum_by_depth, token_losses, weighted_losses
-from ._head import DEFAULT_TOKEN_TILE, LinearHead, tokens_on_all_devices
+from ._head import DEFAULT_TOKEN_TILE, LinearHead
+from ._head_sharding import tokens_on_all_devices, with_auto_axes
 from ._token_tiles import scan_tiles
 from ._types import OutputHead, checked
 
@@ -76,11 +79,14 @@ def linear_cross_entropy(
     **Returns:** `CrossEntropy`, in nats and float32 (predictions: int32, the first id on ties, or
     `None`).
     """
-    shape = target_ids.shape
-    token = _token_losses(
-        head, _as_depth_batch_seq(hidden_states, 1), _as_depth_batch_seq(target_ids), predictions
-    )
-    return CrossEntropy(*jax.tree.map(lambda x: x.reshape(shape), tuple(token)))
+
+    def compute(hidden_states: Array, head: OutputHead, target_ids: Array) -> tuple[Any, ...]:
+        hidden = _as_depth_batch_seq(hidden_states, 1)
+        token = _token_losses(head, hidden, _as_depth_batch_seq(target_ids), predictions)
+        return jax.tree.map(lambda x: x.reshape(target_ids.shape), tuple(token))
+
+    compute = with_auto_axes(compute, lambda tokens: tokens, target_ids)
+    return CrossEntropy(*compute(hidden_states, head, target_ids))
 
 
 @checked
@@ -111,16 +117,20 @@ def summed_linear_cross_entropy(
 
     **Returns:** `SummedCrossEntropy`, in nats and float32.
     """
-    out = depth_sums(
-        _as_depth_batch_seq(hidden_states, 1),
-        head,
-        _as_depth_batch_seq(target_ids),
-        _as_depth_batch_seq(weights),
-        z_loss_weight=z_loss_weight,
-        predictions=predictions,
-    )
-    best = None if out.predictions is None else out.predictions.reshape(target_ids.shape)
-    return SummedCrossEntropy(out.losses[0], out.z_losses[0], best)
+
+    def compute(hidden_states: Array, head: OutputHead, *tokens: Array) -> tuple[Any, ...]:
+        sums = depth_sums(
+            _as_depth_batch_seq(hidden_states, 1),
+            head,
+            *map(_as_depth_batch_seq, tokens),
+            z_loss_weight=z_loss_weight,
+            predictions=predictions,
+        )
+        best_ids = jax.tree.map(lambda x: x.reshape(target_ids.shape), sums.predictions)
+        return sums.losses[0], sums.z_losses[0], best_ids
+
+    compute = with_auto_axes(compute, lambda tokens: (P(), P(), tokens), target_ids)
+    return SummedCrossEntropy(*compute(hidden_states, head, target_ids, weights))
 
 
 def depth_sums(
@@ -138,19 +148,37 @@ def depth_sums(
     `expected`: with what cotangents the sums will come back, up to a common factor; all the same if
     `None`. Otherwise the head's gradient takes two more matrix products.
     """
-    weights = weights.astype(jnp.float32)
     z_loss_weight = jnp.asarray(0.0 if z_loss_weight is None else z_loss_weight, jnp.float32)
+    if expected is None:
+        expected = jnp.ones(hidden_states.shape[0], jnp.float32)
+    sums = with_auto_axes(
+        partial(_depth_sums, predictions),
+        lambda tokens: (P(), P(), tokens),
+        target_ids,
+    )
+    out = sums(head, hidden_states, target_ids, weights, z_loss_weight, expected)
+    return WeightedLosses(*out)
+
+
+def _depth_sums(
+    predictions: bool,
+    head: OutputHead,
+    hidden_states: Array,
+    target_ids: Array,
+    weights: Array,
+    z_loss_weight: Array,
+    expected: Array,
+) -> tuple[Array, Array, Array | None]:
+    weights = weights.astype(jnp.float32)
     linear = _as_linear_head(head)
     if linear is None or linear.keeps_no_gradient:
         token = _token_losses(head, hidden_states, target_ids, predictions)
         out = sum_by_depth(token, weights, z_loss_weight)
     else:
-        if expected is None:
-            expected = jnp.ones(hidden_states.shape[0], jnp.float32)
         out: Any = weighted_losses(
             predictions, linear, hidden_states, target_ids, weights, z_loss_weight, expected
         )
-    return out._replace(z_losses=jax.lax.stop_gradient(out.z_losses))
+    return out.losses, jax.lax.stop_gradient(out.z_losses), out.predictions
 
 
 def _as_depth_batch_seq(x: Array, features: int = 0) -> Array:

@@ -7,17 +7,16 @@ pass, while a tile's logits are there: three.
 Arrays have the axes `depth batch seq`, and `embed`.
 """
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Integer
 
-from ._head import HeadSharding, LinearHead, tokens_on_all_devices
+from ._head import LinearHead
+from ._head_sharding import on_devices
 from ._token_tiles import scan_tiles
 from ._vocab_tiles import (
     HeadGradient,
@@ -58,7 +57,7 @@ def token_losses(
     words = ("vocab embed", "vocab", "depth batch seq embed", "depth batch seq")
     tokens = "depth batch seq"
     return TokenLosses(
-        *_on_devices(head.sharding, local, words, (tokens, tokens, tokens))(
+        *on_devices(head.sharding, local, words, (tokens, tokens, tokens))(
             head.weight, head.bias, hidden_states, target_ids
         )
     )
@@ -67,17 +66,18 @@ def token_losses(
 def _local_token_losses(
     head: LinearHead, predictions: bool, weight: Array, bias: Array | None, *tokens: Array
 ) -> tuple[Array, Array, Array | None]:
-    head = _with_arrays(head, weight, bias)
-    offset = _first_local_id(head)
+    head = head.with_arrays(weight, bias)
+    first_id = head.first_id
 
     def visit(carry: None, tile: tuple[Array, Array], depth: Array) -> tuple[None, VocabSums]:
         hidden_states, target_ids = tile
         return None, sum_over_vocabulary(
-            head, hidden_states, target_ids - offset, predictions=predictions
+            head, hidden_states, target_ids - first_id, predictions=predictions
         )[0]
 
-    _, sums = scan_tiles(visit, None, tokens, tokens=_tokens_at_a_time(head))
-    sums = _over_vocab_axes(sums, head, offset)
+    _, sums = scan_tiles(visit, None, tokens, tokens=head.tokens_at_a_time)
+    if head.vocab_axes:
+        sums = sums.over_devices(head.vocab_axes, first_id)
     log_sum_exp = sums.log_sum_exp
     return log_sum_exp - sums.target_logit, log_sum_exp, sums.best_id
 
@@ -120,7 +120,7 @@ def _token_gradients(
     words = ("vocab embed", "vocab", "depth batch seq embed", *[tokens] * 4)
     out_words = ("depth batch seq embed", "vocab embed", "vocab")
     local = partial(_local_token_gradients, head)
-    hidden_gradient, weight, bias = _on_devices(head.sharding, local, words, out_words)(
+    hidden_gradient, weight, bias = on_devices(head.sharding, local, words, out_words)(
         head.weight,
         head.bias,
         hidden_states,
@@ -129,15 +129,14 @@ def _token_gradients(
         softmax_weight,
         target_weight,
     )
-    return hidden_gradient, _with_arrays(head, weight, bias)
+    return hidden_gradient, head.with_arrays(weight, bias)
 
 
 def _local_token_gradients(
     head: LinearHead, weight: Array, bias: Array | None, hidden_states: Array, *rest: Array
 ) -> tuple[Array, Array, Array | None]:
-    head = _with_arrays(head, weight, bias)
-    offset = _first_local_id(head)
-    vocab_axes = () if head.sharding is None else head.sharding.vocab_axes
+    head = head.with_arrays(weight, bias)
+    first_id = head.first_id
 
     def visit(
         gradient: HeadGradient, tile: tuple[Array, ...], depth: Array
@@ -146,20 +145,22 @@ def _local_token_gradients(
         hidden_gradient, gradient = backward_over_vocabulary(
             head,
             hidden,
-            target_ids - offset,
+            target_ids - first_id,
             log_sum_exp,
             softmax_weight=softmax_weight,
             target_weight=target_weight,
             head_gradient=gradient,
         )
-        return gradient, hidden_gradient if vocab_axes else hidden_gradient.astype(hidden.dtype)
+        return gradient, hidden_gradient if head.vocab_axes else hidden_gradient.astype(
+            hidden.dtype
+        )
 
     gradient, hidden_gradient = scan_tiles(
-        visit, _no_gradient(head), (hidden_states, *rest), tokens=_tokens_at_a_time(head)
+        visit, HeadGradient.zeros(head), (hidden_states, *rest), tokens=head.tokens_at_a_time
     )
-    if vocab_axes:
-        hidden_gradient = lax.psum(hidden_gradient, vocab_axes).astype(hidden_states.dtype)
-    return hidden_gradient, *_over_token_axes(gradient, head)
+    if head.vocab_axes:
+        hidden_gradient = lax.psum(hidden_gradient, head.vocab_axes).astype(hidden_states.dtype)
+    return hidden_gradient, *gradient.over_devices(head)
 
 
 # Weighted sums of losses
@@ -190,8 +191,9 @@ def sum_by_depth(token: TokenLosses, weights: Array, z_loss_weight: Array) -> We
     """The weighted sums of each depth's token losses."""
 
     def total(values: Array) -> Array:
-        # A token that weighs nothing must not turn a sum into NaN.
-        return jnp.sum(jnp.where(weights == 0, 0.0, weights * values), axis=(1, 2))
+        # A token that weighs nothing must not turn a sum into NaN. It has a derivative by weight.
+        finite = jnp.nan_to_num(lax.stop_gradient(values))
+        return jnp.sum(weights * jnp.where(weights == 0, finite, values), axis=(1, 2))
 
     z_losses = z_loss_weight * total(jnp.square(token.log_sum_exp))
     return WeightedLosses(
@@ -212,11 +214,11 @@ def _weighted_losses_forward(
     words = ("vocab embed", "vocab", hidden, tokens, tokens, "", "depth")
     out_words = (tokens, tokens, tokens, hidden, "vocab embed", "vocab")
     local = partial(_local_losses_and_gradients, head, predictions)
-    *token, hidden_gradient, weight, bias = _on_devices(head.sharding, local, words, out_words)(
+    *token, hidden_gradient, weight, bias = on_devices(head.sharding, local, words, out_words)(
         head.weight, head.bias, hidden_states, target_ids, weights, z_loss_weight, expected
     )
     token = TokenLosses(*token)
-    gradients = (hidden_gradient, _with_arrays(head, weight, bias))
+    gradients = (hidden_gradient, head.with_arrays(weight, bias))
     arguments = (head, hidden_states, target_ids, weights, z_loss_weight, expected)
     return sum_by_depth(token, weights, z_loss_weight), (arguments, token, gradients)
 
@@ -232,7 +234,7 @@ def _local_losses_and_gradients(
     z_loss_weight: Array,
     expected: Array,
 ) -> tuple[Any, ...]:
-    head = _with_arrays(head, weight, bias)
+    head = head.with_arrays(weight, bias)
 
     def visit(
         gradient: HeadGradient, tile: tuple[Array, ...], depth: Array
@@ -258,11 +260,11 @@ def _local_losses_and_gradients(
 
     gradient, (token, hidden_gradient) = scan_tiles(
         visit,
-        _no_gradient(head),
+        HeadGradient.zeros(head),
         (hidden_states, target_ids, weights),
-        tokens=_tokens_at_a_time(head),
+        tokens=head.tokens_at_a_time,
     )
-    return *token, hidden_gradient, *_over_token_axes(gradient, head)
+    return *token, hidden_gradient, *gradient.over_devices(head)
 
 
 def _weighted_losses_backward(
@@ -319,78 +321,3 @@ def _proportion(actual: Array, expected: Array) -> tuple[Array, Array]:
     factor = jnp.sum(actual * expected) / jnp.where(square == 0, 1.0, square)
     tolerance = 8 * jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(actual))
     return factor, jnp.all(jnp.abs(actual - factor * expected) <= tolerance)
-
-
-# On one device, and on several
-
-
-def _tokens_at_a_time(head: LinearHead) -> int:
-    sharded = head.sharding is not None
-    return head.token_tile if sharded else tokens_on_all_devices(head.token_tile)
-
-
-def _with_arrays(head: LinearHead, weight: Array, bias: Array | None) -> LinearHead:
-    head = eqx.tree_at(lambda head: head.weight, head, weight)
-    return head if bias is None else eqx.tree_at(lambda head: head.bias, head, bias)
-
-
-def _no_gradient(head: LinearHead) -> HeadGradient:
-    return HeadGradient(
-        jnp.zeros(head.weight.shape, jnp.float32),
-        None if head.bias is None else jnp.zeros(head.bias.shape, jnp.float32),
-    )
-
-
-def _on_devices(
-    sharding: HeadSharding | None,
-    function: Callable[..., Any],
-    words: Sequence[str],
-    out_words: Sequence[str],
-) -> Callable[..., Any]:
-    """`function` on every device's part of arrays with these axis words.
-
-    Gradients are never taken through this: each strategy maps its forward and backward pass.
-    """
-    if sharding is None:
-        return function
-    return jax.shard_map(
-        function,
-        mesh=sharding.mesh,
-        in_specs=tuple(map(sharding.spec, words)),
-        out_specs=tuple(map(sharding.spec, out_words)),
-        check_vma=False,
-    )
-
-
-def _first_local_id(head: LinearHead) -> Array | int:
-    if head.sharding is None or not head.sharding.vocab_axes:
-        return 0
-    return lax.axis_index(head.sharding.vocab_axes) * head.weight.shape[0]
-
-
-def _over_vocab_axes(sums: VocabSums, head: LinearHead, offset: Array | int) -> VocabSums:
-    """Joins what the devices know of their parts of the vocabulary."""
-    if head.sharding is None or not head.sharding.vocab_axes:
-        return sums
-    axes = head.sharding.vocab_axes
-    highest = lax.pmax(sums.highest, axes)
-    best_id = sums.best_id
-    if best_id is not None:
-        no_id = jnp.iinfo(jnp.int32).max
-        best_id = lax.pmin(jnp.where(sums.highest == highest, best_id + offset, no_id), axes)
-    return VocabSums(
-        highest=highest,
-        scaled_sum=lax.psum(sums.scaled_sum * jnp.exp(sums.highest - highest), axes),
-        target_logit=lax.psum(sums.target_logit, axes),
-        best_id=best_id,
-    )
-
-
-def _over_token_axes(gradient: HeadGradient, head: LinearHead) -> tuple[Array, Array | None]:
-    """The head's gradient from all devices' tokens, in the dtype of its parameters."""
-    if head.sharding is not None and head.sharding.token_axes:
-        gradient = lax.psum(gradient, head.sharding.token_axes)
-    weight = gradient.weight.astype(head.weight.dtype)
-    if head.bias is None or gradient.bias is None:
-        return weight, None
-    return weight, gradient.bias.astype(head.bias.dtype)

@@ -1,73 +1,15 @@
 """The output head: from final hidden states to logits."""
 
-import dataclasses
-import math
-from typing import TypeAlias
-
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
+from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from ._head_sharding import HeadSharding, tokens_on_all_devices
 from ._types import checked
 
 DEFAULT_TOKEN_TILE = 1024
 DEFAULT_VOCAB_TILE = 4096
-
-MeshAxes: TypeAlias = str | tuple[str, ...] | None
-"""The mesh axis, or axes, over which an array axis is split; `None` if it is not."""
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadSharding:
-    """Where hidden states and output head lie on a mesh, for the loss.
-
-    With it the loss runs in a `shard_map`: every device works on its own tokens and its own part of
-    the vocabulary, and devices exchange results once, outside of all loops. Without it the loss is
-    right too, and no hidden state or logit moves, but the head's gradient is summed over devices in
-    each tile.
-
-    **Fields:**
-
-    - `mesh`: the mesh; `None` takes the one set by `jax.set_mesh`.
-    - `batch`, `seq`: mesh axes over which tokens are split.
-    - `vocab`: mesh axes over which the head's rows, and so the logits, are split.
-
-    **Raises:** `ValueError` if an axis is named twice or is none of the mesh.
-    """
-
-    mesh: Mesh | AbstractMesh | None = None
-    batch: MeshAxes = None
-    seq: MeshAxes = None
-    vocab: MeshAxes = None
-
-    def __post_init__(self) -> None:
-        names = (*self.token_axes, *_names(self.vocab))
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"`batch`, `seq` and `vocab` must be split over different mesh axes; {name!r} "
-                    "is named twice."
-                )
-            if self.mesh is not None and name not in self.mesh.axis_names:
-                known = ", ".join(repr(axis) for axis in self.mesh.axis_names)
-                raise ValueError(f"`mesh` has the axes {known}; {name!r} is none of them.")
-
-    @property
-    def token_axes(self) -> tuple[str, ...]:
-        """The mesh axes over which tokens are split."""
-        return (*_names(self.batch), *_names(self.seq))
-
-    @property
-    def vocab_axes(self) -> tuple[str, ...]:
-        """The mesh axes over which the vocabulary is split."""
-        return _names(self.vocab)
-
-    def spec(self, axis_words: str) -> P:
-        """The partition spec of an array with these axis words."""
-        split = {"batch": self.batch, "seq": self.seq, "vocab": self.vocab}
-        return P(*(split.get(word) for word in axis_words.split()))
 
 
 class LinearHead(eqx.Module):
@@ -139,9 +81,33 @@ class LinearHead(eqx.Module):
         They must if the vocabulary is split: the softmax of a tile of tokens is only known once all
         devices have been through it, and the loop over tiles would have to wait for them each time.
         """
-        return self.recompute_logits or (
-            self.sharding is not None and bool(self.sharding.vocab_axes)
-        )
+        return self.recompute_logits or bool(self.vocab_axes)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axes of a `shard_map` over which tokens are split."""
+        return () if self.sharding is None else self.sharding.token_axes
+
+    @property
+    def vocab_axes(self) -> tuple[str, ...]:
+        """The axes of a `shard_map` over which the vocabulary is split."""
+        return () if self.sharding is None else self.sharding.vocab_axes
+
+    @property
+    def first_id(self) -> Array | int:
+        """The token id of this device's first row."""
+        return lax.axis_index(self.vocab_axes) * self.weight.shape[0] if self.vocab_axes else 0
+
+    @property
+    def tokens_at_a_time(self) -> int:
+        """How many tokens a tile should hold, on all devices of the shapes here."""
+        sharded = self.sharding is not None
+        return self.token_tile if sharded else tokens_on_all_devices(self.token_tile)
+
+    def with_arrays(self, weight: Array, bias: Array | None) -> "LinearHead":
+        """The same head of other arrays, or their gradients."""
+        head = eqx.tree_at(lambda head: head.weight, self, weight)
+        return head if bias is None else eqx.tree_at(lambda head: head.bias, head, bias)
 
     def logits(self, hidden_states: Array, weight: Array, bias: Array | None) -> Array:
         """The logits of some of the ids: those of the rows of `weight` and `bias`."""
@@ -160,20 +126,3 @@ class LinearHead(eqx.Module):
         if self.soft_cap is None:
             return cotangent
         return cotangent * (1 - jnp.square(logits / self.soft_cap))
-
-
-def _names(axes: MeshAxes) -> tuple[str, ...]:
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else axes
-
-
-def tokens_on_all_devices(tokens: int) -> int:
-    """The size of a tile that has `tokens` tokens on each device.
-
-    Under automatic partitioning shapes are those of all devices of the current mesh together; in a
-    `shard_map` they are those of one.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = (size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
-    return tokens * math.prod(sizes)

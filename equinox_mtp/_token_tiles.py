@@ -11,90 +11,107 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from ._head_sharding import shards_of
+
 Visit: TypeAlias = Callable[[Any, Any, Array], tuple[Any, Any]]
 
 
 class _Tiling(NamedTuple):
-    """At each depth, `num_tiles` tiles of `size` positions in each of `batch` rows."""
+    """At each depth, `num_tiles` tiles of `size` positions in each of a row's `shards` parts."""
 
     depth: int
     batch: int
-    seq: int
+    shards: int
+    shard_seq: int
     size: int
     num_tiles: int
+
+    @property
+    def split_shape(self) -> tuple[int, ...]:
+        return (self.depth, self.batch, self.shards, self.size, self.num_tiles)
 
 
 def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[Any, Any]:
     """Scans `visit(carry, tile, depth) -> (carry, outputs)` over tiles of about `tokens` tokens.
 
-    Tiles are strided along `seq`: of n tiles, tile j holds the positions j, j + n, … A device that
-    holds a part of the batch, or of the sequence, then holds a part of every tile.
+    Tiles are strided along `seq`: of n tiles, tile j holds the positions j, j + n, … of each part
+    that a device may hold. A device that holds a part of the batch, or of the sequence, then holds
+    a part of every tile, and padding adds to each part, at its end.
 
     **Arguments:**
 
     - `visit`: given the inputs at a tile's tokens, `[batch tile …]`, and their depth, from 0. Its
         outputs have the same two leading axes.
-    - `inputs`: a pytree of arrays `[depth batch seq …]`. Where no tile size divides `seq`, tokens
+    - `inputs`: a pytree of arrays `[depth batch seq …]`. Where tiles do not come out even, tokens
         of zeros are added, and their outputs left out.
     - `tokens`: how many tokens a tile should hold.
 
     **Returns:** the last carry, and the outputs `[depth batch seq …]`.
     """
-    depth, batch, seq = jax.tree.leaves(inputs)[0].shape[:3]
-    if depth * batch * seq == 0:
+    first = jax.tree.leaves(inputs)[0]
+    if math.prod(first.shape[:3]) == 0:
         return carry, _empty_outputs(visit, carry, inputs)
-    num_tiles = min(seq, math.ceil(batch * seq / tokens))
-    tiling = _Tiling(depth, batch, seq, size=-(-seq // num_tiles), num_tiles=num_tiles)
+    tiling = _tiling(first.shape, tokens)
     split = jax.tree.map(lambda x: _split(x, tiling), inputs)
     tile_shapes = jax.eval_shape(partial(_read, tiling=tiling), split, jnp.int32(0))
     _, output_shapes = eqx.filter_eval_shape(visit, carry, tile_shapes, jnp.int32(0))
 
     def step(state: tuple[Any, Any], index: Array) -> tuple[tuple[Any, Any], None]:
         carry, written = state
-        carry, outputs = visit(carry, _read(split, index, tiling), index // num_tiles)
+        carry, outputs = visit(carry, _read(split, index, tiling), index // tiling.num_tiles)
         return (carry, _write(written, outputs, index, tiling)), None
 
     # Outputs go to their places in one buffer: stacked by tile, they would have to be transposed.
     buffers = jax.tree.map(
-        lambda s: jnp.zeros((depth, batch, tiling.size, num_tiles, *s.shape[2:]), s.dtype),
+        lambda s: jnp.zeros_like(first, s.dtype, shape=(*tiling.split_shape, *s.shape[2:])),
         output_shapes,
     )
-    (carry, written), _ = lax.scan(
-        step, (carry, buffers), jnp.arange(depth * num_tiles, dtype=jnp.int32)
-    )
+    indices = jnp.arange(tiling.depth * tiling.num_tiles, dtype=jnp.int32)
+    (carry, written), _ = lax.scan(step, (carry, buffers), indices)
     return carry, jax.tree.map(lambda x: _join(x, tiling), written)
 
 
+def _tiling(shape: tuple[int, ...], tokens: int) -> _Tiling:
+    depth, batch, seq = shape[:3]
+    shards = shards_of(seq, batch=batch, tokens=tokens)
+    shard_seq = seq // shards
+    num_tiles = min(shard_seq, math.ceil(batch * seq / tokens))
+    return _Tiling(depth, batch, shards, shard_seq, -(-shard_seq // num_tiles), num_tiles)
+
+
 def _split(x: Array, tiling: _Tiling) -> Array:
-    """`[depth batch seq …]` to `[depth batch size num_tiles …]`."""
-    padding = tiling.size * tiling.num_tiles - tiling.seq
+    """`[depth batch seq …]` to `[depth batch shards size num_tiles …]`."""
+    x = x.reshape(tiling.depth, tiling.batch, tiling.shards, tiling.shard_seq, *x.shape[3:])
+    padding = tiling.size * tiling.num_tiles - tiling.shard_seq
     if padding:
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, padding), *[(0, 0)] * (x.ndim - 3)])
-    return x.reshape(*x.shape[:2], tiling.size, tiling.num_tiles, *x.shape[3:])
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, padding)] + [(0, 0)] * (x.ndim - 4))
+    return x.reshape(*tiling.split_shape, *x.shape[4:])
 
 
 def _join(x: Array, tiling: _Tiling) -> Array:
     """The inverse of `_split`."""
-    x = x.reshape(*x.shape[:2], tiling.size * tiling.num_tiles, *x.shape[4:])
-    return x[:, :, : tiling.seq]
+    x = x.reshape(*x.shape[:3], tiling.size * tiling.num_tiles, *x.shape[5:])
+    x = x[:, :, :, : tiling.shard_seq]
+    return x.reshape(tiling.depth, tiling.batch, tiling.shards * tiling.shard_seq, *x.shape[4:])
 
 
 def _starts(index: Array, ndim: int, tiling: _Tiling) -> tuple[Any, ...]:
-    return (index // tiling.num_tiles, 0, 0, index % tiling.num_tiles, *[0] * (ndim - 4))
+    return (index // tiling.num_tiles, 0, 0, 0, index % tiling.num_tiles, *[0] * (ndim - 5))
 
 
 def _read(split: Any, index: Array, tiling: _Tiling) -> Any:
     def read(x: Array) -> Array:
-        sizes = (1, tiling.batch, tiling.size, 1, *x.shape[4:])
+        sizes = (1, *tiling.split_shape[1:4], 1, *x.shape[5:])
         tile = lax.dynamic_slice(x, _starts(index, x.ndim, tiling), sizes)
-        return tile.reshape(tiling.batch, tiling.size, *x.shape[4:])
+        return tile.reshape(tiling.batch, tiling.shards * tiling.size, *x.shape[5:])
 
     return jax.tree.map(read, split)
 
 
 def _write(written: Any, outputs: Any, index: Array, tiling: _Tiling) -> Any:
     def write(x: Array, tile: Array) -> Array:
-        return lax.dynamic_update_slice(x, tile[None, :, :, None], _starts(index, x.ndim, tiling))
+        tile = tile.reshape(1, *tiling.split_shape[1:4], 1, *tile.shape[2:])
+        return lax.dynamic_update_slice(x, tile, _starts(index, x.ndim, tiling))
 
     return jax.tree.map(write, written, outputs)
 

@@ -27,12 +27,40 @@ class VocabSums(NamedTuple):
         """log Σ_v exp(logits[v])."""
         return self.highest + jnp.log(self.scaled_sum)
 
+    def over_devices(self, axes: tuple[str, ...], first_id: Array | int) -> "VocabSums":
+        """Joins what the devices along mesh axes know of their parts, which begin at `first_id`."""
+        highest = lax.pmax(self.highest, axes)
+        best_id = self.best_id
+        if best_id is not None:
+            no_id = jnp.iinfo(jnp.int32).max
+            best_id = jnp.where(self.highest == highest, best_id + first_id, no_id)
+            best_id = lax.pmin(best_id, axes)
+        return VocabSums(
+            highest=highest,
+            scaled_sum=lax.psum(self.scaled_sum * jnp.exp(self.highest - highest), axes),
+            target_logit=lax.psum(self.target_logit, axes),
+            best_id=best_id,
+        )
+
 
 class HeadGradient(NamedTuple):
     """The gradient of the head, accumulated in float32."""
 
     weight: Float32[Array, "vocab embed"]
     bias: Float32[Array, "vocab"] | None
+
+    @classmethod
+    def zeros(cls, head: LinearHead) -> "HeadGradient":
+        """No gradient yet."""
+        return cls(*jax.tree.map(_zeros_like, (head.weight, head.bias)))
+
+    def over_devices(self, head: LinearHead) -> tuple[Array, Array | None]:
+        """The gradient from all devices' tokens, in the dtype of the head's parameters."""
+        total = lax.psum(self, head.token_axes) if head.token_axes else self
+        weight = total.weight.astype(head.weight.dtype)
+        if head.bias is None or total.bias is None:
+            return weight, None
+        return weight, total.bias.astype(head.bias.dtype)
 
 
 class KeptTiles(NamedTuple):
@@ -53,6 +81,11 @@ class _Tile(NamedTuple):
     bias: Array | None
     start: Array
     is_new: Array | None
+
+
+def _zeros_like(x: Array) -> Float32[Array, "..."]:
+    # Not `zeros(x.shape)`: in a `shard_map` the type says on which devices `x` differs.
+    return jnp.zeros_like(x, jnp.float32)
 
 
 def _tile_size(head: LinearHead) -> int:
@@ -118,12 +151,12 @@ def sum_over_vocabulary(
             KeptTiles(kept, tile_highest) if keep_tiles else None
         )
 
-    zeros = jnp.zeros(target_ids.shape, jnp.float32)
+    zeros = _zeros_like(target_ids)
     start = VocabSums(
         highest=jnp.full_like(zeros, -jnp.inf),
         scaled_sum=zeros,
         target_logit=zeros,
-        best_id=jnp.zeros(target_ids.shape, jnp.int32) if predictions else None,
+        best_id=jnp.zeros_like(target_ids, jnp.int32) if predictions else None,
     )
     return lax.scan(visit, start, jnp.arange(_num_tiles(head), dtype=jnp.int32))
 
@@ -185,7 +218,7 @@ def backward_over_vocabulary(
         )
         return (hidden_gradient, _add_tile(head_gradient, tile_gradient, tile.start)), None
 
-    start = (jnp.zeros(hidden_states.shape, jnp.float32), head_gradient)
+    start = (_zeros_like(hidden_states), head_gradient)
     indices = jnp.arange(_num_tiles(head), dtype=jnp.int32)
     return lax.scan(visit, start, (indices, kept_tiles))[0]
 
