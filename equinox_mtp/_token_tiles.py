@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 Visit: TypeAlias = Callable[[Any, Any, Array], tuple[Any, Any]]
+PadWith: TypeAlias = Literal["zeros", "last_token"]
 
 
 class _Tiling(NamedTuple):
@@ -24,7 +25,9 @@ class _Tiling(NamedTuple):
     num_tiles: int
 
 
-def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[Any, Any]:
+def scan_tiles(
+    visit: Visit, carry: Any, inputs: Any, *, tokens: int, pad_with: PadWith = "zeros"
+) -> tuple[Any, Any]:
     """Scans `visit(carry, tile, depth) -> (carry, outputs)` over tiles of about `tokens` tokens.
 
     Tiles are strided along `seq`: of n tiles, tile j holds the positions j, j + n, … A device that
@@ -34,9 +37,10 @@ def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[A
 
     - `visit`: given the inputs at a tile's tokens, `[batch tile …]`, and their depth, from 0. Its
         outputs have the same two leading axes.
-    - `inputs`: a pytree of arrays `[depth batch seq …]`. Where no tile size divides `seq`, tokens
-        of zeros are added, and their outputs left out.
+    - `inputs`: a pytree of arrays `[depth batch seq …]`.
     - `tokens`: how many tokens a tile should hold.
+    - `pad_with`: what tokens are added where no tile size divides `seq`: zeros, or copies of each
+        row's last token. Their outputs are left out.
 
     **Returns:** the last carry, and the outputs `[depth batch seq …]`.
     """
@@ -45,7 +49,7 @@ def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[A
         return carry, _empty_outputs(visit, carry, inputs)
     num_tiles = min(seq, math.ceil(batch * seq / tokens))
     tiling = _Tiling(depth, batch, seq, size=-(-seq // num_tiles), num_tiles=num_tiles)
-    split = jax.tree.map(lambda x: _split(x, tiling), inputs)
+    split = jax.tree.map(lambda x: _split(x, tiling, pad_with), inputs)
     tile_shapes = jax.eval_shape(partial(_read, tiling=tiling), split, jnp.int32(0))
     _, output_shapes = eqx.filter_eval_shape(visit, carry, tile_shapes, jnp.int32(0))
 
@@ -65,11 +69,12 @@ def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[A
     return carry, jax.tree.map(lambda x: _join(x, tiling), written)
 
 
-def _split(x: Array, tiling: _Tiling) -> Array:
+def _split(x: Array, tiling: _Tiling, pad_with: PadWith) -> Array:
     """`[depth batch seq …]` to `[depth batch size num_tiles …]`."""
     padding = tiling.size * tiling.num_tiles - tiling.seq
     if padding:
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, padding), *[(0, 0)] * (x.ndim - 3)])
+        mode = "constant" if pad_with == "zeros" else "edge"
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, padding), *[(0, 0)] * (x.ndim - 3)], mode=mode)
     return x.reshape(*x.shape[:2], tiling.size, tiling.num_tiles, *x.shape[3:])
 
 

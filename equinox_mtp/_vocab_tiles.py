@@ -72,7 +72,8 @@ def _tile_logits(head: LinearHead, hidden_states: Array, tile: _Tile) -> Array:
 
 
 def _is_target(target_ids: Array, tile: _Tile, logits: Array) -> Array:
-    ids = tile.start + lax.broadcasted_iota(target_ids.dtype, logits.shape, logits.ndim - 1)
+    # Not of the targets' dtype, which may be too narrow for all ids of the vocabulary.
+    ids = tile.start + lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     is_target = ids == target_ids[..., None]
     return is_target if tile.is_new is None else is_target & tile.is_new
 
@@ -106,7 +107,8 @@ def sum_over_vocabulary(
 
     zeros = jnp.zeros(target_ids.shape, jnp.float32)
     start = VocabSums(
-        highest=jnp.full_like(zeros, -jnp.inf),
+        # Finite: a tile of logits that are all -inf, by a bias, must not make it inf - inf.
+        highest=jnp.full_like(zeros, jnp.finfo(jnp.float32).min),
         scaled_sum=zeros,
         target_logit=zeros,
         best_id=jnp.zeros(target_ids.shape, jnp.int32) if predictions else None,
