@@ -73,7 +73,7 @@ def linear_cross_entropy(
     - `head`: a matrix `[vocab embed]`, a `LinearHead` (bias, soft-cap, sizes of tiles, sharding),
         or a callable `[batch seq embed] -> [batch seq vocab]`.
     - `target_ids`: in `[0, vocab)`; mask what should not count afterwards. An id outside has
-        `log_sum_exp` for a loss, or NaN under a callable.
+        `log_sum_exp` for a loss.
     - `predictions`: whether to find the best ids, which takes about PLACEHOLDER of the time.
 
     **Returns:** `CrossEntropy`, in nats and float32 (predictions: int32, the first id on ties, or
@@ -149,7 +149,8 @@ def depth_sums(
     `None`. Otherwise the head's gradient takes two more matrix products.
     """
     z_loss_weight = jnp.asarray(0.0 if z_loss_weight is None else z_loss_weight, jnp.float32)
-    if expected is None:
+    # A single depth's are proportional to 1, even if none or NaN were expected.
+    if expected is None or expected.shape == (1,):
         expected = jnp.ones(hidden_states.shape[0], jnp.float32)
     sums = with_auto_axes(
         partial(_depth_sums, predictions),
@@ -206,7 +207,9 @@ def _token_losses(
     def losses_of_tile(hidden_states: Array, target_ids: Array) -> TokenLosses:
         logits = head(hidden_states).astype(jnp.float32)
         log_sum_exp = jax.nn.logsumexp(logits, axis=-1)
-        target_logits = jnp.take_along_axis(logits, target_ids[..., None], axis=-1)[..., 0]
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        is_target = ids == target_ids[..., None]
+        target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         best_id = jnp.argmax(logits, axis=-1).astype(jnp.int32) if predictions else None
         return TokenLosses(log_sum_exp - target_logits, log_sum_exp, best_id)
 
@@ -215,4 +218,6 @@ def _token_losses(
         None,
         (hidden_states, target_ids),
         tokens=tokens_on_all_devices(DEFAULT_TOKEN_TILE),
+        # The gradient of a head may be NaN at zeros, if it normalises.
+        pad_with="last_token",
     )[1]

@@ -191,14 +191,17 @@ def sum_by_depth(token: TokenLosses, weights: Array, z_loss_weight: Array) -> We
     """The weighted sums of each depth's token losses."""
 
     def total(values: Array) -> Array:
-        # A token that weighs nothing must not turn a sum into NaN. It has a derivative by weight.
-        finite = jnp.nan_to_num(lax.stop_gradient(values))
-        return jnp.sum(weights * jnp.where(weights == 0, finite, values), axis=(1, 2))
+        return jnp.sum(weights * _counted(values, weights), axis=(1, 2))
 
     z_losses = z_loss_weight * total(jnp.square(token.log_sum_exp))
     return WeightedLosses(
         total(token.negative_log_likelihood) + z_losses, z_losses, token.predictions
     )
+
+
+def _counted(values: Array, weights: Array) -> Array:
+    """Of a token that weighs nothing an infinite loss is 0: it must not turn a sum into NaN."""
+    return jnp.where((weights == 0) & ~jnp.isfinite(values), 0.0, values)
 
 
 def _weighted_losses_forward(
@@ -274,7 +277,8 @@ def _weighted_losses_backward(
     head, hidden_states, target_ids, weights, z_loss_weight, expected = arguments
     by_depth = cotangents.losses
     by_token = by_depth[:, None, None]
-    square = jnp.square(token.log_sum_exp)
+    nll = _counted(token.negative_log_likelihood, weights)
+    square = _counted(jnp.square(token.log_sum_exp), weights)
     factor, is_as_expected = _proportion(by_depth, expected)
 
     def scale(gradients: tuple[Array, LinearHead]) -> tuple[Array, LinearHead]:
@@ -306,7 +310,7 @@ def _weighted_losses_backward(
         head_gradient,
         hidden_gradient,
         None,
-        by_token * (token.negative_log_likelihood + z_loss_weight * square),
+        by_token * (nll + z_loss_weight * square),
         jnp.sum(by_token * weights * square),
         jnp.zeros_like(expected),
     )

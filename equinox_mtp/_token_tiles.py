@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array
 from ._head_sharding import shards_of
 
 Visit: TypeAlias = Callable[[Any, Any, Array], tuple[Any, Any]]
+PadWith: TypeAlias = Literal["zeros", "last_token"]
 
 
 class _Tiling(NamedTuple):
@@ -31,7 +32,9 @@ class _Tiling(NamedTuple):
         return (self.depth, self.batch, self.shards, self.size, self.num_tiles)
 
 
-def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[Any, Any]:
+def scan_tiles(
+    visit: Visit, carry: Any, inputs: Any, *, tokens: int, pad_with: PadWith = "zeros"
+) -> tuple[Any, Any]:
     """Scans `visit(carry, tile, depth) -> (carry, outputs)` over tiles of about `tokens` tokens.
 
     Tiles are strided along `seq`: of n tiles, tile j holds the positions j, j + n, … of each part
@@ -42,9 +45,10 @@ def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[A
 
     - `visit`: given the inputs at a tile's tokens, `[batch tile …]`, and their depth, from 0. Its
         outputs have the same two leading axes.
-    - `inputs`: a pytree of arrays `[depth batch seq …]`. Where tiles do not come out even, tokens
-        of zeros are added, and their outputs left out.
+    - `inputs`: a pytree of arrays `[depth batch seq …]`.
     - `tokens`: how many tokens a tile should hold.
+    - `pad_with`: what tokens are added where no tile size divides `seq`: zeros, or copies of each
+        row's last token. Their outputs are left out.
 
     **Returns:** the last carry, and the outputs `[depth batch seq …]`.
     """
@@ -52,7 +56,7 @@ def scan_tiles(visit: Visit, carry: Any, inputs: Any, *, tokens: int) -> tuple[A
     if math.prod(first.shape[:3]) == 0:
         return carry, _empty_outputs(visit, carry, inputs)
     tiling = _tiling(first.shape, tokens)
-    split = jax.tree.map(lambda x: _split(x, tiling), inputs)
+    split = jax.tree.map(lambda x: _split(x, tiling, pad_with), inputs)
     tile_shapes = jax.eval_shape(partial(_read, tiling=tiling), split, jnp.int32(0))
     _, output_shapes = eqx.filter_eval_shape(visit, carry, tile_shapes, jnp.int32(0))
 
@@ -79,12 +83,13 @@ def _tiling(shape: tuple[int, ...], tokens: int) -> _Tiling:
     return _Tiling(depth, batch, shards, shard_seq, -(-shard_seq // num_tiles), num_tiles)
 
 
-def _split(x: Array, tiling: _Tiling) -> Array:
+def _split(x: Array, tiling: _Tiling, pad_with: PadWith) -> Array:
     """`[depth batch seq …]` to `[depth batch shards size num_tiles …]`."""
     x = x.reshape(tiling.depth, tiling.batch, tiling.shards, tiling.shard_seq, *x.shape[3:])
     padding = tiling.size * tiling.num_tiles - tiling.shard_seq
     if padding:
-        x = jnp.pad(x, [(0, 0)] * 3 + [(0, padding)] + [(0, 0)] * (x.ndim - 4))
+        mode = "constant" if pad_with == "zeros" else "edge"
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, padding)] + [(0, 0)] * (x.ndim - 4), mode=mode)
     return x.reshape(*tiling.split_shape, *x.shape[4:])
 
 

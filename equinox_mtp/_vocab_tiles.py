@@ -116,7 +116,8 @@ def _tile_logits(head: LinearHead, hidden_states: Array, tile: _Tile) -> Array:
 
 
 def _is_target(target_ids: Array, tile: _Tile, values: Array) -> Array:
-    ids = tile.start + lax.broadcasted_iota(target_ids.dtype, values.shape, values.ndim - 1)
+    # Not of the targets' dtype, which may be too narrow for all ids of the vocabulary.
+    ids = tile.start + lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
     is_target = ids == target_ids[..., None]
     return is_target if tile.is_new is None else is_target & tile.is_new
 
@@ -153,7 +154,7 @@ def sum_over_vocabulary(
 
     zeros = _zeros_like(target_ids)
     start = VocabSums(
-        highest=jnp.full_like(zeros, -jnp.inf),
+        highest=jnp.full_like(zeros, jnp.finfo(jnp.float32).min),
         scaled_sum=zeros,
         target_logit=zeros,
         best_id=jnp.zeros_like(target_ids, jnp.int32) if predictions else None,

@@ -1,8 +1,11 @@
 """Tables of cases, and the slow, obvious NumPy oracles that the library is compared with."""
 
+import math
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -169,3 +172,70 @@ def finite_differences(
         down[index] -= step
         gradient[index] = (function(up) - function(down)) / (2 * step)
     return gradient
+
+
+class HeadOracle(NamedTuple):
+    """A linear output head in float64, one array of all logits."""
+
+    hidden_states: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray | None
+    target_ids: np.ndarray
+    soft_cap: float | None = None
+
+    @property
+    def logits(self) -> np.ndarray:
+        logits = np.float64(self.hidden_states) @ np.float64(self.weight).T
+        if self.bias is not None:
+            logits = logits + np.float64(self.bias)
+        return logits if self.soft_cap is None else self.soft_cap * np.tanh(logits / self.soft_cap)
+
+    @property
+    def losses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per token: negative log-likelihood, log-sum-exp and the first best id."""
+        return cross_entropy_oracle(self.logits, np.eye(len(self.weight)), self.target_ids)
+
+    def gradients(
+        self, nll_cotangent: np.ndarray, lse_cotangent: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of hidden states, weight and bias, from the cotangents of both losses."""
+        cotangent = self.logits_cotangent(nll_cotangent, lse_cotangent)
+        hidden, vocab = np.float64(self.hidden_states), len(self.weight)
+        tokens = cotangent.reshape(-1, vocab)
+        weight = tokens.T @ hidden.reshape(len(tokens), -1)
+        return cotangent @ np.float64(self.weight), weight, tokens.sum(axis=0)
+
+    def logits_cotangent(self, nll_cotangent: np.ndarray, lse_cotangent: np.ndarray) -> np.ndarray:
+        """Of the logits before the soft-cap."""
+        logits = self.logits
+        softmax = np.exp(logits - self.losses[1][..., None])
+        cotangent = (nll_cotangent + lse_cotangent)[..., None] * softmax
+        cotangent -= nll_cotangent[..., None] * np.eye(len(self.weight))[self.target_ids]
+        if self.soft_cap is not None:
+            cotangent *= 1 - (logits / self.soft_cap) ** 2
+        return cotangent
+
+    def summed(self, weights: np.ndarray, z_loss_weight: float) -> tuple[float, list[np.ndarray]]:
+        """Σ weight · (nll + z · lse²), and its gradients: of hidden states, head weight, bias,
+        weights and z.
+        """
+        nll, log_sum_exp, _ = self.losses
+        tokens = nll + z_loss_weight * log_sum_exp**2
+        gradients = self.gradients(weights, 2 * z_loss_weight * weights * log_sum_exp)
+        z_gradient = np.sum(weights * log_sum_exp**2)
+        return float(np.sum(weights * tokens)), [*gradients, tokens, z_gradient]
+
+
+def array_sizes(compiled_text: str) -> dict[str, int]:
+    """The number of elements of every type in a compiled program, as `f32[2,3]`."""
+    types = set(re.findall(r"\b(?:pred|bf16|[fsu]\d+)\[[\d,]*\]", compiled_text))
+    return {name: math.prod(map(int, re.findall(r"\d+", name.split("[")[1]))) for name in types}
+
+
+def compiled_text(function: Callable[..., Any], *args: Any) -> str:
+    return jax.jit(function).lower(*args).compile().as_text() or ""
+
+
+def num_matrix_products(function: Callable[..., Any], *args: Any) -> int:
+    """How many `dot_general` a traced program holds, each counted once, in loops too."""
+    return str(jax.make_jaxpr(function)(*args)).count("dot_general[")

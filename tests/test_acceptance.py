@@ -164,3 +164,8 @@ def test_wrong_arguments_are_named() -> None:
 def test_main_predictions_of_another_batch_raise(shape: tuple[int, int]) -> None:
     with pytest.raises((ValueError, TypeCheckError), match="main_predictions"):
         calculate_mtp_acceptance_rate(ACCEPTANCE, jnp.zeros(shape, jnp.int32))
+
+
+def test_no_acceptance_raises() -> None:
+    with pytest.raises(ValueError, match=r"`acceptance` is `None`.*`predictions=True`"):
+        calculate_mtp_acceptance_rate(None, None)

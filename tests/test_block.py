@@ -18,16 +18,21 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from equinox_mtp import (
     AbstractDecoder,
     AbstractDecoderLayer,
+    LinearHead,
     MTPConfig,
+    MTPLosses,
     MTPModel,
     MTPOutput,
     MultiTokenPredictionBlock,
     MultiTokenPredictionLayer,
+    _fused,
     align_targets,
+    calculate_mtp_acceptance_rate,
     calculate_mtp_loss,
     linear_cross_entropy,
     nn,
 )
+from equinox_mtp._losses import Objective
 from equinox_mtp._types import MakeLayer
 
 _VOCAB, _EMBED, _SEQ = 29, 16, 12
@@ -109,9 +114,9 @@ def _run(parts: _Parts, targets: Any, **arguments: Any) -> MTPOutput:
     return parts.block(parts.decoder, parts.hidden_states, targets, **{**rows, **arguments})
 
 
-def _total(losses: Array) -> Array:
+def _total(losses: MTPLosses) -> Array:
     """A scalar in which every depth has a weight of its own."""
-    return jnp.sum(losses * jnp.arange(1, losses.size + 1)) / 10
+    return jnp.sum(losses.losses * jnp.arange(1, losses.losses.size + 1)) / 10
 
 
 @quick_jit
@@ -121,22 +126,29 @@ def _forward(parts: _Parts, targets: Any, **arguments: Any) -> MTPOutput:
 
 @quick_jit
 @partial(eqx.filter_value_and_grad, has_aux=True)
-def _fast(parts: _Parts, targets: Any) -> tuple[Array, MTPOutput]:
-    output = _run(parts, targets)
-    return _total(output.losses.losses), output
+def _fast(
+    parts: _Parts, targets: Any, total: Objective = _total, **arguments: Any
+) -> tuple[Array, MTPOutput]:
+    output = _run(parts, targets, **arguments)
+    return total(output.losses), output
 
 
 @quick_jit
 @partial(eqx.filter_value_and_grad, has_aux=True)
-def _oracle(parts: _Parts, aligned: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+def _oracle(
+    parts: _Parts,
+    aligned: dict[str, Array],
+    total: Objective = _total,
+    z_loss_weight: float | Array = 0.0,
+) -> tuple[Array, dict[str, Array]]:
     """Restates all but norms and the transformer layer: one depth a time, with full logits."""
     decoder, block, hidden = parts
-    config, head, layers = block.config, decoder.head, block.layers
-    assert head is not None
+    config, layers = block.config, block.layers
     assert layers is not None
     if config.input_hidden_state == "after_norm":
         hidden = decoder.norm(hidden)
-    results: dict[str, list[Array]] = {name: [] for name in ("losses", "weights", "hidden", "ids")}
+    names = ("losses", "weights", "z_losses", "hidden", "ids")
+    results: dict[str, list[Array]] = {name: [] for name in names}
     for depth in range(1, config.num_depths + 1):
         ids, labels, mask = (aligned[name][depth - 1] for name in _ALIGNED)
         index = 0 if config.repeated_layer else depth - 1
@@ -153,19 +165,35 @@ def _oracle(parts: _Parts, aligned: dict[str, Array]) -> tuple[Array, dict[str, 
             segment_ids=jnp.asarray(_SEGMENTS),
         )
         normed = (decoder.norm if config.output_norm == "shared" else layer.output_norm)(hidden)
-        logits = normed @ head.T
+        logits = _all_logits(decoder, normed)
         token_losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        z_losses = z_loss_weight * jax.nn.logsumexp(logits, axis=-1) ** 2
         results["hidden"].append(hidden)
         results["ids"].append(jnp.argmax(logits, -1))
-        results["losses"].append(jnp.sum(token_losses * mask))
+        results["losses"].append(jnp.sum((token_losses + z_losses) * mask))
+        results["z_losses"].append(jnp.sum(z_losses * mask))
         results["weights"].append(jnp.sum(mask))
         if config.carried_hidden_state == "after_norm":
             hidden = normed
     stacked = {name: jnp.stack(values) for name, values in results.items()}
-    return _total(stacked["losses"]), stacked
+    return total(MTPLosses(stacked["losses"], stacked["weights"])), stacked
+
+
+def _all_logits(decoder: Any, normed: Array) -> Array:
+    logits = normed @ decoder.head.T
+    if isinstance(decoder, _SoftCappedDecoder):
+        logits = 3 * jnp.tanh((logits + decoder.bias) / 3)
+    return logits
 
 
 _ALIGNED = ("input_ids", "target_ids", "mask")
+
+
+def _align(batch: _Batch, num_depths: int) -> dict[str, Array]:
+    aligned = align_oracle(
+        *batch, num_depths=num_depths, segment_ids=_SEGMENTS, position_ids=_POSITIONS
+    )
+    return {name: jnp.asarray(aligned[name]) for name in _ALIGNED}
 
 
 def _assert_trees_close(actual: PyTree, expected: PyTree, rtol: float = 1e-5) -> None:
@@ -190,13 +218,10 @@ def test_conventions(batch: _Batch, name: str):
     config = _CONVENTIONS[name]
     # One case shows that positions and segments reach the layer; the rest compile quickly.
     parts = _make_parts(config, _transformer_layer if name == "paper" else _ToyLayer)
-    aligned = align_oracle(
-        *batch, num_depths=config.num_depths, segment_ids=_SEGMENTS, position_ids=_POSITIONS
-    )
     with jax.default_matmul_precision("highest"):
         (loss, output), gradients = _fast(parts, batch.targets(config.num_depths))
         (expected_loss, expected), expected_gradients = _oracle(
-            parts, {name: jnp.asarray(aligned[name]) for name in _ALIGNED}
+            parts, _align(batch, config.num_depths)
         )
     assert_close(loss, expected_loss)
     assert_close(output.losses.losses, expected["losses"])
@@ -392,44 +417,200 @@ def test_stop_gradient_with_tied_embeddings(batch: _Batch):
 
 
 class _SoftCappedDecoder(AbstractDecoder):
-    """A head that is a callable: logits between -3 and 3."""
+    """A head with a bias, and logits between -3 and 3."""
 
     embedding: Array
     norm: nn.RMSNorm
     head: Any
+    bias: Array
+    is_callable: bool
 
     def embed(self, input_ids: Array, position_ids: Array) -> Array:
         return self.embedding[input_ids]
 
     def __call__(self, input_ids: Array, **_: Any) -> Array:
-        raise NotImplementedError
+        return self.embedding[input_ids]
 
     def final_norm(self, hidden_states: Array) -> Array:
         return self.norm(hidden_states)
 
     def output_head(self) -> Any:
-        return lambda hidden_states: 3 * jnp.tanh(hidden_states @ self.head.T / 3)
+        if self.is_callable:
+            return lambda hidden: 3 * jnp.tanh((hidden @ self.head.T + self.bias) / 3)
+        return LinearHead(self.head, self.bias, soft_cap=3, token_tile=8, vocab_tile=10)
 
 
-def _make_soft_capped(*, key: PRNGKeyArray) -> _SoftCappedDecoder:
+def _make_soft_capped(is_callable: bool, *, key: PRNGKeyArray) -> _SoftCappedDecoder:
     decoder = nn.TransformerDecoder(_TRANSFORMER, key=key)
-    return _SoftCappedDecoder(decoder.embedding, decoder.norm, decoder.head)
+    bias = jnp.zeros(_VOCAB)
+    return _SoftCappedDecoder(
+        decoder.embedding, decoder.norm, decoder.head, bias, is_callable=is_callable
+    )
 
 
-def test_callable_head(batch: _Batch):
-    decoder = build(_make_soft_capped)
+@pytest.mark.parametrize("is_callable", [True, False])
+def test_head_with_bias_and_soft_cap(batch: _Batch, is_callable: bool):
+    decoder = build(partial(_make_soft_capped, is_callable))
     targets = batch.targets(2)
     parts = _make_parts(MTPConfig(2), _ToyLayer)._replace(decoder=decoder)
-    (_, output), gradients = _fast(parts, targets)
-    for depth in range(2):
-        hidden = decoder.norm(output.hidden_states[depth])
-        logits = 3 * jnp.tanh(hidden @ decoder.head.T / 3)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets.target_ids[depth])
-        assert_close(output.losses.losses[depth], jnp.sum(losses * targets.mask[depth]))
-    assert float(jnp.abs(gradients.decoder.head).max()) > 1e-3
+    (loss, output), gradients = _fast(parts, targets)
+    (expected_loss, expected), expected_gradients = _oracle(parts, _align(batch, 2))
+    assert_close(loss, expected_loss)
+    assert_close(output.losses.losses, expected["losses"])
+    np.testing.assert_array_equal(output.acceptance.predictions, expected["ids"])
+    _assert_trees_close(gradients, expected_gradients)
+    assert float(jnp.abs(gradients.decoder.bias).min()) > 1e-4
     stopping = _make_parts(MTPConfig(2, stop_gradient_head=True), _ToyLayer)
     _, gradients = _fast(stopping._replace(decoder=decoder), targets)
     assert not gradients.decoder.head.any()
+    assert not gradients.decoder.bias.any()
+
+
+def _sum_of_squares(losses: MTPLosses) -> Array:
+    """Has no slope at losses of 0, where the block asks for the depths' weights."""
+    return jnp.sum(jnp.square(losses.losses)) / 100
+
+
+_mean_of_depths = partial(calculate_mtp_loss, reduction="mean_of_depths")
+
+
+@pytest.mark.parametrize(
+    ("num_depths", "objective", "total"),
+    [
+        (2, _total, _total),
+        (2, _mean_of_depths, _mean_of_depths),
+        (2, calculate_mtp_loss, _mean_of_depths),
+        (2, _total, _sum_of_squares),
+        (2, _sum_of_squares, _sum_of_squares),
+        (1, _sum_of_squares, _sum_of_squares),
+    ],
+    ids=["own", "named", "another", "nonlinear", "expected-zero", "one-depth"],
+)
+def test_objective_is_for_speed_alone(
+    batch: _Batch, num_depths: int, objective: Objective, total: Objective
+):
+    parts = _make_parts(MTPConfig(num_depths), _ToyLayer)
+    (loss, _), gradients = _fast(parts, batch.targets(num_depths), total, objective=objective)
+    (expected_loss, _), expected_gradients = _oracle(parts, _align(batch, num_depths), total)
+    assert_close(loss, expected_loss)
+    _assert_trees_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize(
+    ("objective", "is_computed_anew"), [(calculate_mtp_loss, True), (_mean_of_depths, False)]
+)
+def test_a_known_objective_takes_no_further_products(
+    batch: _Batch, objective: Objective, is_computed_anew: bool, monkeypatch: pytest.MonkeyPatch
+):
+    def marked(head: LinearHead, hidden_states: Array, *_: Any, **__: Any) -> Any:
+        return hidden_states, jax.tree.map(lambda x: jnp.full_like(x, 7.0), head)
+
+    monkeypatch.setattr(_fused, "_token_gradients", marked)
+
+    def loss(parts: _Parts, targets: Any) -> Array:
+        return 0.3 * _mean_of_depths(_run(parts, targets, objective=objective).losses)
+
+    parts = _make_parts(MTPConfig(3), _ToyLayer)
+    gradients = quick_jit(eqx.filter_grad(loss))(parts, batch.targets(3))
+    head: Any = gradients.decoder.head
+    assert bool(jnp.all(head == 7)) == is_computed_anew
+
+
+def test_z_loss(batch: _Batch):
+    parts, z = _make_parts(MTPConfig(2), _ToyLayer), jnp.asarray(0.3)
+    (loss, output), gradients = _fast(parts, batch.targets(2), z_loss_weight=z)
+    (expected_loss, expected), expected_gradients = _oracle(
+        parts, _align(batch, 2), z_loss_weight=z
+    )
+    assert_close(loss, expected_loss)
+    assert_close(output.losses.losses, expected["losses"])
+    assert_close(output.losses.z_losses, expected["z_losses"])
+    _assert_trees_close(gradients, expected_gradients)
+    without = _forward(parts, batch.targets(2)).losses
+    np.testing.assert_array_equal(without.z_losses, [0, 0])
+    assert_close(output.losses.losses - output.losses.z_losses, without.losses)
+
+
+@pytest.mark.parametrize("num_depths", [0, 2])
+def test_no_predictions(batch: _Batch, num_depths: int):
+    parts, targets = _make_parts(MTPConfig(num_depths), _ToyLayer), batch.targets(num_depths)
+    with_best, without = (
+        _forward(parts, targets, predictions=predictions) for predictions in (True, False)
+    )
+    assert without.acceptance is None
+    assert with_best.acceptance.predictions.shape == (num_depths, 2, _SEQ)
+    np.testing.assert_array_equal(without.losses.losses, with_best.losses.losses)
+    with pytest.raises(ValueError, match="was called with `predictions=False`"):
+        calculate_mtp_acceptance_rate(without.acceptance, None)
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_tanh"),
+    [
+        (None, 2),
+        (jax.checkpoint_policies.nothing_saveable, 2),
+        (jax.checkpoint_policies.everything_saveable, 1),
+    ],
+)
+def test_checkpoint_policy(batch: _Batch, policy: Any, num_tanh: int):
+    """The layer's tanh is computed again in the backward pass, or kept; nothing else changes."""
+    parts = _make_parts(MTPConfig(2, checkpoint_policy=policy), _ToyLayer)
+    (loss, output), gradients = _fast(parts, batch.targets(2))
+    plain = _make_parts(MTPConfig(2), _ToyLayer)
+    (expected_loss, expected), expected_gradients = _fast(plain, batch.targets(2))
+    assert_close(loss, expected_loss, 1e-6)
+    assert_close(output.hidden_states, expected.hidden_states, 1e-6)
+    for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        assert_close(x, y, 1e-6)
+    static = eqx.filter(parts, eqx.is_array, inverse=True)
+
+    def gradient(parts: Any, targets: Any) -> Any:
+        def loss(parts: Any) -> Array:
+            return _total(_run(eqx.combine(parts, static), targets).losses)
+
+        return jax.grad(loss)(parts)
+
+    jaxpr = jax.make_jaxpr(gradient)(eqx.filter(parts, eqx.is_array), batch.targets(2))
+    assert str(jaxpr).count(" tanh ") == num_tanh
+
+
+def test_memory_does_not_grow_with_depths():
+    """Of the temporaries, all logits of one depth are the most."""
+    vocab, batch, seq = 4000, 2, 64
+    transformer = dataclasses.replace(_TRANSFORMER, vocab_size=vocab)
+    decoder = build(lambda key: nn.TransformerDecoder(transformer, key=key))
+    ids = jnp.zeros((batch, seq), jnp.int32)
+    hidden_states = jnp.zeros((batch, seq, _EMBED))
+
+    def temporaries(num_depths: int, loss: Callable[[_Parts, Any], Array]) -> int:
+        block = _make_block(MTPConfig(num_depths), make_layer=_ToyLayer)
+        parts = _Parts(decoder, block, hidden_states)
+        targets = align_targets(ids, ids, num_depths=num_depths)
+        step: Any = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+        memory = step.lower(parts, targets).compile().compiled.memory_analysis()
+        return memory.temp_size_in_bytes
+
+    def fused(parts: _Parts, targets: Any) -> Array:
+        output = parts.block(parts.decoder, parts.hidden_states, targets)
+        return calculate_mtp_loss(output.losses)
+
+    def naive(parts: _Parts, targets: Any) -> Array:
+        total, hidden = jnp.zeros(()), parts.hidden_states
+        for depth in range(parts.block.config.num_depths):
+            embedding = parts.decoder.embed(targets.input_ids[depth], ids)
+            hidden, _ = parts.block.layer(depth + 1)(hidden, embedding, position_ids=ids)
+            logits = _all_logits(parts.decoder, parts.decoder.final_norm(hidden))
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits, targets.target_ids[depth]
+            )
+            total += jnp.sum(losses * targets.mask[depth])
+        return total
+
+    logits = 4 * batch * seq * vocab
+    one, eight = temporaries(1, fused), temporaries(8, fused)
+    assert logits < one < eight + logits / 10
+    assert eight < 1.3 * one
+    assert temporaries(8, naive) > 8 * logits > 3 * eight
 
 
 class _RoutedLayer(AbstractDecoderLayer):

@@ -2,6 +2,7 @@ import dataclasses
 import runpy
 from typing import Any
 
+import jax
 import pytest
 from jaxtyping import TypeCheckError
 
@@ -69,6 +70,11 @@ def test_equal_configs_are_one_key() -> None:
     assert configs[0] == configs[1] != configs[2]
     assert hash(configs[0]) == hash(configs[1])
     assert len(set(configs)) == 2
+    # A policy is a function, and equal to itself alone.
+    policies = [jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.nothing_saveable]
+    with_policies = [MTPConfig(2, checkpoint_policy=policy) for policy in (*policies, *policies)]
+    assert len(set(with_policies)) == 2
+    assert with_policies[0] == with_policies[2] != configs[0]
 
 
 @pytest.mark.parametrize("field", DEFAULTS)
@@ -103,6 +109,8 @@ def test_no_depths_are_legal() -> None:
             r"`carried_hidden_state` must be 'before_norm' or 'after_norm'; got None",
         ),
         ({"output_norm": "none"}, r"`output_norm` must be 'shared' or 'own'; got 'none'"),
+        ({"checkpoint_policy": "dots"}, r"`checkpoint_policy` must be a function.*got 'dots'"),
+        ({"checkpoint_policy": True}, r"`checkpoint_policy` must be a function.*got True"),
         (
             {"repeated_layer": True, "num_depths": 0},
             r"`repeated_layer=True` needs at least one depth.*`num_depths=0`",

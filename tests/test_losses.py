@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -18,6 +19,7 @@ from equinox_mtp import (
     exponential_depth_weights,
     sum_token_losses,
 )
+from equinox_mtp._losses import loss_weights
 
 NUM_DEPTHS = 3
 SUMS = np.array([12.0, 30.5, 7.25], np.float32)
@@ -319,6 +321,63 @@ def test_exponential_depth_weights(num_depths: int, decay: float) -> None:
     assert_close(exponential_depth_weights(num_depths, decay), expected)
     traced = jax.jit(lambda decay: exponential_depth_weights(num_depths, decay))(decay)
     assert_close(traced, expected)
+
+
+# The weights with which the depths' losses enter an objective
+
+
+def weighted(losses: MTPLosses, **arguments: Any) -> jax.Array:
+    return calculate_mtp_loss(losses, depth_weights=jnp.asarray(DEPTH_WEIGHTS), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (calculate_mtp_loss, [1, 1, 1]),
+        (partial(calculate_mtp_loss, scaling_factor=-3), [-1, -1, -1]),
+        (partial(calculate_mtp_loss, scaling_factor=0), [0, 0, 0]),
+        (partial(calculate_mtp_loss, reduction="mean_of_depths"), 2 / COUNTS),
+        (weighted, DEPTH_WEIGHTS / 4),
+        (partial(weighted, reduction="mean_of_depths"), DEPTH_WEIGHTS / COUNTS / 0.5),
+        (lambda losses: jnp.sum(losses.losses**2), [0, 0, 0]),
+        (lambda losses: losses.losses[1] - 2 * losses.losses[2], [0, 0.5, -1]),
+        (lambda losses: jnp.max(losses.mean), [1 / 10 / 0.5, 1 / 8 / 0.5, 1]),
+    ],
+)
+def test_loss_weights(objective: Any, expected: Any) -> None:
+    assert_close(loss_weights(objective, jnp.asarray(COUNTS)), np.asarray(expected, np.float64))
+
+
+def test_loss_weights_where_nothing_is_scored() -> None:
+    mean_of_depths = partial(calculate_mtp_loss, reduction="mean_of_depths")
+    counts = jnp.asarray([4.0, 0.0, 8.0])
+    assert_close(loss_weights(mean_of_depths, counts), np.array([1, 0, 0.5]))
+    nothing = loss_weights(calculate_mtp_loss, jnp.zeros(NUM_DEPTHS))
+    assert_equal(nothing, np.zeros(NUM_DEPTHS, np.float32))
+
+
+def test_loss_weights_are_constants() -> None:
+    def total(scaling_factor: jax.Array, depth_weights: jax.Array) -> jax.Array:
+        objective = partial(
+            calculate_mtp_loss, scaling_factor=scaling_factor, depth_weights=depth_weights
+        )
+        return jnp.sum(loss_weights(objective, jnp.asarray(COUNTS)))
+
+    arguments = jnp.asarray(0.3), jnp.asarray(DEPTH_WEIGHTS)
+    value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(*arguments)
+    assert_close(value, np.sum(DEPTH_WEIGHTS) / 4)
+    assert_equal(gradients[0], np.float32(0))
+    assert_equal(gradients[1], np.zeros(NUM_DEPTHS, np.float32))
+
+
+def test_z_losses_add_up() -> None:
+    some = MTPLosses(jnp.asarray(SUMS), jnp.asarray(COUNTS), z_losses=jnp.asarray(SUMS) / 10)
+    both = some + mtp_losses(SUMS, COUNTS)
+    assert_close(both.z_losses, SUMS / 10)
+    assert_close(both.losses, 2 * SUMS)
+    token = TokenLoss(jnp.asarray(3.0), jnp.asarray(2.0), z_loss=jnp.asarray(0.5))
+    assert_equal((token + token).z_loss, np.float32(1))
+    assert_equal(TokenLoss(jnp.asarray(3.0), jnp.asarray(2.0)).z_loss, np.float32(0))
 
 
 # Wrong arguments
