@@ -17,11 +17,14 @@ from jaxtyping import Array, PRNGKeyArray
 
 from equinox_mtp import (
     AbstractDecoder,
+    LinearHead,
     ModelOutput,
     MTPConfig,
     MTPModel,
     MultiTokenPredictionBlock,
+    _fused,
     align_targets,
+    calculate_mtp_acceptance_rate,
     calculate_mtp_loss,
     inputs_and_targets,
     nn,
@@ -191,6 +194,106 @@ def test_auxiliary_outputs(batch: _Batch, getkey: Callable[[], PRNGKeyArray]):
     assert jax.random.key_data(output.auxiliary["key"]).tolist() == (
         jax.random.key_data(jax.random.split(key)[0]).tolist()
     )
+
+
+class _CappedDecoder(AbstractDecoder):
+    """The reference decoder with a bias, and logits between -2 and 2."""
+
+    decoder: nn.TransformerDecoder
+    bias: Array
+    is_callable: bool
+
+    def embed(self, input_ids: Array, position_ids: Array) -> Array:
+        return self.decoder.embed(input_ids, position_ids)
+
+    def __call__(self, input_ids: Array, **arguments: Any) -> Any:
+        return self.decoder(input_ids, **arguments)
+
+    def final_norm(self, hidden_states: Array) -> Array:
+        return self.decoder.final_norm(hidden_states)
+
+    def logits(self, hidden_states: Array) -> Array:
+        matrix: Any = self.decoder.output_head()
+        return 2 * jnp.tanh((hidden_states @ matrix.T + self.bias) / 2)
+
+    def output_head(self) -> Any:
+        if self.is_callable:
+            return self.logits
+        matrix: Any = self.decoder.output_head()
+        return LinearHead(matrix, self.bias, soft_cap=2, token_tile=16, vocab_tile=10)
+
+
+def test_head_with_bias_and_soft_cap_and_z_loss(batch: _Batch):
+    plain, z = _make_model(), 0.2
+    bias = jnp.linspace(-1, 1, _VOCAB)
+
+    @quick_jit
+    @partial(eqx.filter_value_and_grad, has_aux=True)
+    def step(model: MTPModel) -> tuple[Array, ModelOutput]:
+        output = _run(model, batch, z_loss_weight=z)
+        return output.main.mean + calculate_mtp_loss(output.mtp.losses), output
+
+    tiled, callable_ = (
+        step(MTPModel(_CappedDecoder(plain.decoder, bias, is_callable), plain.block))
+        for is_callable in (False, True)
+    )
+    for x, y in zip(jax.tree.leaves(tiled), jax.tree.leaves(callable_), strict=True):
+        assert_close(x, y)
+    (_, output), gradients = tiled
+    assert float(jnp.abs(gradients.decoder.bias).min()) > 1e-5
+
+    decoder = _CappedDecoder(plain.decoder, bias, is_callable=False)
+    rows: dict[str, Any] = {"position_ids": batch.position_ids, "segment_ids": batch.segment_ids}
+    main_hidden: Any = quick_jit(decoder)(batch.input_ids, **rows)
+    targets = align_targets(
+        batch.input_ids, batch.target_ids, batch.target_mask, num_depths=_DEPTHS, **rows
+    )
+    sums, z_sums = [], []
+    for hidden, ids, mask in (
+        (main_hidden, batch.target_ids, batch.target_mask),
+        *zip(output.mtp.hidden_states, targets.target_ids, targets.mask, strict=True),
+    ):
+        logits = decoder.logits(decoder.final_norm(hidden))
+        z_losses = z * jax.nn.logsumexp(logits, axis=-1) ** 2
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+        sums.append(jnp.sum((losses + z_losses) * mask))
+        z_sums.append(jnp.sum(z_losses * mask))
+    losses = output.mtp.losses
+    assert_close(jnp.stack([output.main.loss, *losses.losses]), jnp.stack(sums))
+    assert_close(jnp.stack([output.main.z_loss, *losses.z_losses]), jnp.stack(z_sums))
+
+
+def test_no_predictions(batch: _Batch):
+    model = _make_model()
+    with_best, without = (
+        _forward(model, batch, predictions=predictions) for predictions in (True, False)
+    )
+    assert without.predictions is None
+    assert without.mtp.acceptance is None
+    assert_close(without.main.loss, with_best.main.loss, 1e-6)
+    assert_close(without.mtp.losses.losses, with_best.mtp.losses.losses, 1e-6)
+    assert with_best.predictions.shape == (_BATCH, _SEQ)
+    with pytest.raises(ValueError, match="was called with `predictions=False`"):
+        calculate_mtp_acceptance_rate(without.mtp.acceptance, without.predictions)
+
+
+def test_objective_reaches_the_block(batch: _Batch, monkeypatch: pytest.MonkeyPatch):
+    def marked(head: LinearHead, hidden_states: Array, *_: Any, **__: Any) -> Any:
+        return hidden_states, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), head)
+
+    # What computes the head's gradient anew where it was not expected.
+    monkeypatch.setattr(_fused, "_token_gradients", marked)
+    mean_of_depths = partial(calculate_mtp_loss, reduction="mean_of_depths")
+
+    def head_gradient(**arguments: Any) -> Array:
+        def loss(model: MTPModel) -> Array:
+            return mean_of_depths(_run(model, batch, **arguments).mtp.losses)
+
+        gradients: Any = quick_jit(eqx.filter_grad(loss))(_make_model(tie_embeddings=False))
+        return gradients.decoder.head
+
+    assert bool(jnp.isfinite(head_gradient(objective=mean_of_depths)).all())
+    assert bool(jnp.isnan(head_gradient()).all())
 
 
 def test_dropout(batch: _Batch):

@@ -66,3 +66,14 @@ def test_wrapper_is_short() -> None:
     decoder = wrapper.split("class GPTLayer")[0]
     lines = [line for line in decoder.splitlines() if line.strip()]
     assert len(lines) <= 15
+
+
+def test_losses_without_logits_are_those_with_logits(namespaces: list[dict[str, Any]]) -> None:
+    token, summed = (next(n for n in namespaces if name in n) for name in ("token", "out"))
+    hidden_states, matrix = token["hidden_states"], token["head"].weight
+    logits = np.float64(hidden_states) @ np.float64(matrix).T
+    logits = 30 * np.tanh(logits / 30)
+    log_sum_exp = np.log(np.exp(logits).sum(-1))
+    expected = np.mean(log_sum_exp - logits[..., 0] + 1e-4 * log_sum_exp**2)
+    np.testing.assert_allclose(token["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(summed["loss"], expected, rtol=1e-5)
