@@ -174,6 +174,11 @@ def finite_differences(
     return gradient
 
 
+def as_float64(x: Any) -> np.ndarray:
+    """An array in float64, for an oracle."""
+    return np.asarray(x, np.float64)
+
+
 class HeadOracle(NamedTuple):
     """A linear output head in float64, one array of all logits."""
 
@@ -185,9 +190,9 @@ class HeadOracle(NamedTuple):
 
     @property
     def logits(self) -> np.ndarray:
-        logits = np.float64(self.hidden_states) @ np.float64(self.weight).T
+        logits = as_float64(self.hidden_states) @ as_float64(self.weight).T
         if self.bias is not None:
-            logits = logits + np.float64(self.bias)
+            logits = logits + as_float64(self.bias)
         return logits if self.soft_cap is None else self.soft_cap * np.tanh(logits / self.soft_cap)
 
     @property
@@ -200,10 +205,10 @@ class HeadOracle(NamedTuple):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of hidden states, weight and bias, from the cotangents of both losses."""
         cotangent = self.logits_cotangent(nll_cotangent, lse_cotangent)
-        hidden, vocab = np.float64(self.hidden_states), len(self.weight)
+        hidden, vocab = as_float64(self.hidden_states), len(self.weight)
         tokens = cotangent.reshape(-1, vocab)
         weight = tokens.T @ hidden.reshape(len(tokens), -1)
-        return cotangent @ np.float64(self.weight), weight, tokens.sum(axis=0)
+        return cotangent @ as_float64(self.weight), weight, tokens.sum(axis=0)
 
     def logits_cotangent(self, nll_cotangent: np.ndarray, lse_cotangent: np.ndarray) -> np.ndarray:
         """Of the logits before the soft-cap."""
@@ -236,7 +241,8 @@ def compiled_text(function: Callable[..., Any], *args: Any) -> str:
     """A function as XLA compiles it: every array it makes, with its shape."""
     # Shapes do not depend on how well the loops are compiled.
     lowered = jax.jit(function).lower(*args)
-    return lowered.compile({"xla_backend_optimization_level": 0}).as_text() or ""
+    quickly: Any = {"xla_backend_optimization_level": 0}
+    return lowered.compile(quickly).as_text() or ""
 
 
 def num_matrix_products(function: Callable[..., Any], *args: Any) -> int:

@@ -124,7 +124,7 @@ def test_proportion(expected: list[float], actual: list[float], proportional: bo
     )
     assert bool(is_proportional) == proportional
     if proportional:
-        assert_close(factor * np.float32(expected), actual)
+        assert_close(factor * np.asarray(expected, np.float32), actual)
 
 
 def test_only_what_was_not_expected_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:

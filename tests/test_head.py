@@ -14,6 +14,7 @@ from golden import quick_jit
 from helpers import (
     HeadOracle,
     array_sizes,
+    as_float64,
     assert_close,
     assert_equal,
     assert_rejects,
@@ -58,7 +59,7 @@ class Case:
         def draw(*shape: int) -> np.ndarray:
             return rng.standard_normal(shape).astype(np.float32)
 
-        self.tiles = {"token_tile": token_tile, "vocab_tile": vocab_tile}
+        self.tiles: dict[str, Any] = {"token_tile": token_tile, "vocab_tile": vocab_tile}
         self.hidden_states, self.weight = draw(*batch, EMBED), draw(vocab, EMBED)
         self.bias = draw(vocab) if bias else None
         self.target_ids = rng.integers(0, vocab, batch).astype(np.int32)
@@ -149,7 +150,7 @@ def test_summed_losses(kind: str, name: str) -> None:
 
 def test_the_oracle_has_the_gradients_of_its_losses() -> None:
     case = Case("bias-and-soft-cap")
-    oracle, weights = case.oracle, np.float64(case.weights)
+    oracle, weights = case.oracle, as_float64(case.weights)
     _, gradients = oracle.summed(weights, Z)
     functions: dict[str, Callable[[np.ndarray], float]] = {
         name: lambda x, name=name: oracle._replace(**{name: x}).summed(weights, Z)[0]
@@ -209,7 +210,7 @@ def test_label_smoothing() -> None:
         case.hidden_states, case.weight
     )
     assert_close(value, -np.sum(labels * np.log(softmax)))
-    hidden_states = np.float64(case.hidden_states)
+    hidden_states = as_float64(case.hidden_states)
     assert_close(gradients[0], (cotangent @ case.weight).reshape(hidden_states.shape), 1e-5, 1e-5)
     assert_close(gradients[1], cotangent.T @ hidden_states.reshape(-1, EMBED), 1e-5, 1e-5)
 
@@ -294,7 +295,7 @@ def test_ids_forbidden_by_a_bias(kind: str, forbidden: slice) -> None:
     assert case.bias is not None
     case.bias[forbidden] = -np.inf
     allowed = np.isfinite(case.bias)
-    case.weights = np.float32(allowed[case.target_ids])
+    case.weights = allowed[case.target_ids].astype(np.float32)
     assert 0 < np.sum(case.weights) < case.weights.size
 
     def loss(hidden_states: Array, weight: Array, bias: Array, weights: Array) -> Array:
@@ -304,7 +305,7 @@ def test_ids_forbidden_by_a_bias(kind: str, forbidden: slice) -> None:
     arguments = (case.hidden_states, case.weight, case.bias, case.weights)
     value, gradients = quick_jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*arguments)
     finite = case.oracle._replace(bias=np.where(allowed, case.bias, -1e4))
-    expected, expected_gradients = finite.summed(np.float64(case.weights), Z)
+    expected, expected_gradients = finite.summed(as_float64(case.weights), Z)
     assert_close(value, expected)
     assert_gradients_close(gradients[:3], expected_gradients[:3])
     counted = case.weights > 0
@@ -337,7 +338,7 @@ def test_gradients_reach_the_parameters_of_a_callable() -> None:
         return summed_linear_cross_entropy(hidden_states, head, ids, jnp.ones(1031)).loss
 
     value, gradients = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))(head, hidden_states)
-    h, inner, outer = map(np.float64, (hidden_states, inner, outer))
+    h, inner, outer = map(as_float64, (hidden_states, inner, outer))
     activations = np.tanh(h @ inner)
     oracle = HeadOracle(activations, outer, None, np.asarray(ids))
     expected, (of_activations, of_outer, *_) = oracle.summed(np.ones(1031), 0.0)

@@ -199,7 +199,7 @@ def test_auxiliary_outputs(batch: _Batch, getkey: Callable[[], PRNGKeyArray]):
 class _CappedDecoder(AbstractDecoder):
     """The reference decoder with a bias, and logits between -2 and 2."""
 
-    decoder: nn.TransformerDecoder
+    decoder: AbstractDecoder
     bias: Array
     is_callable: bool
 

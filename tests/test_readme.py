@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import as_float64
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -71,7 +72,7 @@ def test_wrapper_is_short() -> None:
 def test_losses_without_logits_are_those_with_logits(namespaces: list[dict[str, Any]]) -> None:
     token, summed = (next(n for n in namespaces if name in n) for name in ("token", "out"))
     hidden_states, matrix = token["hidden_states"], token["head"].weight
-    logits = np.float64(hidden_states) @ np.float64(matrix).T
+    logits = as_float64(hidden_states) @ as_float64(matrix).T
     logits = 30 * np.tanh(logits / 30)
     log_sum_exp = np.log(np.exp(logits).sum(-1))
     expected = np.mean(log_sum_exp - logits[..., 0] + 1e-4 * log_sum_exp**2)
