@@ -9,7 +9,7 @@ from ._head_sharding import HeadSharding, tokens_on_all_devices
 from ._types import checked
 
 DEFAULT_TOKEN_TILE = 1024
-DEFAULT_VOCAB_TILE = 4096
+DEFAULT_VOCAB_TILE = 2048
 
 
 class LinearHead(eqx.Module):
