@@ -1,6 +1,6 @@
 """Multi-Token Prediction for language models in JAX, in the functional style of Equinox."""
 
-from . import nn as nn
+from . import linen as linen, nn as nn
 from ._acceptance import (
     MTPAcceptance as MTPAcceptance,
     MTPAcceptanceRate as MTPAcceptanceRate,
@@ -45,4 +45,9 @@ from ._shift import (
     roll_and_mask as roll_and_mask,
     roll_and_mask_by_segment as roll_and_mask_by_segment,
     scored_targets as scored_targets,
+)
+from .linen import (
+    mtp_acceptance as mtp_acceptance,
+    mtp_losses as mtp_losses,
+    multi_token_prediction_block_as_linen as multi_token_prediction_block_as_linen,
 )

@@ -12,9 +12,10 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FORCE_DEVICES}".
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Many tests, and the processes and notebooks they start, compile the same programs.
-_CACHE = tempfile.mkdtemp(prefix="equinox_mtp_compiled_")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.mkdtemp(prefix="equinox_mtp_compiled_")
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import itertools  # noqa: E402

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -76,7 +77,8 @@ class GroupedQueryAttention(eqx.Module):
         - `embed_size`, `num_heads`, `num_kv_heads`, `head_dim`: sizes; `num_kv_heads` divides
             `num_heads`.
         - `rope_theta`: the base of the rotary frequencies.
-        - `scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`.
+        - `scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`. For another one
+            the query's initial values make up, as in MaxText, which has a scale of 1.
         - `out_scale`: multiplies the initial output kernel.
         - `attention`: the attention function, with the arguments of `causal_attention`.
         - `key`: for the initial values.
@@ -85,8 +87,13 @@ class GroupedQueryAttention(eqx.Module):
             raise ValueError(
                 f"`num_kv_heads` must divide `num_heads`; got {num_kv_heads} and {num_heads}."
             )
+        if scale is not None and not scale > 0:
+            raise ValueError(f"`scale` must be positive, or `None`; got {scale}.")
         query_key, key_key, value_key, out_key = jax.random.split(key, 4)
-        self.query_kernel = fan_in_normal(query_key, (embed_size, num_heads, head_dim), embed_size)
+        query_scale = 1.0 if scale is None else 1 / (scale * math.sqrt(head_dim))
+        self.query_kernel = fan_in_normal(
+            query_key, (embed_size, num_heads, head_dim), embed_size, query_scale
+        )
         kv_shape = (embed_size, num_kv_heads, head_dim)
         self.key_kernel = fan_in_normal(key_key, kv_shape, embed_size)
         self.value_kernel = fan_in_normal(value_key, kv_shape, embed_size)

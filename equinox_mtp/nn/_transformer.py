@@ -28,6 +28,8 @@ class TransformerConfig:
     - `head_dim`: `embed_size / num_heads` if `None`.
     - `mlp_size`: about `8/3 · embed_size`, rounded up to a multiple of 64, if `None`.
     - `rope_theta`: the base of the rotary frequencies.
+    - `attention_scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`. 1 for weights of
+        MaxText, whose query kernels hold that factor.
     - `norm_epsilon`: the epsilon of every RMSNorm.
     - `tie_embeddings`: whether the output head is the embedding.
     - `dropout_rate`: of attention and feed-forward outputs; 0 needs no `key`.
@@ -47,6 +49,7 @@ class TransformerConfig:
     head_dim: int | None = None
     mlp_size: int | None = None
     rope_theta: float = 10_000.0
+    attention_scale: float | None = None
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = True
     dropout_rate: float = 0.0
@@ -126,6 +129,7 @@ class TransformerDecoderLayer(AbstractDecoderLayer):
             config.resolved_num_kv_heads,
             config.resolved_head_dim,
             rope_theta=config.rope_theta,
+            scale=config.attention_scale,
             out_scale=out_scale,
             attention=config.attention,
             key=attention_key,

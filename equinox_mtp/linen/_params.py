@@ -1,0 +1,170 @@
+"""Parameters under the original's names, and back."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._block import MultiTokenPredictionBlock
+from .._decoder import AbstractDecoderLayer
+from .._types import checked
+from ..nn import TransformerDecoderLayer
+from ._layers import CallableLayer
+from ._trees import (
+    Path,
+    as_exact_array,
+    check_entries,
+    flatten,
+    joined,
+    map_arrays,
+    nest,
+    without_prefix,
+)
+
+_Decoder = TypeVar("_Decoder")
+
+DECODER = "decoder"
+"""The key of the decoder's parameters, beside those of the block."""
+
+# The reference layer is the original's Llama layer, which has names of its own.
+_LLAMA_NAMES: dict[Path, Path] = {
+    ("attention_norm", "scale"): ("pre_self_attention_layer_norm", "scale"),
+    ("attention", "query_kernel"): ("self_attention", "query", "kernel"),
+    ("attention", "key_kernel"): ("self_attention", "key", "kernel"),
+    ("attention", "value_kernel"): ("self_attention", "value", "kernel"),
+    ("attention", "out_kernel"): ("self_attention", "out", "kernel"),
+    ("feed_forward_norm", "scale"): ("post_self_attention_layer_norm", "scale"),
+    ("feed_forward", "gate", "kernel"): ("mlp", "wi_0", "kernel"),
+    ("feed_forward", "up", "kernel"): ("mlp", "wi_1", "kernel"),
+    ("feed_forward", "down", "kernel"): ("mlp", "wo", "kernel"),
+}
+_MODULE_NAMES = {"projection_layer": "projection", "output_norm": "final_norm"}
+
+
+@checked
+def to_linen_params(block: MultiTokenPredictionBlock) -> dict[str, Any]:
+    """A block's parameters as the original's tree, bit for bit.
+
+        mtp_layer_1/mtp_1_embedding_norm/scale        [embed]
+        mtp_layer_1/mtp_1_hidden_state_norm/scale     [embed]
+        mtp_layer_1/mtp_1_projection/kernel           [2 embed, embed]
+        mtp_layer_1/mtp_1_transformer_layer/…
+        mtp_layer_1/mtp_1_final_norm/scale            [embed], if depths have their own norm
+        mtp_layer_2/…
+
+    The reference layer has the names of the original's Llama layer (`self_attention/query/kernel`
+    `[embed, heads, head_dim]`, `mlp/wi_0/kernel`, …); the arrays of other layers have the names of
+    their attributes.
+
+    **Returns:** a nested dictionary, for `variables["params"]`.
+    """
+    flat: dict[Path, Any] = {}
+
+    def take(names: Path, stacked: Any) -> Any:
+        for index in range(stacked.shape[0]):
+            flat[_original_path(names, index + 1, _layer(block))] = stacked[index]
+        return stacked
+
+    map_arrays(take, block.layers)
+    return nest(dict(sorted(flat.items(), key=lambda item: _depth_of(item[0]))))
+
+
+@checked
+def from_linen_params(
+    params: Mapping[str, Any], like: MultiTokenPredictionBlock
+) -> MultiTokenPredictionBlock:
+    """A block with the parameters of the original's tree, bit for bit.
+
+    **Arguments:**
+
+    - `params`: the tree of `to_linen_params`, of NumPy or JAX arrays, boxed by Flax or not; under
+        `"params"` or `"mtp_block"`, too, and with keys joined by `/` or `.`.
+    - `like`: a block of the same structure, for instance `model.block`. Its arrays' values do not
+        matter: one made by `equinox.filter_eval_shape` will do. For the original's own checkpoints
+        its attention has `scale=1.0` (`TransformerConfig(attention_scale=1.0)`).
+
+    **Raises:** `ValueError` that lists entries which are unknown, missing, there twice or of
+    another shape; and if values would be rounded.
+    """
+    given = without_prefix(without_prefix(flatten(params), "params"), "mtp_block")
+    wanted: dict[Path, tuple[int, ...]] = {}
+
+    def want(names: Path, stacked: Any) -> Any:
+        for index in range(stacked.shape[0]):
+            wanted[_original_path(names, index + 1, _layer(like))] = stacked.shape[1:]
+        return stacked
+
+    map_arrays(want, like.layers)
+    check_entries(given, wanted)
+
+    def stack(names: Path, stacked: Any) -> Array:
+        paths = [
+            _original_path(names, index + 1, _layer(like)) for index in range(stacked.shape[0])
+        ]
+        arrays = [as_exact_array(path, given[path]) for path in paths]
+        for path, array in zip(paths, arrays, strict=True):
+            if array.dtype != arrays[0].dtype:
+                raise ValueError(
+                    f"`params` must hold one dtype for all depths; {joined(path)} is "
+                    f"{array.dtype}, and {joined(paths[0])} is {arrays[0].dtype}."
+                )
+        return jnp.stack(arrays)
+
+    return eqx.tree_at(
+        lambda block: block.layers,
+        like,
+        map_arrays(stack, like.layers),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def decoder_params(decoder: Any) -> dict[str, Any]:
+    """A decoder's arrays by the names of their attributes, for `params["decoder"]`.
+
+    For any pytree whose leaves are arrays, such as an `AbstractDecoder`.
+    """
+    flat: dict[Path, Any] = {}
+
+    def take(names: Path, array: Any) -> Any:
+        flat[names] = array
+        return array
+
+    map_arrays(take, decoder)
+    return nest(flat)
+
+
+def with_decoder_params(decoder: _Decoder, params: Mapping[str, Any]) -> _Decoder:
+    """A decoder with some of its arrays replaced; the inverse of `decoder_params`.
+
+    **Raises:** `ValueError` for entries that the decoder does not have, or of another shape.
+    """
+    given = flatten(params)
+    shapes = {path: leaf.shape for path, leaf in flatten(decoder_params(decoder)).items()}
+    check_entries(given, shapes, partial=True)
+    return map_arrays(
+        lambda names, array: (
+            as_exact_array(names, given[names]).astype(array.dtype) if names in given else array
+        ),
+        decoder,
+    )
+
+
+def _layer(block: MultiTokenPredictionBlock) -> AbstractDecoderLayer | None:
+    return None if block.layers is None else block.layers.transformer_layer
+
+
+def _original_path(names: Path, depth: int, layer: AbstractDecoderLayer | None) -> Path:
+    """Where the original has an array of `MultiTokenPredictionLayer` at some depth."""
+    module, *inner = names
+    if module == "transformer_layer":
+        if isinstance(layer, TransformerDecoderLayer):
+            inner = _LLAMA_NAMES[tuple(inner)]
+        elif isinstance(layer, CallableLayer):
+            inner = inner[1:] or inner
+    return (f"mtp_layer_{depth}", f"mtp_{depth}_{_MODULE_NAMES.get(module, module)}", *inner)
+
+
+def _depth_of(path: Path) -> int:
+    return int(path[0].rpartition("_")[2])
