@@ -173,7 +173,7 @@ def _depth_sums(
 ) -> tuple[Array, Array, Array | None]:
     weights = weights.astype(jnp.float32)
     linear = _as_linear_head(head)
-    if linear is None or linear.keeps_no_gradient:
+    if linear is None or linear.defers_gradients:
         token = _token_losses(head, hidden_states, target_ids, predictions)
         out = sum_by_depth(token, weights, z_loss_weight)
     else:

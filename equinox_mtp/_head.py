@@ -49,8 +49,8 @@ class LinearHead(eqx.Module):
         - `sharding`: where things lie on a mesh, if on several devices.
         - `recompute_logits`: whether a summed loss computes the logits again in the backward pass,
             rather than keep the head's gradient from the forward pass: less memory, more time.
-        - `token_tile`, `vocab_tile`: the loss keeps `token_tile · vocab` float32 logits at a time
-            on each device, computed `vocab_tile` ids at a time.
+        - `token_tile`, `vocab_tile`: on each device logits are computed for so many tokens and ids
+            at a time. A summed loss keeps those of `token_tile` tokens and all ids, in float32.
 
         **Raises:** `ValueError` for a soft-cap or a tile that is not positive.
         """
@@ -75,7 +75,7 @@ class LinearHead(eqx.Module):
         return self.logits(hidden_states, self.weight, self.bias)
 
     @property
-    def keeps_no_gradient(self) -> bool:
+    def defers_gradients(self) -> bool:
         """Whether gradients wait for the backward pass.
 
         They must if the vocabulary is split: the softmax of a tile of tokens is only known once all
@@ -100,7 +100,7 @@ class LinearHead(eqx.Module):
 
     @property
     def tokens_at_a_time(self) -> int:
-        """How many tokens a tile should hold, on all devices of the shapes here."""
+        """How many tokens a tile should hold, of all devices together where shapes are theirs."""
         sharded = self.sharding is not None
         return self.token_tile if sharded else tokens_on_all_devices(self.token_tile)
 

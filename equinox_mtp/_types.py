@@ -28,7 +28,8 @@ HostOrDeviceArray: TypeAlias = Array | np.ndarray
 """Integer batches come from data pipelines, where they are often NumPy arrays still."""
 
 OutputHead: TypeAlias = Float[Array, "vocab embed"] | Callable[[Array], Array]
-"""From final hidden states to logits: a matrix, or a callable `[... embed] -> [... vocab]`."""
+"""From final hidden states to logits: a matrix, a `LinearHead`, or a callable
+`[batch seq embed] -> [batch seq vocab]`."""
 
 MakeLayer: TypeAlias = Callable[..., Any]
 """`make_layer(key=key)` builds a fresh `AbstractDecoderLayer`."""

@@ -181,11 +181,12 @@ def backward_over_vocabulary(
     head_weight: Float32[Array, ""] | float = 1.0,
     kept_tiles: KeptTiles | None = None,
 ) -> tuple[Float32[Array, "batch seq embed"], HeadGradient]:
-    """The gradients of Σ_tokens with `softmax_weight · softmax - target_weight · onehot` as logits'
-    cotangent: that of the hidden states, and `head_weight` times the head's added to
-    `head_gradient`.
+    """Pulls a cotangent of the logits, `softmax_weight · softmax - target_weight · onehot`, back.
 
     Tiles that were not kept are computed again.
+
+    **Returns:** the hidden states' gradient, and `head_gradient` plus `head_weight` times the
+    head's.
     """
 
     def softmax_and_logits(tile: _Tile, kept: KeptTiles | None) -> tuple[Array, Array | None]:

@@ -13,7 +13,7 @@ import maxtext
 import numpy as np
 import pytest
 from golden import assert_close
-from test_linen import ToyLayer, library_output, toy_block, toy_config, toy_decoder, toy_inputs
+from maxtext import ToyLayer, library_output, toy_block, toy_config, toy_decoder, toy_inputs
 
 import equinox_mtp as emtp
 from equinox_mtp import linen

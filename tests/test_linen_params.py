@@ -172,13 +172,31 @@ def test_wrong_entries_are_named(change: dict[str, Any], message: str) -> None:
 def test_all_wrong_entries_are_named_at_once() -> None:
     flat = golden_block_params(1)
     del flat["mtp_layer_1.mtp_1_embedding_norm.scale"]
-    flat["decoder.head"] = np.ones((64, 256), np.float32)
+    flat["mtp_layer_1.head"] = np.ones((64, 256), np.float32)
     with pytest.raises(ValueError, match="no more and no less") as raised:
         linen.from_linen_params(flat, golden_like(1))
     assert str(raised.value).splitlines()[1:] == [
-        "  decoder/head: not known",
+        "  mtp_layer_1/head: not known",
         "  mtp_layer_1/mtp_1_embedding_norm/scale: missing",
     ]
+
+
+def test_the_tree_of_a_whole_model_is_told_apart() -> None:
+    tree = {
+        "mtp_block": nested(golden_block_params(1)),
+        "decoder": {},
+        "token_embedder": {"x": 1.0},
+    }
+    with pytest.raises(ValueError, match=r"got \['token_embedder'\] beside 'mtp_block'. Pass"):
+        linen.from_linen_params(tree, golden_like(1))
+
+
+def test_names_of_a_structure_without_values() -> None:
+    shapes = linen.to_linen_params(golden_like(2))
+    flat = golden_block_params(2)
+    assert {k: x.shape for k, x in flat_paths(shapes).items()} == {
+        k: x.shape for k, x in flat.items()
+    }
 
 
 def test_decoder_parameters_round_trip() -> None:
@@ -190,8 +208,11 @@ def test_decoder_parameters_round_trip() -> None:
     assert_same_bits(changed.head, head)
     assert_same_bits(changed.decoder_norm.scale, decoder.decoder_norm.scale)
     for params, message in (
-        ({"heads": head}, "heads: not known"),
-        ({"head": head.T}, r"head: of shape \(256, 64\), not \(64, 256\)"),
+        (
+            {"heads": head},
+            "`Decoder`, by their names: decoder_norm/scale, head. Got\n  decoder/heads",
+        ),
+        ({"head": head.T}, r"decoder/head: of shape \(256, 64\), not \(64, 256\)"),
     ):
         with pytest.raises(ValueError, match=message):
             linen.with_decoder_params(decoder, params)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32
 
 from .._config import MTPConfig
 from ..nn import TransformerConfig
@@ -32,12 +34,15 @@ class Settings:
 def read_settings(config: Any) -> Settings:
     """Reads a block's settings from an object with the original's attribute names.
 
-    `mtp_final_norm` may be missing, as it is in older generations; it is `False` then.
+    `mtp_final_norm` may be missing, as it is in older generations; it is `False` then. If it is
+    set, every depth has a norm of its own before the head, and passes on the state before it.
 
     **Raises:** `ValueError` that names an attribute which is missing or makes no sense.
     """
     num_depths = int(_read(config, "mtp_num_layers", "an integer, zero or positive", _is_count))
-    own_norm = bool(getattr(config, "mtp_final_norm", False))
+    own_norm = getattr(config, "mtp_final_norm", False)
+    if not isinstance(own_norm, (bool, np.bool_)):
+        raise ValueError(f"`config.mtp_final_norm` must be True or False; got {own_norm!r}.")
     return Settings(
         conventions=MTPConfig.preset(
             "maxtext", num_depths, output_norm="own" if own_norm else "shared"
@@ -52,14 +57,15 @@ def read_settings(config: Any) -> Settings:
     )
 
 
-def read_scaling_factor(config: Any) -> float | Any:
-    """λ, as a number or an array."""
-    return _read(
+def read_scaling_factor(config: Any) -> Float32[Array, ""]:
+    """λ."""
+    value = _read(
         config,
         "mtp_loss_scaling_factor",
         "a number, zero or positive",
-        lambda value: _is_scalar_array(value) or (_is_number(value) and value >= 0),
+        lambda value: _is_scalar_of_jax(value) or (_is_number(value) and value >= 0),
     )
+    return jnp.asarray(value, jnp.float32)
 
 
 def read_eval_depth(config: Any, num_depths: int | None = None) -> int:
@@ -79,12 +85,17 @@ def read_transformer(config: Any) -> TransformerConfig:
 
     The original has no 1/√head_dim in its attention: it is in the query's initial values.
     """
+    heads, kv_heads = (_read_size(config, name) for name in ("num_query_heads", "num_kv_heads"))
+    if heads % kv_heads:
+        raise ValueError(
+            f"`config.num_kv_heads` must divide `num_query_heads`; got {kv_heads} and {heads}."
+        )
     return TransformerConfig(
         vocab_size=1,  # Of no concern to a layer.
         embed_size=_read_size(config, "emb_dim"),
         num_layers=1,
-        num_heads=_read_size(config, "num_query_heads"),
-        num_kv_heads=_read_size(config, "num_kv_heads"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=_read_size(config, "head_dim"),
         mlp_size=_read_size(config, "mlp_dim"),
         rope_theta=float(
@@ -103,9 +114,10 @@ def _read(config: Any, name: str, wanted: str, accepts: Callable[[Any], bool]) -
     try:
         value = getattr(config, name)
     except AttributeError:
+        hint = " Pass `types.SimpleNamespace(**config)`." if isinstance(config, Mapping) else ""
         raise ValueError(
             f"`config` must have the attribute `{name}`, {wanted}; got a "
-            f"`{type(config).__name__}` without it."
+            f"`{type(config).__name__}` without it.{hint}"
         ) from None
     if not accepts(value):
         raise ValueError(f"`config.{name}` must be {wanted}; got {value!r}.")
@@ -134,8 +146,8 @@ def _is_count(value: Any) -> bool:
     return bool(is_integer and value >= 0)
 
 
-def _is_scalar_array(value: Any) -> bool:
-    return hasattr(value, "dtype") and getattr(value, "shape", None) == ()
+def _is_scalar_of_jax(value: Any) -> bool:
+    return isinstance(value, jax.Array) and value.shape == ()
 
 
 def _is_float_dtype(value: Any) -> bool:

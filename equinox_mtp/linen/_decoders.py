@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Integer
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Integer
 from .._decoder import AbstractDecoder
 from .._types import OutputHead
 from ._config import Settings
+from ._trees import unboxed
 
 _HOW_TO_LEND = (
     "Pass an `AbstractDecoder`, or an object with the methods "
@@ -29,7 +31,7 @@ _EMBEDDING_AXES = ("activation_batch", "activation_length", "activation_embed")
 
 
 class BorrowedDecoder(AbstractDecoder):
-    """An `AbstractDecoder` whose embeddings have the dtype and the sharding of the shim."""
+    """A decoder whose embeddings have the dtype and the sharding of the shim."""
 
     decoder: AbstractDecoder
     sharding: NamedSharding | None = eqx.field(static=True)
@@ -38,8 +40,10 @@ class BorrowedDecoder(AbstractDecoder):
     def embed(
         self, input_ids: Integer[Array, "batch seq"], position_ids: Integer[Array, "batch seq"]
     ) -> Float[Array, "batch seq embed"]:
-        embeddings = self.decoder.embed(input_ids, position_ids)
-        return _laid_out(embeddings.astype(self.dtype), self.sharding)
+        embeddings = self.decoder.embed(input_ids, position_ids).astype(self.dtype)
+        if self.sharding is None:
+            return embeddings
+        return jax.lax.with_sharding_constraint(embeddings, self.sharding)
 
     def __call__(self, input_ids: Integer[Array, "batch seq"], **arguments: Any) -> Any:
         return self.decoder(input_ids, **arguments)
@@ -77,20 +81,17 @@ class OriginalDecoder(AbstractDecoder):
     """
 
     head: OriginalHead
-    sharding: NamedSharding | None = eqx.field(static=True)
-    dtype: np.dtype = eqx.field(static=True)
 
     def embed(
         self, input_ids: Integer[Array, "batch seq"], position_ids: Integer[Array, "batch seq"]
     ) -> Float[Array, "batch seq embed"]:
-        embeddings = self.head.decoder._apply_embedding(
+        return self.head.decoder._apply_embedding(
             self.head.shared_embedding,
             input_ids,
             position_ids,
             self.head.deterministic,
             model_mode=self.head.model_mode,
         )
-        return _laid_out(embeddings.astype(self.dtype), self.sharding)
 
     def __call__(self, input_ids: Integer[Array, "batch seq"], **arguments: Any) -> Any:
         raise NotImplementedError("the block is given the main model's hidden states")
@@ -130,11 +131,13 @@ def borrow_decoder(
     Into an `AbstractDecoder` a `shared_embedding` is put in place of its field `embedding`.
     """
     if isinstance(decoder, AbstractDecoder):
-        decoder = _with_embedding(decoder, shared_embedding)
-        return BorrowedDecoder(decoder, sharding, settings.dtype)
-    method = _head_method(settings.own_norm)
-    head = OriginalHead(decoder, shared_embedding, method, deterministic, model_mode)
-    return OriginalDecoder(head, sharding, settings.dtype)
+        borrowed = _with_embedding(decoder, shared_embedding)
+    else:
+        method = _head_method(settings.own_norm)
+        borrowed = OriginalDecoder(
+            OriginalHead(decoder, shared_embedding, method, deterministic, model_mode)
+        )
+    return BorrowedDecoder(borrowed, sharding, settings.dtype)
 
 
 def _head_method(own_norm: bool) -> str:
@@ -144,20 +147,26 @@ def _head_method(own_norm: bool) -> str:
 def _with_embedding(decoder: AbstractDecoder, shared_embedding: Any) -> AbstractDecoder:
     if shared_embedding is None:
         return decoder
-    table = getattr(shared_embedding, "embedding", shared_embedding)
+    table = unboxed(getattr(shared_embedding, "embedding", shared_embedding))
+    kind = type(shared_embedding).__name__
     own: Any = getattr(decoder, "embedding", None)
     if not eqx.is_array(own):
         raise TypeError(
             "`shared_embedding` must be `None` for a decoder without an array `embedding`; got a "
-            f"`{type(shared_embedding).__name__}` for a `{type(decoder).__name__}`. Its own "
-            "embedding is used then; pass the decoder's weights under `params['decoder']` to "
-            "differentiate them."
+            f"`{kind}` for a `{type(decoder).__name__}`. Its own embedding is used then; pass the "
+            "decoder's weights under `params['decoder']` to differentiate them."
         )
-    if getattr(table, "shape", None) != own.shape:
+    if not isinstance(table, (jax.Array, np.ndarray)):
+        raise TypeError(
+            "`shared_embedding` must be an array `[vocab embed]`, a module that holds one as "
+            f"`embedding`, or `None`; got a `{kind}`."
+        )
+    if table.shape != own.shape:
         raise ValueError(
             f"`shared_embedding` must have the shape {own.shape} of the decoder's `embedding`; got "
-            f"{getattr(table, 'shape', table)}."
+            f"{table.shape}."
         )
+    table = jnp.asarray(table)
     return eqx.tree_at(lambda d: d.embedding, decoder, table)
 
 
@@ -165,31 +174,38 @@ def _with_embedding(decoder: AbstractDecoder, shared_embedding: Any) -> Abstract
 
 
 def sharding_of_embeddings(mesh: Mesh | AbstractMesh | None, config: Any) -> NamedSharding | None:
-    """How embeddings `[batch seq embed]` lie on a mesh; `None` without one.
+    """How embeddings `[batch seq embed]` lie on a mesh; `None` to leave them where they are.
 
-    `config.logical_axis_rules` says over which mesh axes, as in the original. Axes that are not
-    automatic are left to JAX, which tracks them in the arrays' types.
+    `config.logical_axis_rules` says over which mesh axes, as in the original. On a mesh with
+    explicit axes nothing is said: JAX tracks them in the arrays' types.
+
+    **Raises:** `ValueError` for rules that are not pairs.
     """
-    if mesh is None:
+    if mesh is None or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None
     rules = getattr(config, "logical_axis_rules", None) or _DEFAULT_AXIS_RULES
+    if isinstance(rules, str) or not _are_pairs(rules):
+        raise ValueError(
+            "`config.logical_axis_rules` must be pairs of a logical axis and mesh axes, such as "
+            f"`('activation_batch', ('data', 'fsdp'))`; got {rules!r}."
+        )
     return NamedSharding(mesh, _partition_spec(mesh, rules))  # pyright: ignore[reportArgumentType]
 
 
-def _laid_out(embeddings: Array, sharding: NamedSharding | None) -> Array:
-    if sharding is None:
-        return embeddings
-    return jax.lax.with_sharding_constraint(embeddings, sharding)
+def _are_pairs(rules: Any) -> bool:
+    try:
+        return all(not isinstance(rule, str) and len(rule) == 2 for rule in rules)
+    except TypeError:
+        return False
 
 
 def _partition_spec(mesh: Mesh | AbstractMesh, rules: Sequence[Any]) -> P:
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     used: set[str] = set()
 
     def axes_of(word: str) -> tuple[str, ...] | None:
         for logical, axes in rules:
             names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-            names = tuple(name for name in names if types.get(name) == AxisType.Auto)
+            names = tuple(name for name in names if name in mesh.axis_names)
             if logical == word and names and not used & set(names):
                 used.update(names)
                 return names

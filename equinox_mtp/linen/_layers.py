@@ -1,11 +1,13 @@
 """Transformer layers as the original makes and calls them."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .._decoder import AbstractDecoderLayer, HiddenStates
@@ -54,8 +56,8 @@ def layer_maker(transformer_layer_module: Any, *, config: Any, mesh: Any) -> Mak
 
     That is the class `nn.TransformerDecoderLayer`, with sizes from `config`; a class or factory,
     called with those of `config`, `mesh`, `model_mode`, `rngs` and `key` that it has arguments for
-    (`rngs` is the key, too); or a function that is a layer by itself, as it has an argument
-    `inputs`.
+    (`rngs` is the key, too, or Flax's `Rngs` for a module of NNX); or a function that is a layer by
+    itself, as it has an argument `inputs`.
 
     **Raises:** `TypeError` if it is none of these.
     """
@@ -67,30 +69,65 @@ def layer_maker(transformer_layer_module: Any, *, config: Any, mesh: Any) -> Mak
             "function with the argument `inputs` that is one; got a "
             f"`{type(transformer_layer_module).__name__}`. Pass the class, or `lambda key: ...`."
         )
-    if transformer_layer_module is TransformerDecoderLayer:
-        return partial(TransformerDecoderLayer, read_transformer(config))
+    if _is_subclass(transformer_layer_module, TransformerDecoderLayer):
+        return partial(transformer_layer_module, read_transformer(config))
     names = _argument_names(transformer_layer_module)
-    if "inputs" in names:
+    if names is not None and "inputs" in names:
         return lambda *, key: CallableLayer(transformer_layer_module)
 
     def make_layer(*, key: PRNGKeyArray) -> AbstractDecoderLayer:
-        offered = {"config": config, "mesh": mesh, "model_mode": TRAIN, "rngs": key, "key": key}
-        layer = transformer_layer_module(
-            **{name: value for name, value in offered.items() if name in names}
+        rngs = _rngs_for(transformer_layer_module, key)
+        offered = {"config": config, "mesh": mesh, "model_mode": TRAIN, "rngs": rngs, "key": key}
+        layer: Any = transformer_layer_module(
+            **{name: value for name, value in offered.items() if names is None or name in names}
         )
         if isinstance(layer, AbstractDecoderLayer):
             return layer
-        if not callable(layer):
-            raise TypeError(
-                "`transformer_layer_module` must make a layer that can be called; got a "
-                f"`{type(layer).__name__}`."
-            )
+        _check_layer(layer)
         return CallableLayer(layer)
 
     return make_layer
 
 
-def _argument_names(function: Callable[..., Any]) -> set[str]:
-    """The arguments that are not bound yet."""
-    bound = getattr(function, "keywords", {})
-    return set(inspect.signature(function).parameters) - set(bound)
+def _argument_names(function: Callable[..., Any]) -> set[str] | None:
+    """The arguments that are not bound yet; `None` if any are taken."""
+    bound = set(getattr(function, "keywords", {}))
+    # Flax's metaclass hides the constructor's arguments.
+    constructor = function.__init__ if isinstance(function, type) else function
+    parameters = inspect.signature(constructor).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return set(parameters) - bound
+
+
+def _rngs_for(module: Any, key: PRNGKeyArray) -> Any:
+    """Modules of NNX want their own kind, and others a key."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    return nnx.Rngs(key) if nnx is not None and _is_subclass(module, nnx.Module) else key
+
+
+def _is_subclass(module: Any, wanted: type) -> bool:
+    return isinstance(module, type) and issubclass(module, wanted)
+
+
+def _check_layer(layer: Any) -> None:
+    """**Raises:** `TypeError` for what cannot be called, or hides its arrays from JAX."""
+    name = type(layer).__name__
+    if not callable(layer):
+        raise TypeError(
+            f"`transformer_layer_module` must make a layer that can be called; got a `{name}`."
+        )
+    is_pytree = jax.tree.leaves(layer) != [layer]
+    if is_pytree:
+        return
+    if hasattr(layer, "apply") and hasattr(layer, "init"):
+        raise TypeError(
+            f"`transformer_layer_module` must make a layer that holds its parameters; got the "
+            f"Linen module `{name}`. Bind it, wrap it in an `equinox.Module` with its parameters "
+            "in a field, or use its NNX form."
+        )
+    if any(eqx.is_array(leaf) for leaf in jax.tree.leaves(getattr(layer, "__dict__", {}))):
+        raise TypeError(
+            f"`transformer_layer_module` must make a layer whose arrays JAX can see; got a "
+            f"`{name}`, which is no pytree. Derive it from `equinox.Module`."
+        )

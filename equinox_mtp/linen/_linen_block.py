@@ -1,19 +1,21 @@
 """A block with Linen's construction and use, and nothing of Flax."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import PRNGKeyArray
 
 from .._types import checked
+from ._collections import BLOCK_NAME
 from ._modules import ALL_COLLECTIONS, Collections, MultiTokenPredictionBlock
 from ._params import DECODER, from_linen_params, to_linen_params, with_decoder_params
-from ._rngs import initial_key
-from ._trees import flatten, joined, nest, without_prefix
+from ._rngs import initial_key, key_for
+from ._trees import flatten, is_parameter, joined, nest, without_prefix
 
 Variables = Mapping[str, Any]
 """Collections by name; the parameters are `variables["params"]`."""
@@ -21,7 +23,7 @@ Variables = Mapping[str, Any]
 _PARAMS = "params"
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class LinenBlock:
     """The block of `multi_token_prediction_block_as_linen`: frozen, and without arrays of its own.
 
@@ -34,18 +36,24 @@ class LinenBlock:
     decoder: Any
     rngs: Any
     name: str | None = None
-    _skeleton: MultiTokenPredictionBlock = dataclasses.field(init=False, compare=False)
+    _skeleton: MultiTokenPredictionBlock = dataclasses.field(init=False)
+    _key: PRNGKeyArray | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         skeleton = eqx.filter_eval_shape(self._make, jax.random.key(0))
-        object.__setattr__(self, "_skeleton", skeleton)
+        block = _with_constants(skeleton.block, lambda key: self._make(key).block)
+        object.__setattr__(self, "_skeleton", eqx.tree_at(lambda m: m.block, skeleton, block))
+        # Once: asked again, Flax's `Rngs` would give another one.
+        object.__setattr__(self, "_key", key_for(self.rngs, "params"))
 
     def _make(self, key: jax.Array) -> MultiTokenPredictionBlock:
         return MultiTokenPredictionBlock(
             self.config, self.mesh, self.transformer_layer_module, self.decoder, rngs=key
         )
 
-    def init(self, rngs: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def init(
+        self, rngs: Any = None, *args: Any, mutable: Any = True, **kwargs: Any
+    ) -> dict[str, Any]:
         """Fresh parameters.
 
         **Arguments:**
@@ -53,17 +61,19 @@ class LinenBlock:
         - `rngs`: a key, or something that holds one for the stream `"params"`; that of construction
             if `None`.
         - `args`, `kwargs`: as in `apply`. They are checked, and otherwise not needed.
+        - `mutable`: there for Linen's sake; parameters are all that a block has.
 
         **Returns:** `{"params": {"mtp_layer_1": …}}`, with the names of `to_linen_params`. The
         decoder's parameters are not among them.
         """
-        return self.init_with_output(rngs, *args, **kwargs)[1]
+        return self.init_with_output(rngs, *args, mutable=mutable, **kwargs)[1]
 
     def init_with_output(
-        self, rngs: Any = None, *args: Any, **kwargs: Any
+        self, rngs: Any = None, *args: Any, mutable: Any = True, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """`(output, variables)`; the output is the `{}` of the original."""
-        key = initial_key(self.rngs if rngs is None else rngs)
+        del mutable
+        key = initial_key(self._key if rngs is None else rngs)
         variables = {_PARAMS: to_linen_params(self._make(key).block)}
         if args or kwargs:
             jax.eval_shape(lambda: self.apply(variables, *args, mutable=True, rngs=key, **kwargs))
@@ -155,7 +165,12 @@ class LinenBlock:
                 "`variables` must hold the collection 'params', as `init` returns it; got "
                 f"{sorted(variables)}."
             )
-        flat = without_prefix(flatten(variables[_PARAMS]), "mtp_block")
+        if not isinstance(variables[_PARAMS], Mapping):
+            raise TypeError(
+                "`variables['params']` must be a mapping; got a "
+                f"`{type(variables[_PARAMS]).__name__}`."
+            )
+        flat = without_prefix(flatten(variables[_PARAMS]), BLOCK_NAME)
         of_decoder = {path[1:]: x for path, x in flat.items() if path[0] == DECODER}
         of_block = {path: x for path, x in flat.items() if path[0] != DECODER}
         decoder = self.decoder
@@ -235,4 +250,21 @@ def _is_mutable(name: str, mutable: Any) -> bool:
         return name == mutable
     if hasattr(mutable, "deny"):
         return not _is_mutable(name, mutable.deny)
+    if not isinstance(mutable, Collection):
+        raise TypeError(
+            "`mutable` must be True, False, a collection's name or several of them; got "
+            f"{mutable!r}."
+        )
     return name in mutable
+
+
+def _with_constants(skeleton: Any, make: Callable[[PRNGKeyArray], Any]) -> Any:
+    """Fills in the arrays that are no parameters, such as tables of integers."""
+
+    def is_constant(x: Any) -> bool:
+        return (eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)) and not is_parameter(x)
+
+    if not any(map(is_constant, jax.tree.leaves(skeleton))):
+        return skeleton
+    constants = eqx.filter_jit(lambda key: eqx.filter(make(key), is_constant))(jax.random.key(0))
+    return eqx.combine(constants, skeleton)

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Integer, Shaped
 
@@ -22,6 +23,8 @@ from ._rngs import initial_key, key_for
 Collections = dict[str, dict[str, dict[str, Array]]]
 """`{"mtp_losses": {"mtp_block": {"losses": …, "weights": …}}, …}`"""
 
+_MODES = (TRAIN, "eval", "prefill", "autoregressive")
+
 ALL_COLLECTIONS = frozenset({mtp_losses.__name__, mtp_acceptance.__name__})
 
 
@@ -30,7 +33,9 @@ class MultiTokenPredictionLayer(eqx.Module):
 
     layer: _layer.MultiTokenPredictionLayer
     layer_number: int = eqx.field(static=True)
+    dtype: np.dtype = eqx.field(static=True)
 
+    @checked
     def __init__(
         self,
         config: Any,
@@ -48,6 +53,10 @@ class MultiTokenPredictionLayer(eqx.Module):
         - `transformer_layer_module`: as in `multi_token_prediction_block_as_linen`.
         - `rngs`: a key, or something that holds one for the stream `"params"`.
         """
+        if layer_number < 1:
+            raise ValueError(
+                f"`layer_number` must be at least 1, as depths count from 1; got {layer_number}."
+            )
         settings = read_settings(config)
         make_layer = layer_maker(transformer_layer_module, config=config, mesh=mesh)
         layer = _layer.MultiTokenPredictionLayer(
@@ -59,6 +68,7 @@ class MultiTokenPredictionLayer(eqx.Module):
         )
         self.layer = in_weight_dtype(layer, settings)
         self.layer_number = layer_number
+        self.dtype = settings.dtype
 
     @property
     def embedding_norm(self) -> RMSNorm:
@@ -81,23 +91,27 @@ class MultiTokenPredictionLayer(eqx.Module):
         layer = self.layer.transformer_layer
         return layer.function if isinstance(layer, CallableLayer) else layer
 
+    @checked
     def __call__(
         self,
-        prev_hidden_state: Float[Array, "batch seq embed"],
-        target_token_embedding: Float[Array, "batch seq embed"],
+        prev_hidden_state: Float[HostOrDeviceArray, "batch seq embed"],
+        target_token_embedding: Float[HostOrDeviceArray, "batch seq embed"],
         *,
-        position_ids: Integer[Array, "batch seq"],
-        decoder_segment_ids: Integer[Array, "batch seq"] | None,
+        position_ids: Integer[HostOrDeviceArray, "batch seq"],
+        decoder_segment_ids: Integer[HostOrDeviceArray, "batch seq"] | None,
         deterministic: bool,
         model_mode: str = TRAIN,
         rngs: Any = None,
     ) -> Float[Array, "batch seq embed"]:
-        """One depth's hidden states; `rngs` may hold a key for the stream `"dropout"`."""
+        """One depth's hidden states, before its output norm if it has one.
+
+        `rngs` may hold a key for the stream `"dropout"`.
+        """
         output, _ = in_mode(self.layer, model_mode)(
-            prev_hidden_state,
-            target_token_embedding,
-            position_ids=position_ids,
-            segment_ids=decoder_segment_ids,
+            jnp.asarray(prev_hidden_state, self.dtype),
+            jnp.asarray(target_token_embedding, self.dtype),
+            position_ids=jnp.asarray(position_ids),
+            segment_ids=None if decoder_segment_ids is None else jnp.asarray(decoder_segment_ids),
             key=key_for(rngs, "dropout"),
             inference=deterministic,
         )
@@ -115,6 +129,7 @@ class MultiTokenPredictionBlock(eqx.Module):
     settings: Settings = eqx.field(static=True)
     embedding_sharding: NamedSharding | None = eqx.field(static=True)
 
+    @checked
     def __init__(
         self,
         config: Any,
@@ -144,16 +159,21 @@ class MultiTokenPredictionBlock(eqx.Module):
         prefix, _, depth = name.rpartition("_")
         if prefix != "mtp_layer" or not depth.isdigit():
             raise AttributeError(f"`{type(self).__name__}` has no attribute `{name}`.")
+        try:
+            inner = self.block.layer(int(depth))
+        except ValueError as error:
+            raise AttributeError(f"there is no `{name}`: {error}") from None
         layer = object.__new__(MultiTokenPredictionLayer)
-        object.__setattr__(layer, "layer", self.block.layer(int(depth)))
-        object.__setattr__(layer, "layer_number", int(depth))
+        fields = {"layer": inner, "layer_number": int(depth), "dtype": self.settings.dtype}
+        for field, value in fields.items():
+            object.__setattr__(layer, field, value)
         return layer
 
     @checked
     def __call__(
         self,
         shared_embedding: Any,
-        main_hidden_state: Float[Array, "batch seq embed"],
+        main_hidden_state: Float[HostOrDeviceArray, "batch seq embed"],
         input_ids: Integer[HostOrDeviceArray, "batch seq"],
         target_ids: Integer[HostOrDeviceArray, "batch seq"] | None,
         target_mask: Shaped[HostOrDeviceArray, "batch seq"] | None,
@@ -185,8 +205,14 @@ class MultiTokenPredictionBlock(eqx.Module):
         `{"mtp_losses": {"mtp_block": {"losses": [depth], "weights": [depth]}},
         "mtp_acceptance": {"mtp_block": {"mtp_preds": [1 batch seq], "mtp_mask": [1 batch seq]}}}`.
         """
-        settings, rows = self.settings, (position_ids, decoder_segment_ids)
-        position_ids, segment_ids = (None if x is None else jnp.asarray(x) for x in rows)
+        settings = self.settings
+        if model_mode not in _MODES:
+            raise ValueError(
+                f"`model_mode` must be one of {', '.join(map(repr, _MODES))}; got {model_mode!r}. "
+                f"Losses are collected in {TRAIN!r}."
+            )
+        position_ids = None if position_ids is None else jnp.asarray(position_ids)
+        segment_ids = None if decoder_segment_ids is None else jnp.asarray(decoder_segment_ids)
         mask_dtype = jnp.int32 if target_mask is None else target_mask.dtype
         targets = align_targets(
             input_ids,
@@ -207,7 +233,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         with_acceptance = mtp_acceptance.__name__ in collections and settings.eval_depth > 0
         output = in_mode(self.block, model_mode)(
             decoder,
-            main_hidden_state.astype(settings.dtype),
+            jnp.asarray(main_hidden_state, settings.dtype),
             targets,
             position_ids=position_ids,
             segment_ids=segment_ids,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -15,11 +16,11 @@ from ._layers import CallableLayer
 from ._trees import (
     Path,
     as_exact_array,
-    check_entries,
     flatten,
     joined,
-    map_arrays,
+    map_parameters,
     nest,
+    problems_of,
     without_prefix,
 )
 
@@ -64,10 +65,13 @@ def to_linen_params(block: MultiTokenPredictionBlock) -> dict[str, Any]:
 
     def take(names: Path, stacked: Any) -> Any:
         for index in range(stacked.shape[0]):
-            flat[_original_path(names, index + 1, _layer(block))] = stacked[index]
+            one = jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
+            if not isinstance(stacked, jax.ShapeDtypeStruct):
+                one = stacked[index]
+            flat[_original_path(names, index + 1, _layer(block))] = one
         return stacked
 
-    map_arrays(take, block.layers)
+    map_parameters(take, block.layers)
     return nest(dict(sorted(flat.items(), key=lambda item: _depth_of(item[0]))))
 
 
@@ -89,6 +93,7 @@ def from_linen_params(
     another shape; and if values would be rounded.
     """
     given = without_prefix(without_prefix(flatten(params), "params"), "mtp_block")
+    of_block = {path[1:]: x for path, x in given.items() if path[0] == "mtp_block"}
     wanted: dict[Path, tuple[int, ...]] = {}
 
     def want(names: Path, stacked: Any) -> Any:
@@ -96,8 +101,20 @@ def from_linen_params(
             wanted[_original_path(names, index + 1, _layer(like))] = stacked.shape[1:]
         return stacked
 
-    map_arrays(want, like.layers)
-    check_entries(given, wanted)
+    map_parameters(want, like.layers)
+    if of_block:
+        others = sorted({path[0] for path in given} - {"mtp_block"})
+        raise ValueError(
+            f"`params` must hold the arrays of the block alone; got {others} beside 'mtp_block'. "
+            "Pass `params['mtp_block']`."
+        )
+    problems = problems_of(given, wanted)
+    problems += [f"{joined(path)}: missing" for path in wanted if path not in given]
+    if problems:
+        raise ValueError(
+            "`params` must hold the arrays of the block, no more and no less; got\n  "
+            + "\n  ".join(sorted(problems))
+        )
 
     def stack(names: Path, stacked: Any) -> Array:
         paths = [
@@ -115,7 +132,7 @@ def from_linen_params(
     return eqx.tree_at(
         lambda block: block.layers,
         like,
-        map_arrays(stack, like.layers),
+        map_parameters(stack, like.layers),
         is_leaf=lambda x: x is None,
     )
 
@@ -131,22 +148,27 @@ def decoder_params(decoder: Any) -> dict[str, Any]:
         flat[names] = array
         return array
 
-    map_arrays(take, decoder)
+    map_parameters(take, decoder)
     return nest(flat)
 
 
 def with_decoder_params(decoder: _Decoder, params: Mapping[str, Any]) -> _Decoder:
-    """A decoder with some of its arrays replaced; the inverse of `decoder_params`.
+    """A decoder with some of its arrays replaced, as they are; the inverse of `decoder_params`.
 
     **Raises:** `ValueError` for entries that the decoder does not have, or of another shape.
     """
     given = flatten(params)
     shapes = {path: leaf.shape for path, leaf in flatten(decoder_params(decoder)).items()}
-    check_entries(given, shapes, partial=True)
-    return map_arrays(
-        lambda names, array: (
-            as_exact_array(names, given[names]).astype(array.dtype) if names in given else array
-        ),
+    problems = problems_of(given, shapes, prefix=(DECODER,))
+    if problems:
+        name = type(decoder).__name__
+        known = ", ".join(map(joined, shapes)) or "none, as it is no pytree of arrays"
+        raise ValueError(
+            f"`params['{DECODER}']` must hold arrays of the decoder, a `{name}`, by their names: "
+            f"{known}. Got\n  " + "\n  ".join(sorted(problems))
+        )
+    return map_parameters(
+        lambda names, array: as_exact_array(names, given[names]) if names in given else array,
         decoder,
     )
 

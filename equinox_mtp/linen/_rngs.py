@@ -12,8 +12,8 @@ from jaxtyping import PRNGKeyArray
 def key_for(rngs: Any, stream: str) -> PRNGKeyArray | None:
     """The key of a stream (`"params"`, `"dropout"`), or `None` if there is none.
 
-    `rngs` is a key, which serves every stream; a mapping from streams to keys; or an object with a
-    method for each stream that returns the next key, as `flax.nnx.Rngs`.
+    `rngs` is a key, which serves every stream; a mapping from streams to keys; or like
+    `flax.nnx.Rngs`, with a method for each stream that returns the next key.
 
     **Raises:** `TypeError` if it is none of these.
     """
@@ -26,11 +26,12 @@ def key_for(rngs: Any, stream: str) -> PRNGKeyArray | None:
             return jnp.asarray(rngs)
         if rngs.dtype == jnp.uint32 and rngs.ndim == 1:
             return jax.random.wrap_key_data(jnp.asarray(rngs))
-    elif callable(next_key := getattr(rngs, stream, None)):
-        return key_for(next_key(), stream)
+    elif hasattr(type(rngs), "fork"):
+        next_key = getattr(rngs, stream, None)
+        return None if next_key is None else key_for(next_key(), stream)
     raise TypeError(
-        "`rngs` must be a key, a mapping such as `{'params': key}`, or an object with a method "
-        f"`{stream}()` that returns a key; got {rngs!r}."
+        "`rngs` must be a key, a mapping such as `{'params': key}`, or a `flax.nnx.Rngs`; got a "
+        f"`{type(rngs).__name__}`."
     )
 
 
@@ -43,6 +44,10 @@ def initial_key(rngs: Any) -> PRNGKeyArray:
     if key is None:
         raise ValueError(
             "`rngs` must hold a key for the stream 'params', from which initial values are drawn; "
-            f"got {rngs!r}. Pass `jax.random.key(0)` or `{{'params': jax.random.key(0)}}`."
+            f"got {_described(rngs)}. Pass `jax.random.key(0)`, or a mapping with 'params'."
         )
     return key
+
+
+def _described(rngs: Any) -> str:
+    return f"the streams {sorted(rngs)}" if isinstance(rngs, Mapping) else type(rngs).__name__

@@ -28,9 +28,10 @@ def joined(path: Path) -> str:
     return "/".join(path)
 
 
-def is_array_or_shape(x: Any) -> bool:
-    """Whether a leaf is an array, or stands for one."""
-    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+def is_parameter(x: Any) -> bool:
+    """Whether a leaf is an array that can be trained, or stands for one."""
+    is_array = eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+    return bool(is_array and jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def names_of(path: Iterable[Any]) -> Path:
@@ -85,30 +86,28 @@ def without_prefix(flat: Mapping[Path, Any], key: str) -> dict[Path, Any]:
     return dict(flat)
 
 
-def check_entries(
-    given: Mapping[Path, Any], wanted: Mapping[Path, tuple[int, ...]], *, partial: bool = False
-) -> None:
-    """**Raises:** `ValueError` that names every unknown, missing or misshapen entry."""
-    problems = [f"{joined(path)}: not known" for path in given if path not in wanted]
-    if not partial:
-        problems += [f"{joined(path)}: missing" for path in wanted if path not in given]
+def problems_of(
+    given: Mapping[Path, Any], wanted: Mapping[Path, tuple[int, ...]], *, prefix: Path = ()
+) -> list[str]:
+    """What is unknown or misshapen among the given entries, a line each."""
+    problems = [f"{joined((*prefix, *path))}: not known" for path in given if path not in wanted]
     for path, shape in wanted.items():
         if path not in given:
             continue
-        actual = getattr(given[path], "shape", None)
+        where, actual = joined((*prefix, *path)), getattr(given[path], "shape", None)
         if actual is None:
-            problems.append(f"{joined(path)}: not an array but a `{type(given[path]).__name__}`")
+            problems.append(f"{where}: not an array but a `{type(given[path]).__name__}`")
         elif tuple(actual) != shape:
-            problems.append(f"{joined(path)}: of shape {tuple(actual)}, not {shape}")
-    if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise ValueError(
-            f"`params` must hold the arrays of the block, no more and no less; got\n  {listed}"
-        )
+            problems.append(f"{where}: of shape {tuple(actual)}, not {shape}")
+    return problems
 
 
 def as_exact_array(path: Path, leaf: Any) -> Array:
-    """**Raises:** `ValueError` if JAX would round the values."""
+    """**Raises:** `ValueError` for what is no number, or if JAX would round the values."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        raise ValueError(
+            f"`params` must hold floating-point arrays; {joined(path)} is {leaf.dtype}."
+        )
     dtype = dtypes.canonicalize_dtype(leaf.dtype)
     if dtype != leaf.dtype:
         raise ValueError(
@@ -119,9 +118,16 @@ def as_exact_array(path: Path, leaf: Any) -> Array:
     return jnp.asarray(leaf)
 
 
-def map_arrays(function: Callable[[Path, Any], Any], tree: Any) -> Any:
-    """`function(path, array)` in place of every array of a pytree, or of what stands for one."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(names_of(path), leaf) if is_array_or_shape(leaf) else leaf,
-        tree,
-    )
+def map_parameters(function: Callable[[Path, Any], Any], tree: Any) -> Any:
+    """`function(path, array)` in place of every parameter of a pytree; the rest stays as it is."""
+
+    def visit(path: tuple[Any, ...], leaf: Any) -> Any:
+        # A variable of NNX is a pytree itself; its name is its attribute's.
+        names = names_of(path)
+        return jax.tree.map(lambda x: function(names, x) if is_parameter(x) else x, leaf)
+
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=_is_nnx_variable)
+
+
+def _is_nnx_variable(x: Any) -> bool:
+    return callable(getattr(x, "get_value", None)) and callable(getattr(x, "set_value", None))
