@@ -4,7 +4,7 @@ import abc
 from typing import Any, TypeAlias
 
 import equinox as eqx
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from ._types import OutputHead
 
@@ -81,8 +81,67 @@ class AbstractDecoder(eqx.Module):
 
     @abc.abstractmethod
     def output_head(self) -> OutputHead:
-        """The output head: a matrix `[vocab embed]`, or a callable from final hidden states
-        `[*batch embed]` to logits `[*batch vocab]` for a head with a bias or a soft-cap.
+        """The output head: a matrix `[vocab embed]`, a `LinearHead` (bias, soft-cap, sharding), or
+        any callable from final hidden states `[batch seq embed]` to logits `[batch seq vocab]`.
+        """
+
+
+Cache: TypeAlias = PyTree[Any]
+"""What a layer, or a whole decoder, keeps of the positions it has seen; of a static size."""
+
+
+class AbstractCachedDecoderLayer(AbstractDecoderLayer):
+    """A layer that can also run a few positions at a time, given a cache of those before."""
+
+    @abc.abstractmethod
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> Cache:
+        """An empty cache for positions `0 … max_length - 1` of `batch_size` rows.
+
+        `dtype` is that of the hidden states.
+        """
+
+    @abc.abstractmethod
+    def decode(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        cache: Cache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """Runs the layer at some positions, and puts them into the cache.
+
+        Every position attends to the cached ones up to and including itself, and to no later one.
+        Hence nothing need be deleted to go back: positions from there on are written anew before
+        they are read. Positions outside the cache are not written.
+
+        **Arguments:**
+
+        - `hidden_states`: of the new positions only.
+        - `cache`: of `init_cache`, or of the call before.
+        - `position_ids`: where each of them stands in its row; rows may stand at different places.
+
+        **Returns:** the layer's output, and the cache.
+        """
+
+
+class AbstractCachedDecoder(AbstractDecoder):
+    """A language model that can also run a few tokens at a time, as generation needs it."""
+
+    @abc.abstractmethod
+    def init_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache for positions `0 … max_length - 1` of `batch_size` rows."""
+
+    @abc.abstractmethod
+    def decode(
+        self,
+        input_ids: Integer[Array, "batch seq"],
+        cache: Cache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """Embeds and runs all layers at some positions; see `AbstractCachedDecoderLayer.decode`.
+
+        **Returns:** hidden states before the final norm, and the cache.
         """
 
 

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from ._config import ConcatOrder, MTPConfig
-from ._decoder import AbstractDecoderLayer, split_auxiliary
+from ._decoder import (
+    AbstractCachedDecoderLayer,
+    AbstractDecoderLayer,
+    Cache,
+    split_auxiliary,
+)
 from ._types import MakeLayer, checked
 from .nn import Linear, RMSNorm
 
@@ -93,18 +98,34 @@ class MultiTokenPredictionLayer(eqx.Module):
         **Returns:** `(hidden_states, auxiliary)`: the transformer layer's raw output, before any
         norm, and its auxiliary outputs or `None`.
         """
-        embedding = self.embedding_norm(token_embeddings)
-        hidden = self.hidden_state_norm(hidden_states)
-        if self.concat_order == "embedding_first":
-            parts = [embedding, hidden]
-        else:
-            parts = [hidden, embedding]
-        projected = self.projection_layer(jnp.concatenate(parts, axis=-1))
         output = self.transformer_layer(
-            projected,
+            self._combine(hidden_states, token_embeddings),
             position_ids=position_ids,
             segment_ids=segment_ids,
             key=key,
             inference=inference,
         )
         return split_auxiliary(output)
+
+    def decode(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        token_embeddings: Float[Array, "batch seq embed"],
+        cache: Cache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """One depth at a few positions; see `AbstractCachedDecoderLayer.decode`."""
+        layer = self.transformer_layer
+        assert isinstance(layer, AbstractCachedDecoderLayer)
+        combined = self._combine(hidden_states, token_embeddings)
+        return layer.decode(combined, cache, position_ids=position_ids)
+
+    def _combine(self, hidden_states: Array, token_embeddings: Array) -> Array:
+        embedding = self.embedding_norm(token_embeddings)
+        hidden = self.hidden_state_norm(hidden_states)
+        if self.concat_order == "embedding_first":
+            parts = [embedding, hidden]
+        else:
+            parts = [hidden, embedding]
+        return self.projection_layer(jnp.concatenate(parts, axis=-1))

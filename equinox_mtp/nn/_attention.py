@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -43,6 +43,23 @@ def causal_attention(
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask, scale=scale, is_causal=True, implementation="xla"
     )
+
+
+class KeyValueCache(eqx.Module):
+    """Keys and values of the positions seen so far, after the positional encoding."""
+
+    key: Float[Array, "batch max_length kv_heads head_dim"]
+    value: Float[Array, "batch max_length kv_heads head_dim"]
+
+    def write(self, key: Array, value: Array, position_ids: Array) -> "KeyValueCache":
+        """Puts `[batch seq kv_heads head_dim]` at their positions; drops what is outside."""
+        rows = jnp.arange(position_ids.shape[0])[:, None]
+        # A negative index would count from the end.
+        places = jnp.where(position_ids < 0, self.key.shape[1], position_ids)
+        return KeyValueCache(
+            self.key.at[rows, places].set(key, mode="drop"),
+            self.value.at[rows, places].set(value, mode="drop"),
+        )
 
 
 class GroupedQueryAttention(eqx.Module):
@@ -113,16 +130,52 @@ class GroupedQueryAttention(eqx.Module):
         segment_ids: Integer[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """Attends; the arguments are those of `AbstractDecoderLayer`."""
-
-        def project(kernel: Array) -> Array:
-            return jnp.einsum("bse,ehd->bshd", hidden_states, kernel.astype(hidden_states.dtype))
-
         attended = self.attention(
-            rotary_embedding(project(self.query_kernel), position_ids, theta=self.rope_theta),
-            rotary_embedding(project(self.key_kernel), position_ids, theta=self.rope_theta),
-            project(self.value_kernel),
+            *self._project(hidden_states, position_ids),
             position_ids=position_ids,
             segment_ids=segment_ids,
             scale=self.scale,
         )
-        return jnp.einsum("bshd,hde->bse", attended, self.out_kernel.astype(hidden_states.dtype))
+        return self._project_out(attended)
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> KeyValueCache:
+        """An empty cache; see `AbstractCachedDecoderLayer`."""
+        _, num_kv_heads, head_dim = self.key_kernel.shape
+        zeros = jnp.zeros((batch_size, max_length, num_kv_heads, head_dim), dtype)
+        return KeyValueCache(zeros, zeros)
+
+    def decode(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        cache: KeyValueCache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], KeyValueCache]:
+        """Attends to what is cached up to each position; see `AbstractCachedDecoderLayer`."""
+        query, key, value = self._project(hidden_states, position_ids)
+        cache = cache.write(key, value, position_ids)
+        places = jnp.arange(cache.key.shape[1])
+        attended = jax.nn.dot_product_attention(
+            query,
+            cache.key,
+            cache.value,
+            mask=(places <= position_ids[:, :, None])[:, None],
+            scale=self.scale,
+            implementation="xla",
+        )
+        return self._project_out(attended), cache
+
+    def _project(self, hidden_states: Array, position_ids: Array) -> tuple[Array, Array, Array]:
+        """Query, key and value, with their positions."""
+
+        def project(kernel: Array) -> Array:
+            return jnp.einsum("bse,ehd->bshd", hidden_states, kernel.astype(hidden_states.dtype))
+
+        return (
+            rotary_embedding(project(self.query_kernel), position_ids, theta=self.rope_theta),
+            rotary_embedding(project(self.key_kernel), position_ids, theta=self.rope_theta),
+            project(self.value_kernel),
+        )
+
+    def _project_out(self, attended: Array) -> Array:
+        return jnp.einsum("bshd,hde->bse", attended, self.out_kernel.astype(attended.dtype))

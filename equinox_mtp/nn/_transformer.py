@@ -3,15 +3,21 @@
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
 from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from .._decoder import AbstractDecoder, AbstractDecoderLayer
+from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer
 from .._types import checked
-from ._attention import AttentionFunction, GroupedQueryAttention, causal_attention
+from ._attention import (
+    AttentionFunction,
+    GroupedQueryAttention,
+    KeyValueCache,
+    causal_attention,
+)
 from ._feed_forward import SwiGLU
 from ._init import fan_in_normal
 from ._norm import RMSNorm
@@ -101,7 +107,7 @@ class TransformerConfig:
         return self.mlp_size
 
 
-class TransformerDecoderLayer(AbstractDecoderLayer):
+class TransformerDecoderLayer(AbstractCachedDecoderLayer):
     """A pre-norm transformer layer.
 
     y = x + attention(norm(x)); out = y + feed_forward(norm(y)).
@@ -159,8 +165,27 @@ class TransformerDecoderLayer(AbstractDecoderLayer):
         fed_forward = self.feed_forward(self.feed_forward_norm(hidden_states))
         return hidden_states + self.dropout(fed_forward, key=keys[1], inference=inference)
 
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> KeyValueCache:
+        """Keys and values of the attention."""
+        return self.attention.init_cache(batch_size, max_length, dtype)
 
-class TransformerDecoder(AbstractDecoder):
+    @checked
+    def decode(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        cache: KeyValueCache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], KeyValueCache]:
+        """Runs a few positions, without dropout; see `AbstractCachedDecoderLayer`."""
+        attended, cache = self.attention.decode(
+            self.attention_norm(hidden_states), cache, position_ids=position_ids
+        )
+        hidden_states += attended
+        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states)), cache
+
+
+class TransformerDecoder(AbstractCachedDecoder):
     """A small, complete language model: embedding, layers, norm and head.
 
     The layers are stacked over a leading axis and scanned, so compile time does not grow with their
@@ -230,6 +255,38 @@ class TransformerDecoder(AbstractDecoder):
         run_layer = jax.checkpoint(run_layer) if self.config.remat else run_layer
         hidden_states = self.embed(input_ids, position_ids)
         return lax.scan(run_layer, hidden_states, (layer_arrays, keys))[0]
+
+    def init_cache(self, batch_size: int, max_length: int) -> tuple[KeyValueCache, ...]:
+        """A cache for each layer."""
+        return tuple(
+            self.layer(index).init_cache(batch_size, max_length, self.config.dtype)
+            for index in range(self.config.num_layers)
+        )
+
+    @checked
+    def decode(
+        self,
+        input_ids: Integer[Array, "batch seq"],
+        cache: tuple[KeyValueCache, ...],
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], tuple[KeyValueCache, ...]]:
+        """Runs a few tokens; see `AbstractCachedDecoder`.
+
+        Layer by layer, not scanned: a scan would copy every cache.
+        """
+        hidden_states = self.embed(input_ids, position_ids)
+        caches = []
+        for index, layer_cache in enumerate(cache):
+            hidden_states, layer_cache = self.layer(index).decode(
+                hidden_states, layer_cache, position_ids=position_ids
+            )
+            caches.append(layer_cache)
+        return hidden_states, tuple(caches)
+
+    def layer(self, index: int) -> TransformerDecoderLayer:
+        """One layer; they count from 0."""
+        return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, self.layers)
 
     @checked
     def final_norm(

@@ -1,0 +1,100 @@
+"""Acceptance on given text, without generating."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Integer
+
+from .._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
+from .._model import MTPModel
+from .._shift import default_position_ids, inputs_and_targets
+from .._types import HostOrDeviceArray, checked
+
+
+class PositionalAcceptance(eqx.Module):
+    """Acceptance in all, and by the position where the drafts begin; `+` joins batches.
+
+    **Fields:**
+
+    - `overall`: over all positions.
+    - `by_bucket`: one for each bucket of positions.
+    - `edges`: bucket j holds the positions `edges[j] … edges[j + 1] - 1`.
+    """
+
+    overall: MTPAcceptanceRate
+    by_bucket: tuple[MTPAcceptanceRate, ...]
+    edges: tuple[int, ...] = eqx.field(static=True)
+
+    def __add__(self, other: "PositionalAcceptance") -> "PositionalAcceptance":
+        if self.edges != other.edges:
+            raise ValueError(
+                f"`edges` must be the same to join batches; got {self.edges} and {other.edges}."
+            )
+        return jax.tree.map(jnp.add, self, other)
+
+
+@checked
+def measure_acceptance(
+    model: MTPModel,
+    tokens: Integer[HostOrDeviceArray, "batch tokens"],
+    *,
+    segment_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
+    position_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
+    num_buckets: int = 4,
+) -> PositionalAcceptance:
+    """How often the depths predict what the main model predicts, on text as it stands.
+
+    Teacher-forced: every draft follows the text's own tokens, at every position. `joint` is the
+    probability that the first k drafts of greedy decoding are accepted, `conditional` that the k-th
+    is if those before it are. On text that the model has generated greedily itself, the average
+    over positions is that of real decoding up to where its steps begin.
+
+    **Arguments:**
+
+    - `model`: any `MTPModel`; it needs no cached step.
+    - `tokens`: rows of `seq + 1` tokens.
+    - `segment_ids`, `position_ids`: of these, for packed rows; see `MTPModel`.
+    - `num_buckets`: into how many parts of equal length the positions are split.
+
+    **Returns:** `PositionalAcceptance`.
+
+    **Raises:** `ValueError` if there are more buckets than positions, or none.
+    """
+    seq = tokens.shape[1] - 1
+    if not 1 <= num_buckets <= max(seq, 1):
+        raise ValueError(
+            f"`num_buckets` must lie in 1 … {seq}, the number of positions; got {num_buckets}."
+        )
+    input_ids, target_ids, target_mask = inputs_and_targets(tokens, segment_ids=segment_ids)
+    positions = (
+        default_position_ids(input_ids)
+        if position_ids is None
+        else jnp.asarray(position_ids)[:, :-1]
+    )
+    output = model(
+        input_ids,
+        target_ids,
+        target_mask,
+        position_ids=positions,
+        segment_ids=None if segment_ids is None else jnp.asarray(segment_ids)[:, :-1],
+        inference=True,
+    )
+    acceptance, predictions = output.mtp.acceptance, output.predictions
+    assert acceptance is not None
+
+    def rate(counted: Array) -> MTPAcceptanceRate:
+        masked = MTPAcceptance(
+            acceptance.predictions, acceptance.target_ids, acceptance.mask & counted
+        )
+        return calculate_mtp_acceptance_rate(masked, predictions)
+
+    edges = tuple(round(j * seq / num_buckets) for j in range(num_buckets + 1))
+    return PositionalAcceptance(
+        overall=rate(jnp.ones_like(positions, bool)),
+        by_bucket=tuple(
+            rate((positions >= low) & (positions < high)) for low, high in itertools.pairwise(edges)
+        ),
+        edges=edges,
+    )

@@ -1,0 +1,96 @@
+"""What decoding keeps between steps, and what it gives in the end."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
+
+from .._decoder import Cache
+
+
+class DecodingState(eqx.Module):
+    """Everything that a step changes; preallocated, of a static size.
+
+    With n the place of a row's last committed token, the main model has run on the tokens before
+    it, and their keys and values are in `main_cache`.
+
+    **Fields:**
+
+    - `tokens`: prompt and committed tokens; anything after `lengths`.
+    - `lengths`: how many there are.
+    - `end_lengths`: how many there may be.
+    - `done`: rows that have ended.
+    - `main_cache`, `draft_caches`: of the decoder's layers, and of each draft's.
+    - `hidden_states`: the main model's, before its final norm, at the last places before n: those
+        where a draft may have stood that was not to be.
+    - `key`: for the next step.
+    - `num_steps`: passes of the main model after the prompt's, while the row was not done.
+    - `num_accepted`: in how many of them the first, the second, … draft was accepted.
+    """
+
+    tokens: Int32[Array, "batch max_length"]
+    lengths: Int32[Array, "batch"]
+    end_lengths: Int32[Array, "batch"]
+    done: Bool[Array, "batch"]
+    main_cache: Cache
+    draft_caches: tuple[Cache, ...]
+    hidden_states: Float[Array, "batch window embed"]
+    key: PRNGKeyArray
+    num_steps: Int32[Array, "batch"]
+    num_accepted: Int32[Array, "batch drafts"]
+
+
+class Drafts(eqx.Module):
+    """Tokens proposed to follow each row, and the distributions they were drawn from."""
+
+    ids: Int32[Array, "batch drafts"]
+    probabilities: Float32[Array, "batch drafts vocab"]
+
+
+class Verification(eqx.Module):
+    """What a pass of the main model over the drafts has found.
+
+    `num_accepted` drafts stay and `next_ids` follows them; `hidden_states` are the main model's at
+    the last committed token and the drafts.
+    """
+
+    num_accepted: Int32[Array, "batch"]
+    next_ids: Int32[Array, "batch"]
+    hidden_states: Float[Array, "batch new embed"]
+
+
+class Generation(eqx.Module):
+    """Generated rows, and how they came about.
+
+    **Fields:**
+
+    - `tokens`: prompt and generated tokens, and 0 after them.
+    - `lengths`: how many tokens a row has.
+    - `prompt_lengths`: how many of them are the prompt's.
+    - `num_steps`: passes of the main model after the prompt's.
+    - `num_drafted`, `num_accepted`: how often the first, the second, … draft was made and accepted.
+    """
+
+    tokens: Int32[Array, "batch max_length"]
+    lengths: Int32[Array, "batch"]
+    prompt_lengths: Int32[Array, "batch"]
+    num_steps: Int32[Array, "batch"]
+    num_drafted: Int32[Array, "batch drafts"]
+    num_accepted: Int32[Array, "batch drafts"]
+
+    @property
+    def num_generated(self) -> Int32[Array, "batch"]:
+        """The number of new tokens in each row."""
+        return self.lengths - self.prompt_lengths
+
+    @property
+    def accepted_per_position(self) -> Float32[Array, "drafts"]:
+        """P(the first k drafts accepted), over all rows; 0 if there were no steps."""
+        drafted = jnp.sum(self.num_drafted, axis=0)
+        return jnp.sum(self.num_accepted, axis=0) / jnp.maximum(drafted, 1)
+
+    @property
+    def tokens_per_pass(self) -> Float32[Array, ""]:
+        """τ = 1 + Σ_k P(the first k drafts accepted): what a pass of the main model commits, not
+        counting that the last one may be cut short.
+        """
+        return 1 + jnp.sum(self.accepted_per_position)

@@ -1,0 +1,250 @@
+"""The phases of a decoding step: draft, verify, commit. Each is a pure function."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from .._decoder import AbstractCachedDecoder, Cache
+from .._head import LinearHead
+from .._model import MTPModel
+from ._sampling import Sampler, accept_drafts, committed_mask
+from ._state import DecodingState, Drafts, Verification
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a compiled decoding step is for; everything else is an array."""
+
+    num_drafts: int
+    max_new_tokens: int
+    eos_id: int | None
+
+    @property
+    def window(self) -> int:
+        """Places before the last token that the draft layers run anew in each step.
+
+        A step commits up to `num_drafts + 1` tokens, and the last draft looked `num_drafts - 1`
+        places further ahead than the first: what it had there was drafted, and is known now.
+        """
+        return 2 * self.num_drafts
+
+
+def prefill(
+    model: MTPModel,
+    prompt_ids: Int32[Array, "batch prompt"],
+    prompt_lengths: Int32[Array, "batch"],
+    sizes: Sizes,
+    sampler: Sampler,
+    *,
+    key: PRNGKeyArray,
+) -> DecodingState:
+    """Runs prompts, and commits the first new token of each row."""
+    decoder = _cached(model)
+    batch, prompt = prompt_ids.shape
+    max_length = prompt + sizes.max_new_tokens + sizes.num_drafts + 1
+    position_ids = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32), prompt_ids.shape)
+    hidden_states, main_cache = decoder.decode(
+        prompt_ids, decoder.init_cache(batch, max_length), position_ids=position_ids
+    )
+    key, draw_key = jax.random.split(key)
+    last = _take(hidden_states, prompt_lengths[:, None] - 1)
+    probabilities = sampler.probabilities(_logits(model, decoder.final_norm(last)))
+    first_ids = sampler.draw(probabilities[:, 0], draw_key)
+    tokens = jnp.pad(prompt_ids, ((0, 0), (0, max_length - prompt)))
+    tokens = _put(tokens, prompt_lengths[:, None], first_ids[:, None])
+    end_lengths = prompt_lengths + sizes.max_new_tokens
+    _, ends = committed_mask(
+        first_ids[:, None], jnp.zeros_like(first_ids), end_lengths - prompt_lengths, sizes.eos_id
+    )
+    states, draft_caches = _enter(model, hidden_states), []
+    for depth in range(1, sizes.num_drafts + 1):
+        cache = _init_draft_cache(model, depth, batch, max_length, hidden_states.dtype)
+        states, _, cache = _run_depth(model, depth, states, tokens, cache, position_ids)
+        draft_caches.append(cache)
+    places = prompt_lengths[:, None] - sizes.window + jnp.arange(sizes.window)
+    return DecodingState(
+        tokens=tokens,
+        lengths=prompt_lengths + 1,
+        end_lengths=end_lengths,
+        done=ends,
+        main_cache=main_cache,
+        draft_caches=tuple(draft_caches),
+        hidden_states=_take(hidden_states, places),
+        key=key,
+        num_steps=jnp.zeros_like(prompt_lengths),
+        num_accepted=jnp.zeros((batch, sizes.num_drafts), jnp.int32),
+    )
+
+
+def draft(
+    model: MTPModel,
+    state: DecodingState,
+    sizes: Sizes,
+    sampler: Sampler,
+    *,
+    key: PRNGKeyArray,
+) -> tuple[Drafts, tuple[Cache, ...]]:
+    """Proposes tokens by the prediction depths: depth k the k-th, the last one all beyond it.
+
+    At depth k and place i a layer takes the hidden state of depth k-1 and the token at i+k. The
+    drafts come from the place before the last token. The places before that are run again, with
+    tokens and hidden states that are verified by now: the caches end up as if there had never been
+    another draft.
+    """
+    last = state.lengths[:, None] - 1
+    place_ids = last - sizes.window + jnp.arange(sizes.window)
+    tokens, states = state.tokens, _enter(model, state.hidden_states)
+    keys = jax.random.split(key, max(sizes.num_drafts, 1))
+    ids, distributions, caches = [], [], []
+    for depth in range(1, sizes.num_drafts + 1):
+        states, normed, cache = _run_depth(
+            model, depth, states, tokens, state.draft_caches[depth - 1], place_ids
+        )
+        probabilities = sampler.probabilities(_logits(model, normed[:, -1:]))[:, 0]
+        draft_ids = sampler.draw(probabilities, keys[depth - 1])
+        tokens = _put(tokens, last + depth, draft_ids[:, None])
+        ids.append(draft_ids)
+        distributions.append(probabilities)
+        caches.append(cache)
+    return Drafts(jnp.stack(ids, axis=1), jnp.stack(distributions, axis=1)), tuple(caches)
+
+
+def verify(
+    model: MTPModel,
+    state: DecodingState,
+    drafts: Drafts | None,
+    sampler: Sampler,
+    *,
+    key: PRNGKeyArray,
+) -> tuple[Verification, Cache]:
+    """One pass of the main model over the last token and the drafts, and the verdict on them."""
+    decoder = _cached(model)
+    last = state.lengths[:, None] - 1
+    ids = _take(state.tokens, last)
+    if drafts is not None:
+        ids = jnp.concatenate([ids, drafts.ids], axis=1)
+    hidden_states, cache = decoder.decode(
+        ids, state.main_cache, position_ids=last + jnp.arange(ids.shape[1], dtype=jnp.int32)
+    )
+    probabilities = sampler.probabilities(_logits(model, decoder.final_norm(hidden_states)))
+    if drafts is None:
+        next_ids = sampler.draw(probabilities[:, 0], key)
+        return Verification(jnp.zeros_like(next_ids), next_ids, hidden_states), cache
+    verdict = accept_drafts(drafts.ids, drafts.probabilities, probabilities, sampler, key=key)
+    return Verification(verdict.num_accepted, verdict.next_ids, hidden_states), cache
+
+
+def commit(
+    state: DecodingState,
+    drafts: Drafts | None,
+    verification: Verification,
+    main_cache: Cache,
+    draft_caches: tuple[Cache, ...],
+    sizes: Sizes,
+    *,
+    key: PRNGKeyArray,
+) -> DecodingState:
+    """Appends the accepted drafts and the token after them to each row that is not done."""
+    num_accepted, next_ids = verification.num_accepted, verification.next_ids
+    new_ids = next_ids[:, None]
+    if drafts is not None:
+        new_ids = jnp.concatenate([drafts.ids, jnp.zeros_like(new_ids)], axis=1)
+        new_ids = _put(new_ids, num_accepted[:, None], next_ids[:, None])
+    num_left = state.end_lengths - state.lengths
+    num_new, ends = committed_mask(new_ids, num_accepted, num_left, sizes.eos_id)
+    num_new = jnp.where(state.done, 0, num_new)
+    offsets = jnp.arange(new_ids.shape[1])
+    places = state.lengths[:, None] + offsets
+    places = jnp.where(offsets < num_new[:, None], places, state.tokens.shape[1])
+    hidden_states = jnp.concatenate([state.hidden_states, verification.hidden_states], axis=1)
+    active = (~state.done).astype(jnp.int32)
+    accepted = jnp.arange(sizes.num_drafts) < num_accepted[:, None]
+    return DecodingState(
+        tokens=_put(state.tokens, places, new_ids),
+        lengths=state.lengths + num_new,
+        end_lengths=state.end_lengths,
+        done=state.done | ends,
+        main_cache=main_cache,
+        draft_caches=draft_caches,
+        hidden_states=_take(hidden_states, num_new[:, None] + jnp.arange(sizes.window)),
+        key=key,
+        num_steps=state.num_steps + active,
+        num_accepted=state.num_accepted + accepted * active[:, None],
+    )
+
+
+def step(model: MTPModel, state: DecodingState, sizes: Sizes, sampler: Sampler) -> DecodingState:
+    """Draft, verify, commit: one pass of the main model."""
+    key, draft_key, verify_key = jax.random.split(state.key, 3)
+    drafts, draft_caches = None, state.draft_caches
+    if sizes.num_drafts:
+        drafts, draft_caches = draft(model, state, sizes, sampler, key=draft_key)
+    verification, main_cache = verify(model, state, drafts, sampler, key=verify_key)
+    return commit(state, drafts, verification, main_cache, draft_caches, sizes, key=key)
+
+
+# The model
+
+
+def _cached(model: MTPModel) -> AbstractCachedDecoder:
+    assert isinstance(model.decoder, AbstractCachedDecoder)
+    return model.decoder
+
+
+def _logits(model: MTPModel, normed: Float[Array, "batch seq embed"]) -> Array:
+    head = model.decoder.output_head()
+    return (head if callable(head) else LinearHead(head))(normed)
+
+
+def _enter(model: MTPModel, hidden_states: Array) -> Array:
+    """The main model's hidden states, as depth 1 takes them."""
+    if model.block.config.input_hidden_state == "after_norm":
+        return model.decoder.final_norm(hidden_states)
+    return hidden_states
+
+
+def _layer_number(model: MTPModel, depth: int) -> int:
+    return min(depth, model.block.config.num_depths)
+
+
+def _init_draft_cache(
+    model: MTPModel, depth: int, batch: int, max_length: int, dtype: Any
+) -> Cache:
+    layer: Any = model.block.layer(_layer_number(model, depth)).transformer_layer
+    return layer.init_cache(batch, max_length, dtype)
+
+
+def _run_depth(
+    model: MTPModel,
+    depth: int,
+    hidden_states: Float[Array, "batch seq embed"],
+    tokens: Int32[Array, "batch max_length"],
+    cache: Cache,
+    place_ids: Int32[Array, "batch seq"],
+) -> tuple[Array, Array, Cache]:
+    """One depth at some places: the hidden states for the next, those for the head, the cache."""
+    layer = model.block.layer(_layer_number(model, depth))
+    position_ids = place_ids + depth
+    embeddings = model.decoder.embed(_take(tokens, position_ids), jnp.maximum(position_ids, 0))
+    hidden_states, cache = layer.decode(hidden_states, embeddings, cache, position_ids=place_ids)
+    norm = model.decoder.final_norm if layer.output_norm is None else layer.output_norm
+    normed = norm(hidden_states)
+    carried = normed if model.block.config.carried_hidden_state == "after_norm" else hidden_states
+    return carried, normed, cache
+
+
+# Rows that stand at different places
+
+
+def _take(x: Array, places: Int32[Array, "batch seq"]) -> Array:
+    """`x[b, places[b, i]]`; the first or last entry for a place outside."""
+    places = jnp.clip(places, 0, x.shape[1] - 1)
+    return x[jnp.arange(x.shape[0])[:, None], places]
+
+
+def _put(x: Array, places: Int32[Array, "batch seq"], values: Array) -> Array:
+    """`x` with `values` at places; those at the end or beyond are dropped."""
+    return x.at[jnp.arange(x.shape[0])[:, None], places].set(values, mode="drop")

@@ -1,0 +1,431 @@
+"""Generation against the full forward pass, token for token and in distribution."""
+
+import itertools
+from functools import cache, partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import assert_close, build, quick_jit
+from jaxtyping import Array
+
+import equinox_mtp as emtp
+from equinox_mtp import MTPConfig, MTPModel, nn, speculative
+from equinox_mtp.speculative import Sampler, Sizes, accept_drafts, generate, stream
+
+VOCAB, PROMPT, NEW = 5, 6, 9
+
+
+@cache
+def make_model(num_depths: int, preset: Any = "deepseek_v3", seed: int = 0) -> MTPModel:
+    """Of so few tokens that drafts are accepted by chance, too."""
+    config = nn.TransformerConfig(
+        vocab_size=VOCAB, embed_size=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_size=24
+    )
+    return MTPModel(
+        build(lambda key: nn.TransformerDecoder(config, key=key), seed),
+        build(
+            lambda key: emtp.MultiTokenPredictionBlock(
+                MTPConfig.preset(preset, num_depths),
+                partial(nn.TransformerDecoderLayer, config),
+                embed_size=16,
+                key=key,
+            ),
+            seed + 1,
+        ),
+    )
+
+
+def prompts(batch: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged, with anything in the padding."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, VOCAB, (batch, PROMPT)), rng.integers(1, PROMPT + 1, batch)
+
+
+@quick_jit
+def all_logits(model: MTPModel, tokens: Array) -> Array:
+    """The main model's, by its full forward pass."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden_states: Any = model.decoder(tokens, position_ids=positions)
+    normed = model.decoder.final_norm(hidden_states)
+    return jnp.einsum("bse,ve->bsv", normed, model.decoder.output_head())
+
+
+def greedy_oracle(
+    model: MTPModel, prompt_ids: np.ndarray, lengths: np.ndarray, eos_id: int | None = None
+) -> list[list[int]]:
+    """Every token by a full forward pass over the row so far."""
+    rows = []
+    for row, length in zip(prompt_ids, lengths, strict=True):
+        tokens = list(row[:length])
+        for _ in range(NEW):
+            padded = np.zeros((1, PROMPT + NEW), np.int32)
+            padded[0, : len(tokens)] = tokens
+            logits = all_logits(model, jnp.asarray(padded))[0, len(tokens) - 1]
+            tokens.append(int(jnp.argmax(logits)))
+            if tokens[-1] == eos_id:
+                break
+        rows.append(tokens)
+    return rows
+
+
+def rows_of(generation: speculative.Generation) -> list[list[int]]:
+    tokens, lengths = np.asarray(generation.tokens), np.asarray(generation.lengths)
+    for row, length in zip(tokens, lengths, strict=True):
+        assert not row[length:].any()
+    return [list(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+
+
+# Greedy
+
+
+CASES = [(1, 0), (1, 1), (1, 3), (2, 1), (2, 2), (2, 5), (3, 2), (3, 3), (3, 4)]
+
+
+@pytest.mark.parametrize(("num_depths", "num_drafts"), CASES)
+def test_greedy_is_the_full_forward_pass(num_depths: int, num_drafts: int) -> None:
+    model = make_model(num_depths)
+    prompt_ids, lengths = prompts()
+    generation = generate(model, prompt_ids, lengths, max_new_tokens=NEW, num_drafts=num_drafts)
+    assert rows_of(generation) == greedy_oracle(model, prompt_ids, lengths)
+    np.testing.assert_array_equal(generation.num_generated, [NEW] * 3)
+    np.testing.assert_array_equal(generation.prompt_lengths, lengths)
+    steps, accepted = np.asarray(generation.num_steps), np.asarray(generation.num_accepted)
+    # The first token is the prompt's; the last step may have been cut short.
+    assert np.all(1 + steps + accepted.sum(1) >= NEW)
+    assert np.all(1 + steps + accepted.sum(1) <= NEW + num_drafts)
+    assert np.all(np.diff(accepted, axis=1) <= 0)
+    if num_drafts == 0:
+        np.testing.assert_array_equal(steps, [NEW - 1] * 3)
+        assert float(generation.tokens_per_pass) == 1
+    else:
+        assert accepted.sum() > 0
+        assert steps.sum() < 3 * (NEW - 1)
+
+
+@pytest.mark.parametrize("preset", ["paper", "megatron", "fast_mtp"])
+def test_every_convention_is_lossless(preset: Any) -> None:
+    model = make_model(2, preset)
+    prompt_ids, lengths = prompts(seed=1)
+    generation = generate(model, prompt_ids, lengths, max_new_tokens=NEW, num_drafts=3)
+    assert rows_of(generation) == greedy_oracle(model, prompt_ids, lengths)
+
+
+@pytest.mark.parametrize("eos_id", range(VOCAB))
+def test_eos_ends_a_row(eos_id: int) -> None:
+    model = make_model(2)
+    prompt_ids, lengths = prompts(batch=4, seed=2)
+    generation = generate(
+        model, prompt_ids, lengths, max_new_tokens=NEW, num_drafts=3, eos_id=eos_id
+    )
+    assert rows_of(generation) == greedy_oracle(model, prompt_ids, lengths, eos_id)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3])
+def test_no_more_tokens_than_asked_for(max_new_tokens: int) -> None:
+    model = make_model(2)
+    prompt_ids, lengths = prompts()
+    generation = generate(model, prompt_ids, lengths, max_new_tokens=max_new_tokens, num_drafts=4)
+    expected = [
+        row[: length + max_new_tokens]
+        for row, length in zip(greedy_oracle(model, prompt_ids, lengths), lengths, strict=True)
+    ]
+    assert rows_of(generation) == expected
+
+
+def test_model_without_depths_decodes_plainly() -> None:
+    model = make_model(0)
+    prompt_ids, lengths = prompts()
+    generation = generate(model, prompt_ids, lengths, max_new_tokens=NEW)
+    assert rows_of(generation) == greedy_oracle(model, prompt_ids, lengths)
+    assert generation.num_accepted.shape == (3, 0)
+
+
+# Caches
+
+
+@pytest.mark.parametrize(("num_depths", "num_drafts"), [(1, 1), (2, 2), (2, 4), (3, 3)])
+def test_caches_are_as_if_no_draft_had_been_wrong(num_depths: int, num_drafts: int) -> None:
+    model = make_model(num_depths)
+    prompt_ids, lengths = (jnp.asarray(x, jnp.int32) for x in prompts())
+    sizes, sampler = Sizes(num_drafts, NEW, None), Sampler()
+    key = jax.random.key(0)
+    run_step = quick_jit(speculative.step)
+    state = quick_jit(speculative.prefill)(model, prompt_ids, lengths, sizes, sampler, key=key)
+    rejected = 0
+    for _ in range(3):
+        before = state
+        state = run_step(model, state, sizes, sampler)
+        rejected += int((before.num_accepted + 1 - state.num_accepted).sum())
+        # From the committed tokens alone, in one pass.
+        drafts, draft_caches = speculative.draft(model, state, sizes, sampler, key=key)
+        del drafts
+        fresh = quick_jit(speculative.prefill)(
+            model, state.tokens, state.lengths - 1, sizes, sampler, key=key
+        )
+        for row, length in enumerate(np.asarray(state.lengths)):
+            known = int(length) - 1
+            for mine, theirs in zip(
+                jax.tree.leaves(state.main_cache), jax.tree.leaves(fresh.main_cache), strict=True
+            ):
+                assert_close(mine[row, :known], theirs[row, :known], 1e-5)
+            for depth, (mine, theirs) in enumerate(
+                zip(draft_caches, fresh.draft_caches, strict=True), start=1
+            ):
+                # At place i depth k has seen token i+k; the last committed one is at `known`.
+                end = max(known - depth + 1, 0)
+                for x, y in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+                    assert_close(x[row, :end], y[row, :end], 1e-5)
+    assert rejected > 0
+
+
+# Drawn
+
+
+def exact_distribution(
+    model: MTPModel, prompt: list[int], num_tokens: int, sampler: Sampler
+) -> dict[tuple[int, ...], float]:
+    """The probability of every continuation, by the full forward pass."""
+    out = {}
+    for tokens in itertools.product(range(VOCAB), repeat=num_tokens):
+        row = np.asarray([[*prompt, *tokens]], np.int32)
+        padded = np.zeros((1, PROMPT + NEW), np.int32)
+        padded[:, : row.shape[1]] = row
+        p = np.asarray(sampler.probabilities(all_logits(model, jnp.asarray(padded))[0]))
+        places = range(len(prompt) - 1, row.shape[1] - 1)
+        out[tokens] = float(np.prod([p[i, row[0, i + 1]] for i in places]))
+    assert abs(sum(out.values()) - 1) < 1e-5
+    return out
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "temperature", "top_k", "top_p"),
+    [(1, 1.0, None, None), (2, 0.7, None, None), (3, 1.5, 3, None), (2, 1.0, None, 0.8)],
+)
+def test_drawn_tokens_have_the_models_distribution(
+    num_drafts: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    model = make_model(2)
+    # Flatter than the model is, or there would be little to test.
+    model = eqx.tree_at(lambda m: m.decoder.embedding, model, replace_fn=lambda x: x)
+    prompt, num_rows, num_tokens = [1, 3, 0], 6000, 3
+    generation = generate(
+        model,
+        np.tile(np.asarray(prompt), (num_rows, 1)),
+        max_new_tokens=num_tokens,
+        num_drafts=num_drafts,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        key=jax.random.key(11),
+    )
+    drawn = np.asarray(generation.tokens)[:, len(prompt) :]
+    exact = exact_distribution(model, prompt, num_tokens, Sampler(temperature, top_k, top_p))
+    counts = dict.fromkeys(exact, 0)
+    for tokens in map(tuple, drawn.tolist()):
+        counts[tokens] += 1
+    impossible = [tokens for tokens, p in exact.items() if p == 0]
+    assert all(counts[tokens] == 0 for tokens in impossible)
+    # Pearson's statistic, cells of few expected counts put together.
+    expected = np.asarray([num_rows * p for p in exact.values()])
+    observed = np.asarray(list(counts.values()), float)
+    few = expected < 5
+    expected = np.append(expected[~few], expected[few].sum())
+    observed = np.append(observed[~few], observed[few].sum())
+    expected, observed = expected[expected > 0], observed[expected > 0]
+    degrees = len(expected) - 1
+    assert degrees > 10
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    # Mean `degrees`, standard deviation √(2 degrees): a one in some thousand chance.
+    assert statistic < degrees + 4 * np.sqrt(2 * degrees)
+    assert 0 < float(generation.accepted_per_position[0]) < 1
+
+
+def test_accepted_or_not_the_next_token_has_the_models_distribution() -> None:
+    # Exactly: the probabilities of acceptance and of the residual, put together.
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(4), 2).astype(np.float32)
+    accepted = np.minimum(p, q)
+    residual = np.maximum(p - q, 0)
+    total = accepted + (1 - accepted.sum()) * residual / residual.sum()
+    np.testing.assert_allclose(total, p, atol=1e-6)
+    # And the function draws from just that.
+    num_rows = 20_000
+    draft_key, key = jax.random.split(jax.random.key(0))
+    ids = jax.random.categorical(draft_key, jnp.log(q), shape=(num_rows, 1)).astype(jnp.int32)
+    verdict = quick_jit(accept_drafts)(
+        ids,
+        jnp.broadcast_to(q, (num_rows, 1, 4)),
+        jnp.broadcast_to(p, (num_rows, 2, 4)),
+        Sampler(1.0),
+        key=key,
+    )
+    stays = np.asarray(verdict.num_accepted) == 1
+    error = 4 / np.sqrt(num_rows)
+    np.testing.assert_allclose(stays.mean(), accepted.sum(), atol=error)
+    first = np.where(stays, np.asarray(ids)[:, 0], np.asarray(verdict.next_ids))
+    np.testing.assert_allclose(np.bincount(first, minlength=4) / num_rows, p, atol=error)
+    after = np.asarray(verdict.next_ids)[stays]
+    np.testing.assert_allclose(np.bincount(after, minlength=4) / len(after), p, atol=2 * error)
+
+
+@pytest.mark.parametrize("is_greedy", [False, True])
+def test_equal_distributions_leave_no_residual(is_greedy: bool) -> None:
+    sampler = Sampler(0.0 if is_greedy else 1.0)
+    p = jnp.asarray([[[1.0, 0.0, 0.0]] * 3])
+    ids = jnp.zeros((1, 2), jnp.int32)
+    verdict = accept_drafts(ids, p[:, :2], p, sampler, key=jax.random.key(0))
+    assert verdict.num_accepted.tolist() == [2]
+    assert verdict.next_ids.tolist() == [0]
+    # Rounding may reject where nothing is left over: the token is drawn from p, not from nowhere.
+    q = jnp.asarray([[[1.0 + 1e-6, 0.0, 0.0]] * 2])
+    for seed in range(20):
+        verdict = accept_drafts(ids, q, p, sampler, key=jax.random.key(seed))
+        assert verdict.next_ids.tolist() == [0]
+
+
+def probabilities_oracle(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
+) -> np.ndarray:
+    """One row at a time, in float64."""
+    out = np.zeros(logits.shape)
+    for index in np.ndindex(logits.shape[:-1]):
+        row = np.exp(logits[index].astype(np.float64) / temperature)
+        order = np.argsort(-row)
+        keep = set(order[:top_k])
+        if top_p is not None:
+            row = np.where([i in keep for i in range(len(row))], row, 0)
+            row, mass, nucleus = row / row.sum(), 0.0, set()
+            for i in order:
+                if mass >= top_p:
+                    break
+                nucleus.add(i)
+                mass += row[i]
+            keep &= nucleus
+        row = np.where([i in keep for i in range(len(row))], row, 0)
+        out[index] = row / row.sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, None, None),
+        (0.3, None, None),
+        (2.0, 3, None),
+        (1.0, 1, None),
+        (1.0, 100, 1.0),
+        (1.0, None, 0.5),
+        (0.8, 4, 0.9),
+        (1.0, None, 1e-6),
+    ],
+)
+def test_probabilities(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 3, 7)).astype(np.float32) * 2
+    actual = Sampler(temperature, top_k, top_p).probabilities(jnp.asarray(logits))
+    assert_close(actual, probabilities_oracle(logits, temperature, top_k, top_p))
+
+
+# Step by step
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stream_is_generate(temperature: float) -> None:
+    model = make_model(2)
+    prompt_ids, lengths = prompts()
+    arguments: dict[str, Any] = {
+        "max_new_tokens": NEW,
+        "num_drafts": 2,
+        "temperature": temperature,
+        "eos_id": 4,
+        "key": jax.random.key(5),
+    }
+    rows = [list(row[:length]) for row, length in zip(prompt_ids, lengths, strict=True)]
+    steps = list(stream(model, prompt_ids, lengths, **arguments))
+    for new_ids, num_new, num_accepted in steps:
+        assert np.all(num_accepted <= num_new)
+        for row, ids, count in zip(rows, new_ids, num_new, strict=True):
+            row.extend(ids[:count])
+    generation = generate(model, prompt_ids, lengths, **arguments)
+    assert rows == rows_of(generation)
+    assert len(steps) == 1 + int(generation.num_steps.max())
+    assert steps[0].num_new.tolist() == [1, 1, 1]
+
+
+def test_other_prompts_are_not_compiled_anew() -> None:
+    model = make_model(1)
+    traces = []
+
+    class Decoder(nn.TransformerDecoder):
+        def final_norm(self, hidden_states: Array) -> Array:
+            traces.append(hidden_states.shape)
+            return super().final_norm(hidden_states)
+
+    decoder = object.__new__(Decoder)
+    for name, value in vars(model.decoder).items():
+        object.__setattr__(decoder, name, value)
+    model = MTPModel(decoder, model.block)
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "num_drafts": 1}
+    for run in (generate, lambda *a, **k: list(stream(*a, **k))):
+        run(model, *prompts(seed=0), **arguments, temperature=0.5, key=jax.random.key(0))
+        seen = len(traces)
+        assert seen > 0
+        run(model, *prompts(seed=1), **arguments, temperature=0.7, key=jax.random.key(1))
+        assert len(traces) == seen
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_drafts": -1}, "`num_drafts` must be zero or positive"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
+        ({"prompt_lengths": np.asarray([0, 1, 1])}, "`prompt_lengths` must lie in 1 … 6"),
+        ({"prompt_lengths": np.asarray([1, 7, 1])}, "`prompt_lengths` must lie in 1 … 6"),
+        ({"prompt_ids": np.zeros((3, 0), int)}, "`prompt_ids` must have at least one token"),
+        ({"temperature": 1.0}, "`key` must be given if `temperature` is not 0"),
+        ({"temperature": -1.0, "key": jax.random.key(0)}, "`temperature` must be finite"),
+        ({"top_k": 0}, "`top_k` must be at least 1"),
+        ({"top_p": 0.0}, r"`top_p` must lie in \(0, 1\]"),
+    ],
+)
+@pytest.mark.parametrize("function", [generate, stream])
+def test_arguments_that_make_no_sense(
+    function: Any, arguments: dict[str, Any], message: str
+) -> None:
+    prompt_ids, lengths = prompts()
+    defaults = {"prompt_ids": prompt_ids, "prompt_lengths": lengths, "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=message):
+        function(make_model(1), **{**defaults, **arguments})
+
+
+def test_drafts_need_depths() -> None:
+    with pytest.raises(ValueError, match=r"got 1 for 0 depth\(s\)"):
+        generate(make_model(0), *prompts(), max_new_tokens=2, num_drafts=1)
+
+
+def test_models_without_a_cached_step_are_named() -> None:
+    model = make_model(1)
+
+    class Plain(emtp.AbstractDecoder):
+        decoder: emtp.AbstractDecoder
+
+        def embed(self, input_ids: Array, position_ids: Array) -> Array:
+            return self.decoder.embed(input_ids, position_ids)
+
+        def __call__(self, input_ids: Array, **arguments: Any) -> Any:
+            return self.decoder(input_ids, **arguments)
+
+        def final_norm(self, hidden_states: Array) -> Array:
+            return self.decoder.final_norm(hidden_states)
+
+        def output_head(self) -> Any:
+            return self.decoder.output_head()
+
+    with pytest.raises(TypeError, match="its decoder is a `Plain`, which is no `AbstractCached"):
+        generate(MTPModel(Plain(model.decoder), model.block), *prompts(), max_new_tokens=2)
