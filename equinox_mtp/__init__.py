@@ -1,6 +1,6 @@
 """Multi-Token Prediction for language models in JAX, in the functional style of Equinox."""
 
-from . import linen as linen, nn as nn
+from . import linen as linen, nn as nn, speculative as speculative
 from ._acceptance import (
     MTPAcceptance as MTPAcceptance,
     MTPAcceptanceRate as MTPAcceptanceRate,
@@ -21,6 +21,8 @@ from ._cross_entropy import (
     summed_linear_cross_entropy as summed_linear_cross_entropy,
 )
 from ._decoder import (
+    AbstractCachedDecoder as AbstractCachedDecoder,
+    AbstractCachedDecoderLayer as AbstractCachedDecoderLayer,
     AbstractDecoder as AbstractDecoder,
     AbstractDecoderLayer as AbstractDecoderLayer,
 )

@@ -144,6 +144,14 @@ class AbstractCachedDecoder(AbstractDecoder):
         **Returns:** hidden states before the final norm, and the cache.
         """
 
+    def for_decoding(self) -> "AbstractCachedDecoder":
+        """The same decoder, laid out for many small steps; itself, if it is that already.
+
+        Called once, outside of the loop over steps. A decoder that stacks its layers' parameters
+        should take them apart here: in the loop they would be copied in every step.
+        """
+        return self
+
 
 def split_auxiliary(output: HiddenStates) -> tuple[Float[Array, "batch seq embed"], Any]:
     """`(hidden_states, auxiliary)`, with `None` for a layer that has no auxiliary outputs."""

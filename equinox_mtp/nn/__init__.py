@@ -3,6 +3,7 @@
 from ._attention import (
     AttentionFunction as AttentionFunction,
     GroupedQueryAttention as GroupedQueryAttention,
+    KeyValueCache as KeyValueCache,
     causal_attention as causal_attention,
 )
 from ._feed_forward import SwiGLU as SwiGLU
@@ -13,4 +14,5 @@ from ._transformer import (
     TransformerConfig as TransformerConfig,
     TransformerDecoder as TransformerDecoder,
     TransformerDecoderLayer as TransformerDecoderLayer,
+    UnrolledDecoder as UnrolledDecoder,
 )

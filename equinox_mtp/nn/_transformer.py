@@ -271,18 +271,12 @@ class TransformerDecoder(AbstractCachedDecoder):
         *,
         position_ids: Integer[Array, "batch seq"],
     ) -> tuple[Float[Array, "batch seq embed"], tuple[KeyValueCache, ...]]:
-        """Runs a few tokens; see `AbstractCachedDecoder`.
+        """Runs a few tokens; see `AbstractCachedDecoder`."""
+        return self.for_decoding().decode(input_ids, cache, position_ids=position_ids)
 
-        Layer by layer, not scanned: a scan would copy every cache.
-        """
-        hidden_states = self.embed(input_ids, position_ids)
-        caches = []
-        for index, layer_cache in enumerate(cache):
-            hidden_states, layer_cache = self.layer(index).decode(
-                hidden_states, layer_cache, position_ids=position_ids
-            )
-            caches.append(layer_cache)
-        return hidden_states, tuple(caches)
+    def for_decoding(self) -> "UnrolledDecoder":
+        """The layers one by one."""
+        return UnrolledDecoder(self, tuple(map(self.layer, range(self.config.num_layers))))
 
     def layer(self, index: int) -> TransformerDecoderLayer:
         """One layer; they count from 0."""
@@ -298,3 +292,68 @@ class TransformerDecoder(AbstractCachedDecoder):
     def output_head(self) -> Float[Array, "vocab embed"]:
         """The embedding if tied, the head's own matrix otherwise."""
         return self.embedding if self.head is None else self.head
+
+
+class UnrolledDecoder(AbstractCachedDecoder):
+    """A `TransformerDecoder` whose layers are arrays of their own: what `for_decoding` gives.
+
+    Its cached step goes layer by layer, not in a scan, which would copy every cache and parameter.
+    """
+
+    stacked: TransformerDecoder
+    layers: tuple[TransformerDecoderLayer, ...]
+
+    def embed(
+        self, input_ids: Integer[Array, "batch seq"], position_ids: Integer[Array, "batch seq"]
+    ) -> Float[Array, "batch seq embed"]:
+        """That of the decoder, as everything but the cached step."""
+        return self.stacked.embed(input_ids, position_ids)
+
+    def __call__(
+        self,
+        input_ids: Integer[Array, "batch seq"],
+        *,
+        position_ids: Integer[Array, "batch seq"],
+        segment_ids: Integer[Array, "batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+        inference: bool | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        """Runs all layers; see `AbstractDecoder`."""
+        return self.stacked(
+            input_ids,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            key=key,
+            inference=inference,
+        )
+
+    def final_norm(
+        self, hidden_states: Float[Array, "batch seq embed"]
+    ) -> Float[Array, "batch seq embed"]:
+        """The norm before the head."""
+        return self.stacked.final_norm(hidden_states)
+
+    def output_head(self) -> Float[Array, "vocab embed"]:
+        """The head."""
+        return self.stacked.output_head()
+
+    def init_cache(self, batch_size: int, max_length: int) -> tuple[KeyValueCache, ...]:
+        """A cache for each layer."""
+        return self.stacked.init_cache(batch_size, max_length)
+
+    def decode(
+        self,
+        input_ids: Integer[Array, "batch seq"],
+        cache: tuple[KeyValueCache, ...],
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], tuple[KeyValueCache, ...]]:
+        """Runs a few tokens; see `AbstractCachedDecoder`."""
+        hidden_states = self.embed(input_ids, position_ids)
+        caches = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            hidden_states, layer_cache = layer.decode(
+                hidden_states, layer_cache, position_ids=position_ids
+            )
+            caches.append(layer_cache)
+        return hidden_states, tuple(caches)

@@ -9,6 +9,7 @@ from ._measure import (
     PositionalAcceptance as PositionalAcceptance,
     measure_acceptance as measure_acceptance,
 )
+from ._model import DecodingModel as DecodingModel
 from ._sampling import (
     Sampler as Sampler,
     Verdict as Verdict,

@@ -11,9 +11,9 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int32, Integer, PRNGKeyArray
 
-from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer
 from .._model import MTPModel
 from .._types import HostOrDeviceArray, checked
+from ._model import DecodingModel
 from ._sampling import Sampler
 from ._state import DecodingState, Generation
 from ._steps import Sizes, prefill, step
@@ -109,7 +109,8 @@ def stream(
 def _stream(request: "_Request", model: MTPModel, sampler: Sampler) -> Iterator[StreamedStep]:
     lengths = np.asarray(request.prompt_lengths)
     accepted = np.zeros_like(lengths)
-    state = _prefill(request.sizes, model, sampler, *request.arrays)
+    decoding = _lay_out(model)
+    state = _prefill(request.sizes, decoding, sampler, *request.arrays)
     width = request.sizes.num_drafts + 1
     while True:
         new_lengths, done, tokens = map(np.asarray, (state.lengths, state.done, state.tokens))
@@ -121,7 +122,7 @@ def _stream(request: "_Request", model: MTPModel, sampler: Sampler) -> Iterator[
         if done.all():
             return
         lengths, accepted = new_lengths, so_far
-        state = _step((request.sizes, model, sampler), state)
+        state = _step((request.sizes, decoding, sampler), state)
 
 
 class _Request(NamedTuple):
@@ -130,11 +131,12 @@ class _Request(NamedTuple):
     sizes: Sizes
     prompt_ids: Array
     prompt_lengths: Array
+    eos_id: Array
     key: PRNGKeyArray
 
     @property
-    def arrays(self) -> tuple[Array, Array, PRNGKeyArray]:
-        return self.prompt_ids, self.prompt_lengths, self.key
+    def arrays(self) -> tuple[Array, Array, Array, PRNGKeyArray]:
+        return self.prompt_ids, self.prompt_lengths, self.eos_id, self.key
 
 
 def _request(
@@ -147,7 +149,7 @@ def _request(
     temperature: float,
     key: PRNGKeyArray | None,
 ) -> _Request:
-    check_model(model)
+    eqx.filter_eval_shape(DecodingModel.of, model)
     num_depths = model.block.config.num_depths
     num_drafts = num_depths if num_drafts is None else num_drafts
     if num_drafts < 0 or (num_drafts > 0 and num_depths == 0):
@@ -181,22 +183,10 @@ def _request(
                 "Pass `jax.random.key(0)`, for instance."
             )
         key = jax.random.key(0)
-    return _Request(Sizes(num_drafts, max_new_tokens, eos_id), prompts, lengths, key)
-
-
-def check_model(model: MTPModel) -> None:
-    """**Raises:** `TypeError` if a model cannot run a few tokens at a time."""
-    layers = model.block.layers
-    parts: list[tuple[str, Any, type]] = [("decoder", model.decoder, AbstractCachedDecoder)]
-    if layers is not None:
-        parts.append(("transformer layers", layers.transformer_layer, AbstractCachedDecoderLayer))
-    for name, part, wanted in parts:
-        if not isinstance(part, wanted):
-            raise TypeError(
-                f"`model` must have a cached step to generate; its {name} is a "
-                f"`{type(part).__name__}`, which is no `{wanted.__name__}`. Derive it from that "
-                "class, and add `init_cache` and `decode`."
-            )
+    if eos_id is not None and eos_id < 0:
+        raise ValueError(f"`eos_id` must be a token id, or `None`; got {eos_id}.")
+    eos = jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32)
+    return _Request(Sizes(num_drafts, max_new_tokens), prompts, lengths, eos, key)
 
 
 def _generation(request: _Request, state: DecodingState) -> Generation:
@@ -219,29 +209,37 @@ def _run(
     sampler: Sampler,
     prompt_ids: Array,
     prompt_lengths: Array,
+    eos_id: Array,
     key: PRNGKeyArray,
 ) -> DecodingState:
-    state = prefill(model, prompt_ids, prompt_lengths, sizes, sampler, key=key)
+    decoding = DecodingModel.of(model)
+    state = prefill(decoding, prompt_ids, prompt_lengths, sizes, sampler, eos_id=eos_id, key=key)
     return lax.while_loop(
         lambda state: ~jnp.all(state.done),
-        lambda state: step(model, state, sizes, sampler),
+        lambda state: step(decoding, state, sizes, sampler),
         state,
     )
 
 
 @eqx.filter_jit
+def _lay_out(model: MTPModel) -> DecodingModel:
+    return DecodingModel.of(model)
+
+
+@eqx.filter_jit
 def _prefill(
     sizes: Sizes,
-    model: MTPModel,
+    model: DecodingModel,
     sampler: Sampler,
     prompt_ids: Array,
     prompt_lengths: Array,
+    eos_id: Array,
     key: PRNGKeyArray,
 ) -> DecodingState:
-    return prefill(model, prompt_ids, prompt_lengths, sizes, sampler, key=key)
+    return prefill(model, prompt_ids, prompt_lengths, sizes, sampler, eos_id=eos_id, key=key)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _step(constant: tuple[Sizes, MTPModel, Sampler], state: DecodingState) -> DecodingState:
+def _step(constant: tuple[Sizes, DecodingModel, Sampler], state: DecodingState) -> DecodingState:
     sizes, model, sampler = constant
     return step(model, state, sizes, sampler)

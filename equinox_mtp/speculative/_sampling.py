@@ -142,7 +142,7 @@ def committed_mask(
     new_ids: Int32[Array, "batch new"],
     num_accepted: Int32[Array, "batch"],
     num_left: Int32[Array, "batch"],
-    eos_id: int | None,
+    eos_id: Int32[Array, ""],
 ) -> tuple[Int32[Array, "batch"], Bool[Array, "batch"]]:
     """How many of the new tokens are committed, and whether the row ends with them.
 
@@ -150,8 +150,7 @@ def committed_mask(
     """
     num_new = jnp.minimum(num_accepted + 1, num_left)
     places = jnp.arange(new_ids.shape[1])
-    is_eos = jnp.zeros_like(new_ids, bool) if eos_id is None else new_ids == eos_id
-    is_eos &= places < num_new[:, None]
+    is_eos = (new_ids == eos_id) & (places < num_new[:, None])
     ends = jnp.any(is_eos, axis=1)
     first_eos = jnp.argmax(is_eos, axis=1).astype(jnp.int32)
     num_new = jnp.where(ends, first_eos + 1, num_new)

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from .._decoder import AbstractCachedDecoder, Cache
-from .._head import LinearHead
-from .._model import MTPModel
+from .._decoder import Cache
+from ._model import DecodingModel
 from ._sampling import Sampler, accept_drafts, committed_mask
 from ._state import DecodingState, Drafts, Verification
 
@@ -20,7 +19,6 @@ class Sizes:
 
     num_drafts: int
     max_new_tokens: int
-    eos_id: int | None
 
     @property
     def window(self) -> int:
@@ -33,16 +31,20 @@ class Sizes:
 
 
 def prefill(
-    model: MTPModel,
+    model: DecodingModel,
     prompt_ids: Int32[Array, "batch prompt"],
     prompt_lengths: Int32[Array, "batch"],
     sizes: Sizes,
     sampler: Sampler,
     *,
+    eos_id: Int32[Array, ""],
     key: PRNGKeyArray,
 ) -> DecodingState:
-    """Runs prompts, and commits the first new token of each row."""
-    decoder = _cached(model)
+    """Runs prompts, and commits the first new token of each row.
+
+    `eos_id` is -1 if no token ends a row.
+    """
+    decoder = model.decoder
     batch, prompt = prompt_ids.shape
     max_length = prompt + sizes.max_new_tokens + sizes.num_drafts + 1
     position_ids = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32), prompt_ids.shape)
@@ -51,17 +53,18 @@ def prefill(
     )
     key, draw_key = jax.random.split(key)
     last = _take(hidden_states, prompt_lengths[:, None] - 1)
-    probabilities = sampler.probabilities(_logits(model, decoder.final_norm(last)))
+    probabilities = sampler.probabilities(model.logits(decoder.final_norm(last)))
     first_ids = sampler.draw(probabilities[:, 0], draw_key)
     tokens = jnp.pad(prompt_ids, ((0, 0), (0, max_length - prompt)))
     tokens = _put(tokens, prompt_lengths[:, None], first_ids[:, None])
     end_lengths = prompt_lengths + sizes.max_new_tokens
     _, ends = committed_mask(
-        first_ids[:, None], jnp.zeros_like(first_ids), end_lengths - prompt_lengths, sizes.eos_id
+        first_ids[:, None], jnp.zeros_like(first_ids), end_lengths - prompt_lengths, eos_id
     )
-    states, draft_caches = _enter(model, hidden_states), []
+    states, draft_caches = model.enter(hidden_states), []
     for depth in range(1, sizes.num_drafts + 1):
-        cache = _init_draft_cache(model, depth, batch, max_length, hidden_states.dtype)
+        layer: Any = model.layer(depth).transformer_layer
+        cache = layer.init_cache(batch, max_length, hidden_states.dtype)
         states, _, cache = _run_depth(model, depth, states, tokens, cache, position_ids)
         draft_caches.append(cache)
     places = prompt_lengths[:, None] - sizes.window + jnp.arange(sizes.window)
@@ -70,6 +73,7 @@ def prefill(
         lengths=prompt_lengths + 1,
         end_lengths=end_lengths,
         done=ends,
+        eos_id=eos_id,
         main_cache=main_cache,
         draft_caches=tuple(draft_caches),
         hidden_states=_take(hidden_states, places),
@@ -80,7 +84,7 @@ def prefill(
 
 
 def draft(
-    model: MTPModel,
+    model: DecodingModel,
     state: DecodingState,
     sizes: Sizes,
     sampler: Sampler,
@@ -96,14 +100,14 @@ def draft(
     """
     last = state.lengths[:, None] - 1
     place_ids = last - sizes.window + jnp.arange(sizes.window)
-    tokens, states = state.tokens, _enter(model, state.hidden_states)
+    tokens, states = state.tokens, model.enter(state.hidden_states)
     keys = jax.random.split(key, max(sizes.num_drafts, 1))
     ids, distributions, caches = [], [], []
     for depth in range(1, sizes.num_drafts + 1):
         states, normed, cache = _run_depth(
             model, depth, states, tokens, state.draft_caches[depth - 1], place_ids
         )
-        probabilities = sampler.probabilities(_logits(model, normed[:, -1:]))[:, 0]
+        probabilities = sampler.probabilities(model.logits(normed[:, -1:]))[:, 0]
         draft_ids = sampler.draw(probabilities, keys[depth - 1])
         tokens = _put(tokens, last + depth, draft_ids[:, None])
         ids.append(draft_ids)
@@ -113,7 +117,7 @@ def draft(
 
 
 def verify(
-    model: MTPModel,
+    model: DecodingModel,
     state: DecodingState,
     drafts: Drafts | None,
     sampler: Sampler,
@@ -121,7 +125,7 @@ def verify(
     key: PRNGKeyArray,
 ) -> tuple[Verification, Cache]:
     """One pass of the main model over the last token and the drafts, and the verdict on them."""
-    decoder = _cached(model)
+    decoder = model.decoder
     last = state.lengths[:, None] - 1
     ids = _take(state.tokens, last)
     if drafts is not None:
@@ -129,7 +133,7 @@ def verify(
     hidden_states, cache = decoder.decode(
         ids, state.main_cache, position_ids=last + jnp.arange(ids.shape[1], dtype=jnp.int32)
     )
-    probabilities = sampler.probabilities(_logits(model, decoder.final_norm(hidden_states)))
+    probabilities = sampler.probabilities(model.logits(decoder.final_norm(hidden_states)))
     if drafts is None:
         next_ids = sampler.draw(probabilities[:, 0], key)
         return Verification(jnp.zeros_like(next_ids), next_ids, hidden_states), cache
@@ -154,7 +158,7 @@ def commit(
         new_ids = jnp.concatenate([drafts.ids, jnp.zeros_like(new_ids)], axis=1)
         new_ids = _put(new_ids, num_accepted[:, None], next_ids[:, None])
     num_left = state.end_lengths - state.lengths
-    num_new, ends = committed_mask(new_ids, num_accepted, num_left, sizes.eos_id)
+    num_new, ends = committed_mask(new_ids, num_accepted, num_left, state.eos_id)
     num_new = jnp.where(state.done, 0, num_new)
     offsets = jnp.arange(new_ids.shape[1])
     places = state.lengths[:, None] + offsets
@@ -167,6 +171,7 @@ def commit(
         lengths=state.lengths + num_new,
         end_lengths=state.end_lengths,
         done=state.done | ends,
+        eos_id=state.eos_id,
         main_cache=main_cache,
         draft_caches=draft_caches,
         hidden_states=_take(hidden_states, num_new[:, None] + jnp.arange(sizes.window)),
@@ -176,7 +181,9 @@ def commit(
     )
 
 
-def step(model: MTPModel, state: DecodingState, sizes: Sizes, sampler: Sampler) -> DecodingState:
+def step(
+    model: DecodingModel, state: DecodingState, sizes: Sizes, sampler: Sampler
+) -> DecodingState:
     """Draft, verify, commit: one pass of the main model."""
     key, draft_key, verify_key = jax.random.split(state.key, 3)
     drafts, draft_caches = None, state.draft_caches
@@ -189,36 +196,8 @@ def step(model: MTPModel, state: DecodingState, sizes: Sizes, sampler: Sampler) 
 # The model
 
 
-def _cached(model: MTPModel) -> AbstractCachedDecoder:
-    assert isinstance(model.decoder, AbstractCachedDecoder)
-    return model.decoder
-
-
-def _logits(model: MTPModel, normed: Float[Array, "batch seq embed"]) -> Array:
-    head = model.decoder.output_head()
-    return (head if callable(head) else LinearHead(head))(normed)
-
-
-def _enter(model: MTPModel, hidden_states: Array) -> Array:
-    """The main model's hidden states, as depth 1 takes them."""
-    if model.block.config.input_hidden_state == "after_norm":
-        return model.decoder.final_norm(hidden_states)
-    return hidden_states
-
-
-def _layer_number(model: MTPModel, depth: int) -> int:
-    return min(depth, model.block.config.num_depths)
-
-
-def _init_draft_cache(
-    model: MTPModel, depth: int, batch: int, max_length: int, dtype: Any
-) -> Cache:
-    layer: Any = model.block.layer(_layer_number(model, depth)).transformer_layer
-    return layer.init_cache(batch, max_length, dtype)
-
-
 def _run_depth(
-    model: MTPModel,
+    model: DecodingModel,
     depth: int,
     hidden_states: Float[Array, "batch seq embed"],
     tokens: Int32[Array, "batch max_length"],
@@ -226,13 +205,13 @@ def _run_depth(
     place_ids: Int32[Array, "batch seq"],
 ) -> tuple[Array, Array, Cache]:
     """One depth at some places: the hidden states for the next, those for the head, the cache."""
-    layer = model.block.layer(_layer_number(model, depth))
+    layer = model.layer(depth)
     position_ids = place_ids + depth
     embeddings = model.decoder.embed(_take(tokens, position_ids), jnp.maximum(position_ids, 0))
     hidden_states, cache = layer.decode(hidden_states, embeddings, cache, position_ids=place_ids)
     norm = model.decoder.final_norm if layer.output_norm is None else layer.output_norm
     normed = norm(hidden_states)
-    carried = normed if model.block.config.carried_hidden_state == "after_norm" else hidden_states
+    carried = normed if model.config.carried_hidden_state == "after_norm" else hidden_states
     return carried, normed, cache
 
 
