@@ -78,3 +78,19 @@ def test_losses_without_logits_are_those_with_logits(namespaces: list[dict[str, 
     expected = np.mean(log_sum_exp - logits[..., 0] + 1e-4 * log_sum_exp**2)
     np.testing.assert_allclose(token["loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(summed["loss"], expected, rtol=1e-5)
+
+
+def test_generation_is_plain_decoding(namespaces: list[dict[str, Any]]) -> None:
+    names = next(n for n in namespaces if "generation" in n)
+    generation, prompts, lengths = (
+        names[name] for name in ("generation", "prompt_ids", "prompt_lengths")
+    )
+    plain = names["emtp"].speculative.generate(
+        names["emtp"].MTPModel(names["decoder"], names["drafting_block"]),
+        prompts,
+        lengths,
+        max_new_tokens=12,
+        num_drafts=0,
+    )
+    np.testing.assert_array_equal(generation.tokens, plain.tokens)
+    np.testing.assert_array_equal(generation.num_generated, [12, 12])

@@ -433,3 +433,43 @@ def test_models_without_a_cached_step_are_named() -> None:
 
     with pytest.raises(TypeError, match="its decoder is a `Plain`, which is no `AbstractCached"):
         generate(MTPModel(Plain(model.decoder), model.block), *prompts(), max_new_tokens=2)
+
+
+# Acceptance without generating
+
+
+def test_measured_acceptance_is_that_of_the_model_output() -> None:
+    model = make_model(2)
+    tokens = np.random.default_rng(3).integers(0, VOCAB, (3, 13))
+    report = emtp.speculative.measure_acceptance(model, tokens, num_buckets=3)
+    output = model(*emtp.inputs_and_targets(tokens), inference=True)
+    expected = emtp.calculate_mtp_acceptance_rate(output.mtp.acceptance, output.predictions)
+    assert eqx.tree_equal(report.overall, expected)
+    assert report.edges == (0, 4, 8, 12)
+    # The buckets share the positions out among them; drafts, one position a time.
+    total = report.by_bucket[0] + report.by_bucket[1] + report.by_bucket[2]
+    assert eqx.tree_equal(total, expected)
+    acceptance = output.mtp.acceptance
+    assert acceptance is not None
+    assert output.predictions is not None
+    best, main = np.asarray(acceptance.predictions), np.asarray(output.predictions)
+    for (low, high), rate in zip(itertools.pairwise(report.edges), report.by_bucket, strict=True):
+        for depth in (1, 2):
+            places = range(low, min(high, 12 - depth))
+            accepted = sum(
+                int(best[depth - 1, row, i] == main[row, i + depth])
+                for row in range(3)
+                for i in places
+            )
+            assert int(rate.accepted[depth - 1]) == accepted
+            assert int(rate.scored[depth - 1]) == 3 * len(places)
+    joined = report + report
+    assert eqx.tree_equal(joined.overall, expected + expected)
+
+
+@pytest.mark.parametrize("num_buckets", [0, 13])
+def test_buckets_that_make_no_sense(num_buckets: int) -> None:
+    with pytest.raises(ValueError, match=r"`num_buckets` must lie in 1 … 12"):
+        emtp.speculative.measure_acceptance(
+            make_model(1), np.zeros((1, 13), int), num_buckets=num_buckets
+        )
