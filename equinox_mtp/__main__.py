@@ -1,16 +1,17 @@
-"""`python -m equinox_mtp train`."""
+"""`python -m equinox_mtp train` and `… generate`."""
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_USAGE = """usage: python -m equinox_mtp train [options]
+_USAGE = """usage: python -m equinox_mtp COMMAND [options]
 
-  train    train a small language model with Multi-Token Prediction
+  train      train a small language model with Multi-Token Prediction
+  generate   continue a text with a trained model, drafting by its prediction depths
 
-`python -m equinox_mtp train --help` lists the options.
+`python -m equinox_mtp COMMAND --help` lists the options.
 """
 
 
@@ -20,30 +21,31 @@ def main(arguments: Sequence[str]) -> int:
         print(_USAGE)
         return 0 if arguments else 2
     command, *options = arguments
-    if command != "train":
+    commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "generate": _generate}
+    if command not in commands:
         print(f"there is no command {command!r}\n\n{_USAGE}", file=sys.stderr)
         return 2
     try:
-        return _train(options)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def _train(options: Sequence[str]) -> int:
-    try:
-        import tyro
-
-        from .training import TrainConfig, last_checkpoint, load_info, newest_run_folder, train
+        commands[command](options)
     except ModuleNotFoundError as error:
         print(
-            f"error: the training command needs {error.name}. Install the extra `train`, in "
-            "the repository by: pip install -e '.[train]'",
+            f"error: the command `{command}` needs {error.name}. Install the extra `train`, in the "
+            "repository by: pip install -e '.[train]'",
             file=sys.stderr,
         )
         return 1
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
-    prog, default = "python -m equinox_mtp train", TrainConfig()
+
+def _train(options: Sequence[str]) -> None:
+    import tyro
+
+    from .training import TrainConfig, last_checkpoint, load_info, newest_run_folder, train
+
+    default = TrainConfig()
     run = _named_run(options)
     if run.resume:
         out = run.out or newest_run_folder(with_checkpoint=True)
@@ -54,9 +56,17 @@ def _train(options: Sequence[str]) -> int:
         # What is not said on the command line stays as it was in the run.
         stored = load_info(last_checkpoint(out / "checkpoints")).config
         default = dataclasses.replace(stored, out=out)
-    config = tyro.cli(TrainConfig, prog=prog, args=options, default=default)
-    train(config)
-    return 0
+    prog = "python -m equinox_mtp train"
+    train(tyro.cli(TrainConfig, prog=prog, args=options, default=default))
+
+
+def _generate(options: Sequence[str]) -> None:
+    import tyro
+
+    from .training import GenerateConfig, generate_text
+
+    prog = "python -m equinox_mtp generate"
+    generate_text(tyro.cli(GenerateConfig, prog=prog, args=options))
 
 
 def _named_run(options: Sequence[str]) -> argparse.Namespace:

@@ -118,7 +118,8 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
 
         - `hidden_states`: of the new positions only.
         - `cache`: of `init_cache`, or of the call before.
-        - `position_ids`: where each of them stands in its row; rows may stand at different places.
+        - `position_ids`: where each of them stands in its row. They follow one another; rows may
+            stand at different places, and places below 0 are none.
 
         **Returns:** the layer's output, and the cache.
         """

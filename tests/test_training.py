@@ -50,6 +50,7 @@ TINY = TrainConfig(
     eval_every=3,
     eval_rows=4,
     checkpoint_every=2,
+    compare_prompts=0,
 )
 
 
@@ -459,7 +460,7 @@ def test_killed_process_resumes(run: tuple[Path, TrainConfig], tmp_path: Path) -
             for name in (
                 *("vocab_size", "end_of_document", "dropout_rate", "embed_size", "num_layers"),
                 *("num_heads", "mlp_size", "seq_len", "batch_size", "warmup_steps", "steps"),
-                *("eval_every", "eval_rows", "checkpoint_every"),
+                *("eval_every", "eval_rows", "checkpoint_every", "compare_prompts"),
             )
         },
     }
@@ -500,7 +501,7 @@ def test_command_line_errors(
 ) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0
-    assert "usage: python -m equinox_mtp train" in capsys.readouterr().out
+    assert "usage: python -m equinox_mtp COMMAND" in capsys.readouterr().out
     assert main(["fly"]) == 2
     assert "no command 'fly'" in capsys.readouterr().err
     assert main(["train", "--data", str(tmp_path / "nowhere")]) == 1

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
+from .._rows import row_by_row
 from .._types import checked
 from ._init import fan_in_normal
 from ._rotary import rotary_embedding
@@ -46,20 +47,72 @@ def causal_attention(
 
 
 class KeyValueCache(eqx.Module):
-    """Keys and values of the positions seen so far, after the positional encoding."""
+    """Keys and values of the positions seen so far, after the positional encoding.
 
-    key: Float[Array, "batch max_length kv_heads head_dim"]
-    value: Float[Array, "batch max_length kv_heads head_dim"]
+    Laid out as the products of a few queries with them want it: nothing is transposed to attend.
+    """
+
+    key: Float[Array, "batch kv_heads head_dim max_length"]
+    value: Float[Array, "batch kv_heads max_length head_dim"]
 
     def write(self, key: Array, value: Array, position_ids: Array) -> "KeyValueCache":
         """Puts `[batch seq kv_heads head_dim]` at their positions; drops what is outside."""
         rows = jnp.arange(position_ids.shape[0])[:, None]
         # A negative index would count from the end.
-        places = jnp.where(position_ids < 0, self.key.shape[1], position_ids)
+        places = jnp.where(position_ids < 0, self.value.shape[2], position_ids)
         return KeyValueCache(
-            self.key.at[rows, places].set(key, mode="drop"),
-            self.value.at[rows, places].set(value, mode="drop"),
+            self.key.at[rows, :, :, places].set(key, mode="drop"),
+            self.value.at[rows, :, places].set(value, mode="drop"),
         )
+
+    def attend(
+        self, query: Array, key: Array, value: Array, position_ids: Array, scale: float | None
+    ) -> Array:
+        """Attention of some positions `[batch seq heads head_dim]`, which follow one another.
+
+        To what is cached of the positions before the first of them, and among each other: they are
+        not in the cache yet. The softmax is in float32. A position before the row's first sees
+        nothing, and gets a mean.
+        """
+        batch, seq, heads, head_dim = query.shape
+        kv_heads, max_length = self.value.shape[1:3]
+        scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        query = query.reshape(batch, seq, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+        key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+        places, offsets = jnp.arange(max_length), jnp.arange(seq)
+        is_before = jnp.broadcast_to(places < position_ids[:, :1, None], (batch, seq, max_length))
+        is_causal = (offsets <= offsets[:, None]) & (position_ids >= 0)[:, None]
+
+        def logits(keys: Array, visible: Array) -> Array:
+            rows = query.reshape(batch, kv_heads, -1, head_dim)
+            products = _query_by_query("bkqd,bkdl->bkql", rows, keys)
+            products = products.reshape(batch, kv_heads, -1, seq, keys.shape[-1])
+            return jnp.where(visible[:, None, None], scale * products, jnp.finfo(jnp.float32).min)
+
+        def weighted(weights: Array, values: Array) -> Array:
+            rows = weights.reshape(batch, kv_heads, -1, values.shape[2]).astype(values.dtype)
+            return _query_by_query("bkql,bkld->bkqd", rows, values).reshape(query.shape)
+
+        cached, new = logits(self.key, is_before), logits(key, is_causal)
+        highest = jnp.maximum(
+            jnp.max(cached, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True)
+        )
+        cached, new = jnp.exp(cached - highest), jnp.exp(new - highest)
+        total = jnp.sum(cached, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
+        attended = (weighted(cached, self.value) + weighted(new, value)) / total
+        attended = attended.astype(query.dtype).transpose(0, 3, 1, 2, 4)
+        return attended.reshape(batch, seq, heads, head_dim)
+
+
+def _query_by_query(equation: str, queries: Array, cached: Array) -> Array:
+    """A product in float32 with `queries`, whose rows are on their third axis."""
+
+    def product(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 2)
+        y = jnp.einsum(equation, x, cached, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(y, 2, 0)
+
+    return jnp.moveaxis(row_by_row(product, jnp.moveaxis(queries, 2, 0), num_axes=3), 0, 2)
 
 
 class GroupedQueryAttention(eqx.Module):
@@ -141,8 +194,10 @@ class GroupedQueryAttention(eqx.Module):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> KeyValueCache:
         """An empty cache; see `AbstractCachedDecoderLayer`."""
         _, num_kv_heads, head_dim = self.key_kernel.shape
-        zeros = jnp.zeros((batch_size, max_length, num_kv_heads, head_dim), dtype)
-        return KeyValueCache(zeros, zeros)
+        return KeyValueCache(
+            jnp.zeros((batch_size, num_kv_heads, head_dim, max_length), dtype),
+            jnp.zeros((batch_size, num_kv_heads, max_length, head_dim), dtype),
+        )
 
     def decode(
         self,
@@ -153,23 +208,19 @@ class GroupedQueryAttention(eqx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], KeyValueCache]:
         """Attends to what is cached up to each position; see `AbstractCachedDecoderLayer`."""
         query, key, value = self._project(hidden_states, position_ids)
-        cache = cache.write(key, value, position_ids)
-        places = jnp.arange(cache.key.shape[1])
-        attended = jax.nn.dot_product_attention(
-            query,
-            cache.key,
-            cache.value,
-            mask=(places <= position_ids[:, :, None])[:, None],
-            scale=self.scale,
-            implementation="xla",
+        attended = cache.attend(query, key, value, position_ids, self.scale)
+        # Adds nothing, but has the cache written after it is read: XLA would copy it otherwise.
+        nothing = 0 * attended[:, :, : key.shape[2]]
+        return self._project_out(attended), cache.write(
+            key + nothing, value + nothing, position_ids
         )
-        return self._project_out(attended), cache
 
     def _project(self, hidden_states: Array, position_ids: Array) -> tuple[Array, Array, Array]:
         """Query, key and value, with their positions."""
 
         def project(kernel: Array) -> Array:
-            return jnp.einsum("bse,ehd->bshd", hidden_states, kernel.astype(hidden_states.dtype))
+            kernel = kernel.astype(hidden_states.dtype)
+            return row_by_row(lambda x: jnp.einsum("...e,ehd->...hd", x, kernel), hidden_states)
 
         return (
             rotary_embedding(project(self.query_kernel), position_ids, theta=self.rope_theta),
@@ -178,4 +229,5 @@ class GroupedQueryAttention(eqx.Module):
         )
 
     def _project_out(self, attended: Array) -> Array:
-        return jnp.einsum("bshd,hde->bse", attended, self.out_kernel.astype(attended.dtype))
+        kernel = self.out_kernel.astype(attended.dtype)
+        return row_by_row(lambda x: jnp.einsum("...hd,hde->...e", x, kernel), attended, num_axes=2)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int32, Integer, PRNGKeyArray
 
 from .._model import MTPModel
 from .._types import HostOrDeviceArray, checked
-from ._model import DecodingModel
+from ._model import DecodingModel, check_cached_steps
 from ._sampling import Sampler
 from ._state import DecodingState, Generation
 from ._steps import Sizes, prefill, step
@@ -63,8 +63,7 @@ def generate(
         model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, eos_id, temperature, key
     )
     sampler = Sampler(float(temperature), top_k, top_p)
-    state = _run(request.sizes, model, sampler, *request.arrays)
-    return _generation(request, state)
+    return _run(request.sizes, model, sampler, *request.arrays)
 
 
 class StreamedStep(NamedTuple):
@@ -149,7 +148,7 @@ def _request(
     temperature: float,
     key: PRNGKeyArray | None,
 ) -> _Request:
-    eqx.filter_eval_shape(DecodingModel.of, model)
+    check_cached_steps(model)
     num_depths = model.block.config.num_depths
     num_drafts = num_depths if num_drafts is None else num_drafts
     if num_drafts < 0 or (num_drafts > 0 and num_depths == 0):
@@ -170,7 +169,8 @@ def _request(
         prompt_lengths = np.full(batch, prompt, np.int32)
     lengths = jnp.asarray(prompt_lengths, jnp.int32)
     if not isinstance(lengths, Tracer):
-        low, high = int(jnp.min(lengths, initial=prompt)), int(jnp.max(lengths, initial=1))
+        on_host = np.asarray(lengths)
+        low, high = int(np.min(on_host, initial=prompt)), int(np.max(on_host, initial=1))
         if low < 1 or high > prompt:
             raise ValueError(
                 f"`prompt_lengths` must lie in 1 … {prompt}, the length of the rows; got {low} … "
@@ -189,19 +189,6 @@ def _request(
     return _Request(Sizes(num_drafts, max_new_tokens), prompts, lengths, eos, key)
 
 
-def _generation(request: _Request, state: DecodingState) -> Generation:
-    tokens = state.tokens[:, : request.prompt_ids.shape[1] + request.sizes.max_new_tokens]
-    is_token = jnp.arange(tokens.shape[1]) < state.lengths[:, None]
-    return Generation(
-        tokens=jnp.where(is_token, tokens, 0),
-        lengths=state.lengths,
-        prompt_lengths=request.prompt_lengths,
-        num_steps=state.num_steps,
-        num_drafted=jnp.broadcast_to(state.num_steps[:, None], state.num_accepted.shape),
-        num_accepted=state.num_accepted,
-    )
-
-
 @eqx.filter_jit
 def _run(
     sizes: Sizes,
@@ -211,13 +198,23 @@ def _run(
     prompt_lengths: Array,
     eos_id: Array,
     key: PRNGKeyArray,
-) -> DecodingState:
+) -> Generation:
     decoding = DecodingModel.of(model)
     state = prefill(decoding, prompt_ids, prompt_lengths, sizes, sampler, eos_id=eos_id, key=key)
-    return lax.while_loop(
+    state = lax.while_loop(
         lambda state: ~jnp.all(state.done),
         lambda state: step(decoding, state, sizes, sampler),
         state,
+    )
+    tokens = state.tokens[:, : prompt_ids.shape[1] + sizes.max_new_tokens]
+    is_token = jnp.arange(tokens.shape[1]) < state.lengths[:, None]
+    return Generation(
+        tokens=jnp.where(is_token, tokens, 0),
+        lengths=state.lengths,
+        prompt_lengths=prompt_lengths,
+        num_steps=state.num_steps,
+        num_drafted=jnp.broadcast_to(state.num_steps[:, None], state.num_accepted.shape),
+        num_accepted=state.num_accepted,
     )
 
 

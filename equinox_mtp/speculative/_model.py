@@ -12,6 +12,21 @@ from .._layer import MultiTokenPredictionLayer
 from .._model import MTPModel
 
 
+def check_cached_steps(model: MTPModel) -> None:
+    """**Raises:** `TypeError` if a part of the model has no cached step."""
+    parts: list[tuple[str, Any, type]] = [("decoder", model.decoder, AbstractCachedDecoder)]
+    if model.block.layers is not None:
+        layer = model.block.layers.transformer_layer
+        parts.append(("transformer layers", layer, AbstractCachedDecoderLayer))
+    for name, part, wanted in parts:
+        if not isinstance(part, wanted):
+            raise TypeError(
+                f"`model` must have a cached step to generate; its {name} is a "
+                f"`{type(part).__name__}`, which is no `{wanted.__name__}`. Derive it from that "
+                "class, and add `init_cache` and `decode`."
+            )
+
+
 class DecodingModel(eqx.Module):
     """A decoder and its prediction depths, laid out for many small steps.
 
@@ -26,18 +41,8 @@ class DecodingModel(eqx.Module):
     @classmethod
     def of(cls, model: MTPModel) -> "DecodingModel":
         """**Raises:** `TypeError` if a part of the model has no cached step."""
+        check_cached_steps(model)
         decoder, block = model.decoder, model.block
-        parts: list[tuple[str, Any, type]] = [("decoder", decoder, AbstractCachedDecoder)]
-        if block.layers is not None:
-            layer = block.layers.transformer_layer
-            parts.append(("transformer layers", layer, AbstractCachedDecoderLayer))
-        for name, part, wanted in parts:
-            if not isinstance(part, wanted):
-                raise TypeError(
-                    f"`model` must have a cached step to generate; its {name} is a "
-                    f"`{type(part).__name__}`, which is no `{wanted.__name__}`. Derive it from "
-                    "that class, and add `init_cache` and `decode`."
-                )
         assert isinstance(decoder, AbstractCachedDecoder)
         num_layers = 1 if block.config.repeated_layer else block.config.num_depths
         layers = tuple(block.layer(depth) for depth in range(1, num_layers + 1))

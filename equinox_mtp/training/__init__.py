@@ -8,12 +8,24 @@ from ._checkpoint import (
     load_state as load_state,
     save_checkpoint as save_checkpoint,
 )
+from ._compare import (
+    Comparison as Comparison,
+    compare as compare,
+    held_out_prompts as held_out_prompts,
+)
 from ._config import TrainConfig as TrainConfig
 from ._data import (
+    TEXT_END as TEXT_END,
+    TEXT_VOCAB as TEXT_VOCAB,
     Batch as Batch,
     Corpus as Corpus,
     PackedRows as PackedRows,
     load_corpus as load_corpus,
+)
+from ._generate import (
+    GenerateConfig as GenerateConfig,
+    generate_text as generate_text,
+    load_model as load_model,
 )
 from ._step import (
     TrainState as TrainState,

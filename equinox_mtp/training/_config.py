@@ -72,6 +72,8 @@ class TrainConfig:
     """Held-out rows in an evaluation; the last one reads four times as many."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    compare_prompts: int = 8
+    """Held-out prompts that a run continues at its end, with and without drafts; 0 for none."""
     seed: int = 0
     """Of the initial values, the split of documents and their order."""
 
@@ -80,8 +82,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "positive")
         for name in ("eval_every", "eval_rows", "checkpoint_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "positive")
-        _require(self.depths >= 0, "depths", self.depths, "zero or positive")
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "zero or positive")
+        for name in ("depths", "warmup_steps", "compare_prompts"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "positive")
         switch = self.mtp_scaling_switch

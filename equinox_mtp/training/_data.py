@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-_BYTES = 256
+TEXT_END = 256
+"""The id after the bytes, which ends a document of text."""
+TEXT_VOCAB = 257
 _TOKEN_SUFFIXES = (".npy", ".bin")
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo"}
 _HELD_OUT = 0.05
@@ -85,12 +87,12 @@ def load_corpus(
     files = [file for path in paths for file in _files_of(path)] if paths else _library_files()
     token_files = [file for file in files if file.suffix in _TOKEN_SUFFIXES]
     if not token_files:
-        if vocab_size not in (None, _BYTES + 1) or end_of_document not in (None, _BYTES):
+        if vocab_size not in (None, TEXT_VOCAB) or end_of_document not in (None, TEXT_END):
             raise ValueError(
                 f"`vocab_size` and `end_of_document` are for token ids; text is read as bytes, "
-                f"with a vocabulary of {_BYTES + 1}. Leave them out."
+                f"with a vocabulary of {TEXT_VOCAB}. Leave them out."
             )
-        documents, vocab_size = [_read_text(file) for file in files], _BYTES + 1
+        documents, vocab_size = [_read_text(file) for file in files], TEXT_VOCAB
     elif len(token_files) == len(files):
         if vocab_size is None:
             raise ValueError("`vocab_size` must be given for token ids; got none.")
@@ -138,7 +140,7 @@ def _library_files() -> list[Path]:
 
 def _read_text(file: Path) -> np.ndarray:
     text = np.frombuffer(file.read_bytes(), np.uint8).astype(np.int32)
-    return np.append(text, np.int32(_BYTES)) if len(text) else text
+    return np.append(text, np.int32(TEXT_END)) if len(text) else text
 
 
 def _read_tokens(file: Path, vocab_size: int) -> list[np.ndarray]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ._compare import Comparison
+
 Record = dict[str, Any]
 
 
@@ -101,7 +103,13 @@ def _line_pair(
     axes.plot(steps, values(held_out), color=color, marker="o", linestyle="none")
 
 
-def summary(record: Record, seconds: float, tokens_per_second: float | None, out: Path) -> str:
+def summary(
+    record: Record,
+    comparison: Comparison | None,
+    seconds: float,
+    tokens_per_second: float | None,
+    out: Path,
+) -> str:
     """The closing lines of a run, from its last evaluation."""
     lines = [
         f"held-out text after step {record['step']} ({record['tokens']} tokens)",
@@ -120,8 +128,12 @@ def summary(record: Record, seconds: float, tokens_per_second: float | None, out
             f"  depth {depth}: loss {loss:.4f}, accepted by the main model {alone:.1%} "
             f"(jointly {joint:.1%}, conditionally {conditional:.1%}), right {truth:.1%}"
         )
+    lines.append(
+        f"  expected accepted length τ = {record['expected_accepted_length']:.3f} tokens a pass"
+    )
+    if comparison is not None:
+        lines += ["held-out prompts continued greedily", f"  {comparison}"]
     lines += [
-        f"  expected accepted length τ = {record['expected_accepted_length']:.3f} tokens a pass",
         f"{seconds:.0f} s in all"
         + ("" if tokens_per_second is None else f", {tokens_per_second:,.0f} tokens/s in training"),
         f"files: {out}/metrics.jsonl, {out}/curves.png, {out}/checkpoints",

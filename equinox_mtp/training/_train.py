@@ -27,8 +27,9 @@ from ._checkpoint import (
     load_state,
     save_checkpoint,
 )
+from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig
-from ._data import PackedRows, load_corpus
+from ._data import Corpus, PackedRows, load_corpus
 from ._report import MetricsFile, plot_curves, summary
 from ._step import (
     Evaluation,
@@ -41,7 +42,7 @@ from ._step import (
 )
 
 RUNS = Path("runs")
-FREE_TO_CHANGE = {"out", "resume", "eval_every", "eval_rows", "checkpoint_every"}
+FREE_TO_CHANGE = {"out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts"}
 
 
 def train(config: TrainConfig) -> Path:
@@ -107,6 +108,7 @@ def train(config: TrainConfig) -> Path:
         print(
             summary(
                 metrics.of("held_out")[-1],
+                compare_on_held_out(state.model, held_out_corpus, config),
                 time.perf_counter() - started,
                 None if seconds is None else tokens_per_step / seconds,
                 out,
@@ -201,6 +203,17 @@ def held_out_record(step: int, evaluation: Evaluation) -> dict[str, Any]:
         "ground_truth_acceptance": ground_truth.independent.tolist(),
         "expected_accepted_length": float(main_model.expected_accepted_length),
     }
+
+
+def compare_on_held_out(
+    model: emtp.MTPModel, held_out: Corpus, config: TrainConfig
+) -> Comparison | None:
+    """Continues held-out text with and without drafts, within the length of training rows."""
+    length = config.seq_len // 2
+    prompts = held_out_prompts(held_out, num_prompts=config.compare_prompts, length=length)
+    if not prompts or not config.depths:
+        return None
+    return compare(model, prompts, max_new_tokens=config.seq_len - length)
 
 
 def describe(record: dict[str, Any]) -> str:

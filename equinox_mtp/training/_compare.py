@@ -1,0 +1,118 @@
+"""Decoding with drafts against plain decoding, by the clock."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+import equinox_mtp as emtp
+from equinox_mtp.speculative import Generation, generate
+
+from ._data import Corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Greedy continuations of the same prompts, with and without drafts.
+
+    **Fields:**
+
+    - `num_drafts`: drafts a step.
+    - `num_tokens`: new tokens of all prompts.
+    - `plain_seconds`, `seconds`: without and with drafts; medians of several rounds.
+    - `same_tokens`: the share of prompts whose two continuations are the same. Below 1 only if
+        rounding has decided between two tokens that are equally good.
+    - `tokens_per_pass`, `accepted_per_position`: see `Generation`.
+    """
+
+    num_drafts: int
+    num_tokens: int
+    plain_seconds: float
+    seconds: float
+    same_tokens: float
+    tokens_per_pass: float
+    accepted_per_position: tuple[float, ...]
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast drafts make it."""
+        return self.plain_seconds / self.seconds
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_tokens / self.plain_seconds:,.0f} tokens/s plain, "
+            f"{self.num_tokens / self.seconds:,.0f} with {self.num_drafts} draft(s) a step: "
+            f"{self.speedup:.2f} times as fast, {self.same_tokens:.0%} of the continuations equal\n"
+            f"  {describe_acceptance(self.tokens_per_pass, self.accepted_per_position)}"
+        )
+
+
+def compare(
+    model: emtp.MTPModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    num_drafts: int | None = None,
+    eos_id: int | None = None,
+    rounds: int = 3,
+) -> Comparison:
+    """Continues prompts one by one, greedily, with and without drafts in turn.
+
+    All in this process and after a warm-up, so that no compilation is counted.
+
+    **Arguments:**
+
+    - `prompts`: token ids, all of the same length.
+    - `max_new_tokens`, `num_drafts`, `eos_id`: see `generate`.
+    - `rounds`: how often everything is timed.
+    """
+    drafts = model.block.config.num_depths if num_drafts is None else num_drafts
+
+    def run(drafts: int) -> list[Generation]:
+        generations = [
+            generate(
+                model,
+                prompt[None],
+                max_new_tokens=max_new_tokens,
+                num_drafts=drafts,
+                eos_id=eos_id,
+            )
+            for prompt in prompts
+        ]
+        return jax.block_until_ready(generations)
+
+    plain, drafted = run(0), run(drafts)
+    seconds: dict[int, list[float]] = {0: [], drafts: []}
+    for _ in range(rounds):
+        for variant, times in seconds.items():
+            started = time.perf_counter()
+            run(variant)
+            times.append(time.perf_counter() - started)
+    same = [np.array_equal(x.tokens, y.tokens) for x, y in zip(plain, drafted, strict=True)]
+    total = jax.tree.map(lambda *x: np.concatenate(x), *drafted)
+    return Comparison(
+        num_drafts=drafts,
+        num_tokens=int(total.num_generated.sum()),
+        plain_seconds=statistics.median(seconds[0]),
+        seconds=statistics.median(seconds[drafts]),
+        same_tokens=float(np.mean(same)),
+        tokens_per_pass=float(total.tokens_per_pass),
+        accepted_per_position=tuple(total.accepted_per_position.tolist()),
+    )
+
+
+def describe_acceptance(tokens_per_pass: float, accepted: Sequence[float]) -> str:
+    """Tokens a pass and acceptance, in words."""
+    drafts = ["first draft", *(f"first {k}" for k in range(2, len(accepted) + 1))]
+    rates = ", ".join(f"{draft} {rate:.0%}" for draft, rate in zip(drafts, accepted, strict=True))
+    accepted_words = f"; accepted: {rates}" if rates else ""
+    return f"{tokens_per_pass:.2f} tokens a forward pass{accepted_words}"
+
+
+def held_out_prompts(corpus: Corpus, *, num_prompts: int, length: int) -> list[np.ndarray]:
+    """The beginnings of documents that are longer than `length`, as many as there are."""
+    long_enough = [document for document in corpus.documents if len(document) > length]
+    return [document[:length] for document in long_enough[:num_prompts]]

@@ -1,0 +1,159 @@
+"""Text from a checkpoint, drafted by the prediction depths and verified by the model."""
+
+import codecs
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import equinox as eqx
+import jax
+import numpy as np
+
+import equinox_mtp as emtp
+from equinox_mtp.speculative import StreamedStep, stream
+
+from ._checkpoint import CheckpointInfo, checkpoints, last_checkpoint, load_info, load_state
+from ._compare import compare, describe_acceptance
+from ._data import TEXT_END, TEXT_VOCAB
+from ._step import make_optimizer, make_state
+
+_COLORS = "\033[30;102m", "\033[0m"
+_BRACKETS = "⟦", "⟧"
+_PADDED_TO = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Continues a text with a trained model, and marks the tokens that were drafted.
+
+    They stand on green on a terminal, and in ⟦⟧ elsewhere.
+    """
+
+    checkpoint: Path
+    """A checkpoint, or the folder of a run: its last one."""
+    prompt: str
+    """The text to continue."""
+    drafts: int | None = None
+    """Drafts a step; 0 decodes plainly. Default: the model's depths."""
+    temperature: float = 0.0
+    """Of the draws; 0 takes the best token."""
+    top_k: int | None = None
+    """Draw from the k best tokens only."""
+    top_p: float | None = None
+    """Draw from the best tokens that hold this much probability only."""
+    max_new_tokens: int = 160
+    """How many tokens to add, at most."""
+    seed: int = 0
+    """Of the draws."""
+    compare: bool = False
+    """Also measure the speed-up over plain decoding, both greedy."""
+
+
+def generate_text(config: GenerateConfig, out: TextIO = sys.stdout) -> None:
+    """Streams a continuation to `out`, and then says how it came about.
+
+    **Raises:** `ValueError` or `FileNotFoundError` for a checkpoint or options that do not fit.
+    """
+    prompt = np.frombuffer(config.prompt.encode(), np.uint8).astype(np.int32)
+    if not len(prompt):
+        raise ValueError("`prompt` must hold at least one character; got none.")
+    model, info = load_model(config.checkpoint)
+    # Padded, so that prompts of about the same length share a compiled program.
+    padded = np.zeros((1, -(-len(prompt) // _PADDED_TO) * _PADDED_TO), np.int32)
+    padded[0, : len(prompt)] = prompt
+    steps = stream(
+        model,
+        padded,
+        np.asarray([len(prompt)]),
+        max_new_tokens=config.max_new_tokens,
+        num_drafts=config.drafts,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_id=TEXT_END,
+        key=jax.random.key(config.seed),
+    )
+    longest, trained = len(prompt) + config.max_new_tokens, info.config.seq_len
+    if longest > trained:
+        out.write(
+            f"note: up to {longest} tokens are asked for; the model was trained on rows of "
+            f"{trained}, and may not do well beyond\n\n"
+        )
+    out.write(config.prompt)
+    counts = _Counts()
+    for text in marked_text(counts.of(steps), *(_COLORS if _is_colored(out) else _BRACKETS)):
+        out.write(text)
+        out.flush()
+    out.write(f"\n\n{counts}\n")
+    if config.compare:
+        comparison = compare(
+            model,
+            [prompt],
+            max_new_tokens=config.max_new_tokens,
+            num_drafts=config.drafts,
+            eos_id=TEXT_END,
+        )
+        out.write(f"greedily: {comparison}\n")
+
+
+def load_model(path: Path) -> tuple[emtp.MTPModel, CheckpointInfo]:
+    """The model of text in a checkpoint, or in a run's last one.
+
+    **Raises:** `FileNotFoundError` if there is none; `ValueError` if it does not model text.
+    """
+    folders = (path / "checkpoints", path)
+    checkpoint = next((last_checkpoint(x) for x in folders if checkpoints(x)), path)
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(
+            f"`checkpoint`: there is none in {path}. Give the folder of a run, or of a checkpoint."
+        )
+    info = load_info(checkpoint)
+    if info.vocab_size != TEXT_VOCAB:
+        raise ValueError(
+            f"`checkpoint` must be of a model of text, with {TEXT_VOCAB} token ids; the one in "
+            f"{path} has {info.vocab_size}. Use `equinox_mtp.speculative.generate` with token ids."
+        )
+    like = eqx.filter_eval_shape(
+        make_state, info.config, info.vocab_size, make_optimizer(info.config)
+    )
+    return load_state(checkpoint, like).model, info
+
+
+def marked_text(steps: Iterable[StreamedStep], begin: str, end: str) -> Iterator[str]:
+    """The text of a single row, step by step, with marks around accepted drafts."""
+    decoder = codecs.getincrementaldecoder("utf8")("replace")
+    for new_ids, num_new, num_accepted in steps:
+        ids = [int(x) for x in new_ids[0, : num_new[0]] if x != TEXT_END]
+        drafted = decoder.decode(bytes(ids[: num_accepted[0]]))
+        rest = decoder.decode(bytes(ids[num_accepted[0] :]))
+        yield (f"{begin}{drafted}{end}" if drafted else "") + rest
+
+
+class _Counts:
+    """Counts the steps of a single row that pass through."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.num_drafts = 0
+        self.accepted: list[int] = []
+
+    def of(self, steps: Iterable[StreamedStep]) -> Iterator[StreamedStep]:
+        for index, step in enumerate(steps):
+            self.num_tokens += int(step.num_new[0])
+            self.num_drafts = step.new_ids.shape[1] - 1
+            if index:  # the first token is of the prompt's pass
+                self.accepted.append(int(step.num_accepted[0]))
+            yield step
+
+    def __str__(self) -> str:
+        num_steps = max(len(self.accepted), 1)
+        rates = [sum(n > k for n in self.accepted) / num_steps for k in range(self.num_drafts)]
+        described = describe_acceptance(1 + sum(rates), rates)
+        return f"{self.num_tokens} tokens in {1 + len(self.accepted)} passes; {described}"
+
+
+def _is_colored(out: TextIO) -> bool:
+    return out.isatty() and "NO_COLOR" not in os.environ

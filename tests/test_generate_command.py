@@ -1,0 +1,172 @@
+"""Text from a checkpoint: the `generate` command, and the comparison that ends a run."""
+
+import dataclasses
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from equinox_mtp.__main__ import main
+from equinox_mtp.speculative import StreamedStep, generate
+from equinox_mtp.training import (
+    TEXT_END,
+    CheckpointInfo,
+    Corpus,
+    GenerateConfig,
+    TrainConfig,
+    compare,
+    generate_text,
+    held_out_prompts,
+    last_checkpoint,
+    load_info,
+    load_model,
+    save_checkpoint,
+    train,
+)
+from equinox_mtp.training._generate import marked_text
+
+PROMPT = "def f(x):\n"
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run on a little text that ends with a comparison, and what it printed."""
+    folder = tmp_path_factory.mktemp("text_run")
+    (folder / "text").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        words = rng.choice(["def f(x):\n", "    return x\n", "import jax\n", "y = 1\n"], 12)
+        (folder / "text" / f"{i:02d}.py").write_text("".join(words))
+    config = TrainConfig(
+        data=(folder / "text",),
+        out=folder / "run",
+        embed_size=32,
+        num_layers=1,
+        num_heads=2,
+        mlp_size=64,
+        seq_len=32,
+        batch_size=8,
+        steps=40,
+        warmup_steps=4,
+        eval_every=40,
+        eval_rows=4,
+        checkpoint_every=40,
+        compare_prompts=2,
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        printed = io.StringIO()
+        patched.setattr("sys.stdout", printed)
+        train(config)
+    return folder / "run", printed.getvalue()
+
+
+def expected_text(folder: Path, num_drafts: int, new: int = NEW) -> tuple[bytes, Any]:
+    """The continuation by `generate`, and its counters."""
+    model, _ = load_model(folder)
+    prompt = np.frombuffer(PROMPT.encode(), np.uint8).astype(np.int32)[None]
+    generation = generate(model, prompt, max_new_tokens=new, num_drafts=num_drafts, eos_id=TEXT_END)
+    ids = generation.tokens[0, prompt.shape[1] : int(generation.lengths[0])]
+    return bytes(int(x) for x in ids if x != TEXT_END), generation
+
+
+def test_training_ends_with_a_comparison(run: tuple[Path, str]) -> None:
+    _, printed = run
+    line = re.search(
+        r"held-out prompts continued greedily\n  ([\d,]+) tokens/s plain, ([\d,]+) with 2 "
+        r"draft\(s\) a step: ([\d.]+) times as fast, 100% of the continuations equal\n"
+        r"    ([\d.]+) tokens a forward pass; accepted: first draft (\d+)%, first 2 (\d+)%\n",
+        printed,
+    )
+    assert line is not None, printed
+    plain, drafted = (int(x.replace(",", "")) for x in line.groups()[:2])
+    assert float(line[3]) == pytest.approx(drafted / plain, abs=0.02)
+    assert float(line[4]) == pytest.approx(1 + (int(line[5]) + int(line[6])) / 100, abs=0.02)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_text_is_streamed_with_marks(run: tuple[Path, str], num_drafts: int) -> None:
+    folder, _ = run
+    out = io.StringIO()
+    generate_text(GenerateConfig(folder, PROMPT, drafts=num_drafts, max_new_tokens=NEW), out)
+    text, generation = expected_text(folder, num_drafts)
+    body, _, counts = out.getvalue().rpartition("\n\n")
+    assert re.sub("[⟦⟧]", "", body).encode() == PROMPT.encode() + text
+    marked = "".join(re.findall("⟦(.*?)⟧", body, flags=re.DOTALL))
+    steps, accepted = int(generation.num_steps[0]), generation.num_accepted[0]
+    # The last step's drafts may have been more than were asked for.
+    assert int(accepted.sum()) - num_drafts <= len(marked) <= int(accepted.sum())
+    assert (len(marked) > 0) == (num_drafts > 0)
+    assert counts.startswith(f"{int(generation.num_generated[0])} tokens in {1 + steps} passes; ")
+
+
+def test_long_texts_are_warned_of_and_compared(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    out = io.StringIO()
+    generate_text(GenerateConfig(folder, PROMPT, max_new_tokens=30, compare=True), out)
+    assert out.getvalue().startswith(
+        "note: up to 40 tokens are asked for; the model was trained on rows of 32"
+    )
+    assert re.search(r"greedily: [\d,]+ tokens/s plain, [\d,]+ with 2 draft\(s\)", out.getvalue())
+
+
+def test_command(run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = run
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    options = ["--prompt", PROMPT, "--drafts", "1", "--max-new-tokens", "3", "--temperature", "1"]
+    printed = []
+    for path in (folder, checkpoint, folder / "checkpoints"):
+        assert main(["generate", "--checkpoint", str(path), *options]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0].startswith(PROMPT)
+    assert "3 tokens in" in printed[0]
+    assert printed[0] == printed[1] == printed[2]
+
+
+def test_errors(run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = run
+    info = dataclasses.replace(load_info(last_checkpoint(folder / "checkpoints")), vocab_size=8)
+    save_checkpoint(tmp_path / "of_ids", {}, CheckpointInfo(1, 8, "hash", info.config))
+    cases = [
+        (tmp_path, PROMPT, [], "`checkpoint`: there is none in"),
+        (tmp_path / "of_ids", PROMPT, [], "`checkpoint` must be of a model of text"),
+        (folder, "", [], "`prompt` must hold at least one character"),
+        (folder, PROMPT, ["--drafts", "-1"], "`num_drafts` must be zero or positive"),
+        (folder, PROMPT, ["--temperature", "-1"], "`temperature` must be finite"),
+        (folder, PROMPT, ["--max-new-tokens", "0"], "`max_new_tokens` must be at least 1"),
+    ]
+    for path, prompt, options, message in cases:
+        assert main(["generate", "--checkpoint", str(path), "--prompt", prompt, *options]) == 1
+        assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_marks_keep_characters_of_several_bytes_whole() -> None:
+    ids = [*"aé".encode(), TEXT_END]
+    first = StreamedStep(np.asarray([ids[:2]]), np.asarray([2]), np.asarray([1]))
+    second = StreamedStep(np.asarray([ids[2:]]), np.asarray([2]), np.asarray([1]))
+    assert list(marked_text([first, second], "<", ">")) == ["<a>", "<é>"]
+
+
+def test_comparison_counts_what_generate_counts(run: tuple[Path, str]) -> None:
+    model, _ = load_model(run[0])
+    prompts = [np.arange(4, dtype=np.int32), np.arange(4, 8, dtype=np.int32)]
+    comparison = compare(model, prompts, max_new_tokens=6, num_drafts=3, rounds=1)
+    together = generate(model, np.stack(prompts), max_new_tokens=6, num_drafts=3)
+    assert comparison.num_tokens == 12
+    assert comparison.same_tokens == 1
+    assert comparison.speedup == comparison.plain_seconds / comparison.seconds > 0
+    np.testing.assert_allclose(
+        comparison.accepted_per_position, together.accepted_per_position, rtol=1e-6
+    )
+    assert comparison.tokens_per_pass == pytest.approx(float(together.tokens_per_pass))
+
+
+def test_prompts_are_the_beginnings_of_long_documents() -> None:
+    documents = [np.arange(n, dtype=np.int32) for n in (3, 9, 4, 5, 7)]
+    prompts = held_out_prompts(Corpus(documents, 10), num_prompts=2, length=4)
+    assert jax.tree.map(list, prompts) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert len(held_out_prompts(Corpus(documents, 10), num_prompts=9, length=4)) == 3
