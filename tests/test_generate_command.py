@@ -76,8 +76,10 @@ def expected_text(folder: Path, num_drafts: int, new: int = NEW) -> tuple[bytes,
 
 def test_training_ends_with_a_comparison(run: tuple[Path, str]) -> None:
     _, printed = run
+    assert "held-out prompts continued greedily\n" in printed
+    assert re.search(r"\n  [\d,]+ tokens/s plain, [\d,]+ with 1 draft\(s\) a step", printed)
     line = re.search(
-        r"held-out prompts continued greedily\n  ([\d,]+) tokens/s plain, ([\d,]+) with 2 "
+        r"\n  ([\d,]+) tokens/s plain, ([\d,]+) with 2 "
         r"draft\(s\) a step: ([\d.]+) times as fast, 100% of the continuations equal\n"
         r"    ([\d.]+) tokens a forward pass; accepted: first draft (\d+)%, first 2 (\d+)%\n",
         printed,
@@ -89,12 +91,14 @@ def test_training_ends_with_a_comparison(run: tuple[Path, str]) -> None:
 
 
 @pytest.mark.parametrize("num_drafts", [0, 2])
-def test_text_is_streamed_with_marks(run: tuple[Path, str], num_drafts: int) -> None:
+def test_text_is_streamed_with_marks(
+    run: tuple[Path, str], num_drafts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = run
-    out = io.StringIO()
-    generate_text(GenerateConfig(folder, PROMPT, drafts=num_drafts, max_new_tokens=NEW), out)
+    generate_text(GenerateConfig(folder, PROMPT, drafts=num_drafts, max_new_tokens=NEW))
+    printed = capsys.readouterr().out
     text, generation = expected_text(folder, num_drafts)
-    body, _, counts = out.getvalue().rpartition("\n\n")
+    body, _, counts = printed.rpartition("\n\n")
     assert re.sub("[⟦⟧]", "", body).encode() == PROMPT.encode() + text
     marked = "".join(re.findall("⟦(.*?)⟧", body, flags=re.DOTALL))
     steps, accepted = int(generation.num_steps[0]), generation.num_accepted[0]
@@ -104,14 +108,16 @@ def test_text_is_streamed_with_marks(run: tuple[Path, str], num_drafts: int) -> 
     assert counts.startswith(f"{int(generation.num_generated[0])} tokens in {1 + steps} passes; ")
 
 
-def test_long_texts_are_warned_of_and_compared(run: tuple[Path, str]) -> None:
+def test_long_texts_are_warned_of_and_compared(
+    run: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = run
-    out = io.StringIO()
-    generate_text(GenerateConfig(folder, PROMPT, max_new_tokens=30, compare=True), out)
-    assert out.getvalue().startswith(
+    generate_text(GenerateConfig(folder, PROMPT, max_new_tokens=30, compare=True))
+    printed = capsys.readouterr().out
+    assert printed.startswith(
         "note: up to 40 tokens are asked for; the model was trained on rows of 32"
     )
-    assert re.search(r"greedily: [\d,]+ tokens/s plain, [\d,]+ with 2 draft\(s\)", out.getvalue())
+    assert re.search(r"greedily: [\d,]+ tokens/s plain, [\d,]+ with 2 draft\(s\)", printed)
 
 
 def test_command(run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:

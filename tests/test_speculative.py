@@ -15,6 +15,7 @@ from jaxtyping import Array
 import equinox_mtp as emtp
 from equinox_mtp import MTPConfig, MTPModel, nn, speculative
 from equinox_mtp.speculative import Sampler, Sizes, accept_drafts, generate, stream
+from equinox_mtp.speculative._generate import _step
 
 VOCAB, PROMPT, NEW = 5, 6, 9
 
@@ -387,6 +388,23 @@ def test_other_prompts_are_not_compiled_anew() -> None:
         assert len(traces) == seen
 
 
+def test_steps_reuse_the_memory_of_the_state() -> None:
+    model, sizes, sampler = speculative.DecodingModel.of(make_model(2)), Sizes(2, NEW), Sampler()
+    prompt_ids, lengths = (jnp.asarray(x, jnp.int32) for x in prompts())
+    state = quick_jit(speculative.prefill)(
+        model, prompt_ids, lengths, sizes, sampler, eos_id=jnp.int32(-1), key=jax.random.key(0)
+    )
+    caches = jax.tree.leaves((state.main_cache, state.draft_caches))
+    arguments = ((sizes, model, sampler), state)
+    run_step: Any = _step
+    memory = run_step.lower(*arguments).compile().compiled.memory_analysis()
+    cache_bytes = sum(x.nbytes for x in caches)
+    assert memory.alias_size_in_bytes >= cache_bytes
+    next_state = run_step(*arguments)
+    assert all(x.is_deleted() for x in caches)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(next_state.main_cache))
+
+
 # Errors
 
 
@@ -472,6 +490,30 @@ def test_measured_acceptance_is_that_of_the_model_output() -> None:
             assert int(rate.scored[depth - 1]) == 3 * len(places)
     joined = report + report
     assert eqx.tree_equal(joined.overall, expected + expected)
+
+
+def test_decoding_accepts_what_is_measured_on_its_text() -> None:
+    """Every step's count is that of the same place, found without generating."""
+    model = make_model(3)
+    prompt_ids, lengths = prompts(batch=4)
+    new = 16
+    steps = list(stream(model, prompt_ids, lengths, max_new_tokens=new))
+    generation = generate(model, prompt_ids, lengths, max_new_tokens=new)
+    output = model(*emtp.inputs_and_targets(np.asarray(generation.tokens)), inference=True)
+    assert output.mtp.acceptance is not None
+    assert output.predictions is not None
+    depths, main = np.asarray(output.mtp.acceptance.predictions), np.asarray(output.predictions)
+    counts = []
+    for row in range(4):
+        last = int(lengths[row])  # of the token that the prompt's pass has added
+        for step in steps[1:]:
+            if step.num_new[row] and last + 4 < int(generation.lengths[row]):
+                right = [depths[k - 1, row, last - 1] == main[row, last - 1 + k] for k in (1, 2, 3)]
+                expected = right.index(False) if False in right else 3
+                assert int(step.num_accepted[row]) == expected
+                counts.append(expected)
+            last += int(step.num_new[row])
+    assert len(set(counts)) > 1
 
 
 @pytest.mark.parametrize("num_buckets", [0, 13])

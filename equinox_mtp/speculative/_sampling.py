@@ -70,6 +70,15 @@ class Sampler(eqx.Module):
             logits = jnp.where(jax.nn.softmax(logits, axis=-1) < smallest, -jnp.inf, logits)
         return jax.nn.softmax(logits, axis=-1)
 
+    def choose(
+        self, logits: Float[Array, "*batch vocab"], key: PRNGKeyArray
+    ) -> tuple[Int32[Array, "*batch"], Float32[Array, "*batch vocab"] | None]:
+        """A token, and the distribution it was drawn from; `None` if greedy."""
+        if self.is_greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
+        probabilities = self.probabilities(logits)
+        return self.draw(probabilities, key), probabilities
+
     def draw(
         self, probabilities: Float32[Array, "*batch vocab"], key: PRNGKeyArray
     ) -> Int32[Array, "*batch"]:
@@ -109,7 +118,8 @@ def accept_drafts(
 
     - `draft_ids`, `draft_probabilities`: the drafts, and the distributions q they were drawn from.
     - `probabilities`: p, the model's at the same places and after the last draft.
-    - `sampler`: if greedy, drafts are accepted where they are the best token, and nothing is drawn.
+    - `sampler`: draws the token; if greedy, all distributions are on one token, and nothing is left
+        to chance.
     - `key`: for the draws.
     """
     num_drafts = draft_ids.shape[1]
@@ -136,6 +146,16 @@ def accept_drafts(
     total = jnp.sum(residual, axis=-1, keepdims=True)
     residual = jnp.where(total > 0, residual, p_here)
     return Verdict(num_accepted, sampler.draw(residual, draw_key))
+
+
+def accept_best(
+    draft_ids: Int32[Array, "batch drafts"], best_ids: Int32[Array, "batch new"]
+) -> Verdict:
+    """`accept_drafts` if greedy: drafts stay up to the first that is not the model's best token."""
+    matches = draft_ids == best_ids[:, : draft_ids.shape[1]]
+    is_wrong = jnp.pad(~matches, ((0, 0), (0, 1)), constant_values=True)
+    num_accepted = jnp.argmax(is_wrong, axis=1).astype(jnp.int32)
+    return Verdict(num_accepted, jnp.take_along_axis(best_ids, num_accepted[:, None], axis=1)[:, 0])
 
 
 def committed_mask(

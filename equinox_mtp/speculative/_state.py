@@ -42,10 +42,10 @@ class DecodingState(eqx.Module):
 
 
 class Drafts(eqx.Module):
-    """Tokens proposed to follow each row, and the distributions they were drawn from."""
+    """Tokens proposed to follow each row, and the distributions they were drawn from, if any."""
 
     ids: Int32[Array, "batch drafts"]
-    probabilities: Float32[Array, "batch drafts vocab"]
+    probabilities: Float32[Array, "batch drafts vocab"] | None
 
 
 class Verification(eqx.Module):

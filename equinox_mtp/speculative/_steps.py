@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from .._decoder import Cache
 from ._model import DecodingModel
-from ._sampling import Sampler, accept_drafts, committed_mask
+from ._sampling import Sampler, accept_best, accept_drafts, committed_mask
 from ._state import DecodingState, Drafts, Verification
 
 
@@ -53,8 +53,7 @@ def prefill(
     )
     key, draw_key = jax.random.split(key)
     last = _take(hidden_states, prompt_lengths[:, None] - 1)
-    probabilities = sampler.probabilities(model.logits(decoder.final_norm(last)))
-    first_ids = sampler.draw(probabilities[:, 0], draw_key)
+    first_ids, _ = sampler.choose(model.logits(decoder.final_norm(last))[:, 0], draw_key)
     tokens = jnp.pad(prompt_ids, ((0, 0), (0, max_length - prompt)))
     tokens = _put(tokens, prompt_lengths[:, None], first_ids[:, None])
     end_lengths = prompt_lengths + sizes.max_new_tokens
@@ -107,13 +106,14 @@ def draft(
         states, normed, cache = _run_depth(
             model, depth, states, tokens, state.draft_caches[depth - 1], place_ids
         )
-        probabilities = sampler.probabilities(model.logits(normed[:, -1:]))[:, 0]
-        draft_ids = sampler.draw(probabilities, keys[depth - 1])
+        logits = model.logits(normed[:, -1:])[:, 0]
+        draft_ids, probabilities = sampler.choose(logits, keys[depth - 1])
         tokens = _put(tokens, last + depth, draft_ids[:, None])
         ids.append(draft_ids)
         distributions.append(probabilities)
         caches.append(cache)
-    return Drafts(jnp.stack(ids, axis=1), jnp.stack(distributions, axis=1)), tuple(caches)
+    probabilities = None if sampler.is_greedy else jnp.stack(distributions, axis=1)
+    return Drafts(jnp.stack(ids, axis=1), probabilities), tuple(caches)
 
 
 def verify(
@@ -133,11 +133,15 @@ def verify(
     hidden_states, cache = decoder.decode(
         ids, state.main_cache, position_ids=last + jnp.arange(ids.shape[1], dtype=jnp.int32)
     )
-    probabilities = sampler.probabilities(model.logits(decoder.final_norm(hidden_states)))
+    logits = model.logits(decoder.final_norm(hidden_states))
     if drafts is None:
-        next_ids = sampler.draw(probabilities[:, 0], key)
+        next_ids, _ = sampler.choose(logits[:, 0], key)
         return Verification(jnp.zeros_like(next_ids), next_ids, hidden_states), cache
-    verdict = accept_drafts(drafts.ids, drafts.probabilities, probabilities, sampler, key=key)
+    if drafts.probabilities is None:
+        verdict = accept_best(drafts.ids, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    else:
+        probabilities = sampler.probabilities(logits)
+        verdict = accept_drafts(drafts.ids, drafts.probabilities, probabilities, sampler, key=key)
     return Verification(verdict.num_accepted, verdict.next_ids, hidden_states), cache
 
 
@@ -153,14 +157,14 @@ def commit(
 ) -> DecodingState:
     """Appends the accepted drafts and the token after them to each row that is not done."""
     num_accepted, next_ids = verification.num_accepted, verification.next_ids
+    offsets = jnp.arange(sizes.num_drafts + 1)
     new_ids = next_ids[:, None]
     if drafts is not None:
-        new_ids = jnp.concatenate([drafts.ids, jnp.zeros_like(new_ids)], axis=1)
-        new_ids = _put(new_ids, num_accepted[:, None], next_ids[:, None])
+        is_draft = offsets < num_accepted[:, None]
+        new_ids = jnp.where(is_draft, jnp.pad(drafts.ids, ((0, 0), (0, 1))), new_ids)
     num_left = state.end_lengths - state.lengths
     num_new, ends = committed_mask(new_ids, num_accepted, num_left, state.eos_id)
     num_new = jnp.where(state.done, 0, num_new)
-    offsets = jnp.arange(new_ids.shape[1])
     places = state.lengths[:, None] + offsets
     places = jnp.where(offsets < num_new[:, None], places, state.tokens.shape[1])
     hidden_states = jnp.concatenate([state.hidden_states, verification.hidden_states], axis=1)

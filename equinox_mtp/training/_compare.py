@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import equinox_mtp as emtp
@@ -92,7 +93,7 @@ def compare(
             run(variant)
             times.append(time.perf_counter() - started)
     same = [np.array_equal(x.tokens, y.tokens) for x, y in zip(plain, drafted, strict=True)]
-    total = jax.tree.map(lambda *x: np.concatenate(x), *drafted)
+    total = jax.tree.map(lambda *x: jnp.concatenate(x), *drafted)
     return Comparison(
         num_drafts=drafts,
         num_tokens=int(total.num_generated.sum()),

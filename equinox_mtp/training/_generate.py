@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 import equinox as eqx
 import jax
@@ -52,11 +51,12 @@ class GenerateConfig:
     """Also measure the speed-up over plain decoding, both greedy."""
 
 
-def generate_text(config: GenerateConfig, out: TextIO = sys.stdout) -> None:
-    """Streams a continuation to `out`, and then says how it came about.
+def generate_text(config: GenerateConfig) -> None:
+    """Streams a continuation to standard output, and then says how it came about.
 
     **Raises:** `ValueError` or `FileNotFoundError` for a checkpoint or options that do not fit.
     """
+    out = sys.stdout
     prompt = np.frombuffer(config.prompt.encode(), np.uint8).astype(np.int32)
     if not len(prompt):
         raise ValueError("`prompt` must hold at least one character; got none.")
@@ -84,7 +84,7 @@ def generate_text(config: GenerateConfig, out: TextIO = sys.stdout) -> None:
         )
     out.write(config.prompt)
     counts = _Counts()
-    for text in marked_text(counts.of(steps), *(_COLORS if _is_colored(out) else _BRACKETS)):
+    for text in marked_text(counts.of(steps), *(_COLORS if _is_colored() else _BRACKETS)):
         out.write(text)
         out.flush()
     out.write(f"\n\n{counts}\n")
@@ -151,9 +151,9 @@ class _Counts:
     def __str__(self) -> str:
         num_steps = max(len(self.accepted), 1)
         rates = [sum(n > k for n in self.accepted) / num_steps for k in range(self.num_drafts)]
-        described = describe_acceptance(1 + sum(rates), rates)
+        described = describe_acceptance(1.0 + sum(rates), rates)
         return f"{self.num_tokens} tokens in {1 + len(self.accepted)} passes; {described}"
 
 
-def _is_colored(out: TextIO) -> bool:
-    return out.isatty() and "NO_COLOR" not in os.environ
+def _is_colored() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ

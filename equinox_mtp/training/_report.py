@@ -105,7 +105,7 @@ def _line_pair(
 
 def summary(
     record: Record,
-    comparison: Comparison | None,
+    comparisons: list[Comparison],
     seconds: float,
     tokens_per_second: float | None,
     out: Path,
@@ -131,8 +131,11 @@ def summary(
     lines.append(
         f"  expected accepted length τ = {record['expected_accepted_length']:.3f} tokens a pass"
     )
-    if comparison is not None:
-        lines += ["held-out prompts continued greedily", f"  {comparison}"]
+    if comparisons:
+        lines += [
+            "held-out prompts continued greedily",
+            *("  " + str(x).replace("\n", "\n  ") for x in comparisons),
+        ]
     lines += [
         f"{seconds:.0f} s in all"
         + ("" if tokens_per_second is None else f", {tokens_per_second:,.0f} tokens/s in training"),

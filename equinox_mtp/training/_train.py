@@ -207,13 +207,19 @@ def held_out_record(step: int, evaluation: Evaluation) -> dict[str, Any]:
 
 def compare_on_held_out(
     model: emtp.MTPModel, held_out: Corpus, config: TrainConfig
-) -> Comparison | None:
-    """Continues held-out text with and without drafts, within the length of training rows."""
+) -> list[Comparison]:
+    """Continues held-out text with and without drafts, within the length of training rows.
+
+    With one draft a step, and with one of each depth.
+    """
     length = config.seq_len // 2
     prompts = held_out_prompts(held_out, num_prompts=config.compare_prompts, length=length)
     if not prompts or not config.depths:
-        return None
-    return compare(model, prompts, max_new_tokens=config.seq_len - length)
+        return []
+    return [
+        compare(model, prompts, max_new_tokens=config.seq_len - length, num_drafts=num_drafts)
+        for num_drafts in sorted({1, config.depths})
+    ]
 
 
 def describe(record: dict[str, Any]) -> str:

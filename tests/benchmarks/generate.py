@@ -3,7 +3,7 @@
     python tests/benchmarks/generate.py [--preset cpu|tiny] [--runs DIR] [--json FILE]
 
 Models of text are trained first, unless `DIR` holds them from an earlier call: that of the default
-training run, and one of 16 layers, next to which a prediction depth is small. Held-out prompts are
+training run, and one of 24 layers, next to which a prediction depth is small. Held-out prompts are
 then continued greedily, alone and eight at a time, with 0 … 4 drafts a step.
 
 `ideal` is the speed-up if a step took no longer than its passes, τ · t_plain / (t_verify + drafts ·
@@ -56,15 +56,7 @@ class Preset:
     rounds: int
 
 
-DEEP = TrainConfig(
-    num_layers=16,
-    embed_size=256,
-    mlp_size=704,
-    batch_size=4,
-    steps=150,
-    learning_rate=2e-3,
-    eval_every=150,
-)
+DEEP = TrainConfig(num_layers=24, steps=200, learning_rate=2e-3, eval_every=200)
 TINY = TrainConfig(
     num_layers=2,
     embed_size=16,
@@ -76,7 +68,7 @@ TINY = TrainConfig(
     eval_rows=2,
 )
 PRESETS = {
-    "cpu": Preset({"default": TrainConfig(), "deep": DEEP}, (1, 8), (0, 1, 2, 3, 4), 64, 192, 9),
+    "cpu": Preset({"default": TrainConfig(), "deep": DEEP}, (1, 8), (0, 1, 2, 3, 4), 64, 192, 5),
     "tiny": Preset({"tiny": TINY}, (1, 2), (0, 1, 3), 8, 12, 1),
 }
 PASSES = 64
@@ -193,7 +185,7 @@ def row_of(
 ) -> dict[str, Any]:
     """What the times of one number of drafts come to."""
     generations = whole[drafts].result
-    total = jax.tree.map(lambda *x: np.concatenate(x), *generations)
+    total = jax.tree.map(lambda *x: jnp.concatenate(x), *generations)
     tokens_per_pass = float(total.tokens_per_pass)
     # A loop runs until its slowest row is done.
     num_steps = sum(int(generation.num_steps.max()) for generation in generations)
