@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,8 @@ def summary(
         f"  expected accepted length τ = {record['expected_accepted_length']:.3f} tokens a pass"
     )
     if comparisons:
-        lines += [
-            "held-out prompts continued greedily",
-            *("  " + str(x).replace("\n", "\n  ") for x in comparisons),
-        ]
+        lines.append("held-out prompts continued greedily")
+        lines += [textwrap.indent(str(comparison), "  ") for comparison in comparisons]
     lines += [
         f"{seconds:.0f} s in all"
         + ("" if tokens_per_second is None else f", {tokens_per_second:,.0f} tokens/s in training"),

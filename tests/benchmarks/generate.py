@@ -1,6 +1,7 @@
 """Decoding with drafts against plain decoding: tokens a second, and the speed-up drafts allow.
 
-    python tests/benchmarks/generate.py [--preset cpu|tiny] [--runs DIR] [--json FILE]
+    python tests/benchmarks/generate.py [--preset cpu|tiny] [--models NAME …] [--batches N …] [--runs DIR]
+        [--json FILE]
 
 Models of text are trained first, unless `DIR` holds them from an earlier call: that of the default
 training run, and one of 24 layers, next to which a prediction depth is small. Held-out prompts are
@@ -68,7 +69,7 @@ TINY = TrainConfig(
     eval_rows=2,
 )
 PRESETS = {
-    "cpu": Preset({"default": TrainConfig(), "deep": DEEP}, (1, 8), (0, 1, 2, 3, 4), 64, 192, 5),
+    "cpu": Preset({"default": TrainConfig(), "deep": DEEP}, (1, 8), (0, 1, 2, 3, 4), 64, 192, 3),
     "tiny": Preset({"tiny": TINY}, (1, 2), (0, 1, 3), 8, 12, 1),
 }
 PASSES = 64
@@ -244,13 +245,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--runs", type=Path, help="where trained models are kept, and looked for")
+    parser.add_argument("--models", nargs="+", help="only these of the preset's models")
+    parser.add_argument("--batches", type=int, nargs="+", help="only these batch sizes")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
-    held_out = load_corpus(()).split(0)[1]
-    prompts = np.stack(
-        held_out_prompts(held_out, num_prompts=max(preset.batches), length=preset.prompt)
+    preset = dataclasses.replace(
+        preset,
+        models={name: preset.models[name] for name in arguments.models or preset.models},
+        batches=tuple(arguments.batches or preset.batches),
     )
+    held_out = load_corpus(()).split(0)[1]
+    prompts = np.stack(held_out_prompts(held_out, num_prompts=8, length=preset.prompt))
     rows, training_seconds = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         runs = arguments.runs or Path(temporary)
@@ -259,7 +265,9 @@ def main() -> None:
             print(f"{name}: trained in {training_seconds[name]:.0f} s", file=sys.stderr)
             for batch in preset.batches:
                 rows += measure(name, model, prompts, batch, preset)
-    print_table(rows)
+                print_table(rows)
+                # So many programs of so many layers each are more than a process may map at once.
+                jax.clear_caches()
     if arguments.json:
         report = {
             "preset": arguments.preset,
