@@ -107,8 +107,9 @@ def compare(
 
 def describe_acceptance(tokens_per_pass: float, accepted: Sequence[float]) -> str:
     """Tokens a pass and acceptance, in words."""
-    drafts = ["first draft", *(f"first {k}" for k in range(2, len(accepted) + 1))]
-    rates = ", ".join(f"{draft} {rate:.0%}" for draft, rate in zip(drafts, accepted, strict=True))
+    rates = ", ".join(
+        f"first {'draft' if k == 1 else k} {rate:.0%}" for k, rate in enumerate(accepted, start=1)
+    )
     accepted_words = f"; accepted: {rates}" if rates else ""
     return f"{tokens_per_pass:.2f} tokens a forward pass{accepted_words}"
 

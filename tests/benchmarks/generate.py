@@ -1,7 +1,7 @@
 """Decoding with drafts against plain decoding: tokens a second, and the speed-up drafts allow.
 
-    python tests/benchmarks/generate.py [--preset cpu|tiny] [--models NAME …] [--batches N …] [--runs DIR]
-        [--json FILE]
+    python tests/benchmarks/generate.py [--preset cpu|tiny] [--runs DIR] [--json FILE]
+        [--models NAME …] [--batches N …]
 
 Models of text are trained first, unless `DIR` holds them from an earlier call: that of the default
 training run, and one of 24 layers, next to which a prediction depth is small. Held-out prompts are
