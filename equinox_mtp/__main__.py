@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"there is no command {command!r}\n\n{_USAGE}", file=sys.stderr)
         return 2
     try:
-        commands[command](options)
+        for module in ("tyro", "equinox_mtp.training"):
+            importlib.import_module(module)
     except ModuleNotFoundError as error:
         print(
             f"error: the command `{command}` needs {error.name}. Install the extra `train`, in the "
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
+    try:
+        commands[command](options)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

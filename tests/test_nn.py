@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import assert_close, build, quick_jit
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
-from equinox_mtp import nn
+from equinox_mtp import LinearHead, nn
 from equinox_mtp._rows import row_by_row
 
 _BATCH, _SEQ, _EMBED, _HEADS, _KV_HEADS, _HEAD_DIM = 2, 7, 12, 4, 2, 6
@@ -423,3 +424,20 @@ def test_a_few_rows_are_multiplied_like_many(
     if dtype == "float32":
         grad = jax.grad(lambda x: jnp.sum(row_by_row(product, x) ** 2))(x)
         assert_close(grad, np.einsum("nhd,ehd->ne", 2 * expected, np.asarray(kernel)), 1e-4)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("shape", [(2, 2, 6), (2, 1, 6), (1, 2, 6)])
+def test_a_few_rows_may_be_split_over_devices(
+    axis_type: AxisType, shape: tuple[int, ...], getkey: Callable[[], Array]
+) -> None:
+    mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=(axis_type, axis_type))
+    spec = P(*(name if n == 2 else None for name, n in zip(mesh.axis_names, shape, strict=False)))
+    x, linear = jax.random.normal(getkey(), shape), nn.Linear(6, 4, key=getkey())
+    head = LinearHead(jax.random.normal(getkey(), (5, 6)))
+    expected = np.asarray(x, np.float64) @ np.asarray(linear.kernel, np.float64)
+    expected_logits = np.asarray(x, np.float64) @ np.asarray(head.weight, np.float64).T
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, spec))
+        assert_close(eqx.filter_jit(linear)(split), expected, 1e-5)
+        assert_close(eqx.filter_jit(head)(split), expected_logits, 1e-5)
