@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
 """The mesh axis, or axes, over which an array axis is split; `None` if it is not."""
@@ -94,6 +94,26 @@ class HeadSharding:
         """The partition spec of an array with these axis words."""
         split = {"batch": self.batch, "seq": self.seq, "vocab": self.vocab}
         return P(*(split.get(word) for word in axis_words.split()))
+
+
+def constrain_hidden_states(
+    hidden_states: Float[Array, "batch seq embed"], sharding: HeadSharding | None
+) -> Float[Array, "batch seq embed"]:
+    """Hidden states, laid on the mesh as the head wants them.
+
+    What XLA would choose follows from the parameters otherwise, and changes with their sharding.
+    Inside a `shard_map`, or where no mesh is known, they stay as they are.
+    """
+    if sharding is None:
+        return hidden_states
+    current = jax.sharding.get_abstract_mesh()
+    mesh = sharding.mesh if current.empty else current
+    if mesh is None or current.manual_axes:
+        return hidden_states
+    placement = NamedSharding(mesh, sharding.spec("batch seq embed"))
+    if mesh.explicit_axes:
+        return jax.sharding.reshard(hidden_states, placement)
+    return jax.lax.with_sharding_constraint(hidden_states, placement)
 
 
 def _names(axes: MeshAxes) -> tuple[str, ...]:

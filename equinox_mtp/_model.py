@@ -11,7 +11,7 @@ from ._block import MTPOutput, MultiTokenPredictionBlock
 from ._cross_entropy import summed_linear_cross_entropy
 from ._decoder import AbstractDecoder, split_auxiliary
 from ._losses import Objective, TokenLoss, calculate_mtp_loss
-from ._shift import align_targets, default_position_ids, scored_targets
+from ._shift import MTPTargets, align_targets, default_position_ids, scored_targets
 from ._types import HostOrDeviceArray, checked
 
 
@@ -65,6 +65,7 @@ class MTPModel(eqx.Module):
         *,
         position_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None,
         segment_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None,
+        targets: MTPTargets | None = None,
         chain_mask: bool = False,
         predictions: bool = True,
         z_loss_weight: float | Float[Array, ""] | None = None,
@@ -82,7 +83,11 @@ class MTPModel(eqx.Module):
         - `position_ids`: count from 0 in each row if `None`.
         - `segment_ids`: which document each position belongs to; 0 is padding. `None` means that
             every row is one document.
-        - `chain_mask`: see `align_targets`.
+        - `targets`: the depths' targets, if they were made before: of `align_targets`, and in the
+            order of the other arrays. Needed if positions are not in the order of the text, as
+            `sharding.reorder` puts them; the decoder must find what precedes what from
+            `position_ids` then.
+        - `chain_mask`: see `align_targets`; without effect if `targets` are given.
         - `predictions`: whether to find every position's best ids, for acceptance.
         - `z_loss_weight`: of a z-loss on the main model's and all depths' tokens; `None` for none.
         - `objective`: how the depths' losses will be reduced, for speed alone; see the block.
@@ -96,15 +101,16 @@ class MTPModel(eqx.Module):
             default_position_ids(input_ids) if position_ids is None else jnp.asarray(position_ids)
         )
         decoder_key, block_key = (None, None) if key is None else jax.random.split(key)
-        targets = align_targets(
-            input_ids,
-            target_ids,
-            target_mask,
-            num_depths=self.block.config.num_depths,
-            segment_ids=segment_ids,
-            position_ids=position_ids,
-            chain_mask=chain_mask,
-        )
+        if targets is None:
+            targets = align_targets(
+                input_ids,
+                target_ids,
+                target_mask,
+                num_depths=self.block.config.num_depths,
+                segment_ids=segment_ids,
+                position_ids=position_ids,
+                chain_mask=chain_mask,
+            )
         hidden_states, auxiliary = split_auxiliary(
             self.decoder(
                 input_ids,

@@ -5,14 +5,17 @@ from ._attention import (
     GroupedQueryAttention as GroupedQueryAttention,
     KeyValueCache as KeyValueCache,
     causal_attention as causal_attention,
+    causal_attention_by_position as causal_attention_by_position,
 )
 from ._feed_forward import SwiGLU as SwiGLU
 from ._linear import Linear as Linear
 from ._norm import RMSNorm as RMSNorm
 from ._rotary import rotary_embedding as rotary_embedding
 from ._transformer import (
-    TransformerConfig as TransformerConfig,
     TransformerDecoder as TransformerDecoder,
-    TransformerDecoderLayer as TransformerDecoderLayer,
     UnrolledDecoder as UnrolledDecoder,
+)
+from ._transformer_layer import (
+    TransformerConfig as TransformerConfig,
+    TransformerDecoderLayer as TransformerDecoderLayer,
 )

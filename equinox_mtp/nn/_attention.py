@@ -46,6 +46,30 @@ def causal_attention(
     )
 
 
+@checked
+def causal_attention_by_position(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads head_dim"],
+    *,
+    position_ids: Integer[Array, "batch seq"],
+    segment_ids: Integer[Array, "batch seq"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """`causal_attention` for rows in any order: a position sees those of its document that are not
+    beyond it by `position_ids`.
+
+    They must tell the order of the text: all different within a document. The arguments are those
+    of `causal_attention`.
+    """
+    mask = position_ids[:, None, :] <= position_ids[:, :, None]
+    if segment_ids is not None:
+        mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask[:, None], scale=scale, implementation="xla"
+    )
+
+
 class KeyValueCache(eqx.Module):
     """Keys and values of the positions seen so far, after the positional encoding.
 
@@ -229,5 +253,6 @@ class GroupedQueryAttention(eqx.Module):
         )
 
     def _project_out(self, attended: Array) -> Array:
-        kernel = self.out_kernel.astype(attended.dtype)
-        return row_by_row(lambda x: jnp.einsum("...hd,hde->...e", x, kernel), attended, num_axes=2)
+        # As one matrix: an `einsum` over two axes would transpose the kernel, in every step.
+        kernel = self.out_kernel.astype(attended.dtype).reshape(-1, self.out_kernel.shape[-1])
+        return row_by_row(lambda x: x @ kernel, attended.reshape(*attended.shape[:-2], -1))

@@ -1,188 +1,20 @@
 """The reference decoder: a pre-norm transformer of the Llama family."""
 
-import dataclasses
-import math
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
 from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer
+from .._decoder import AbstractCachedDecoder
+from .._head import LinearHead
+from .._head_sharding import constrain_hidden_states
 from .._types import checked
-from ._attention import (
-    AttentionFunction,
-    GroupedQueryAttention,
-    KeyValueCache,
-    causal_attention,
-)
-from ._feed_forward import SwiGLU
+from ._attention import KeyValueCache
 from ._init import fan_in_normal
 from ._norm import RMSNorm
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes and choices of `TransformerDecoder` and `TransformerDecoderLayer`.
-
-    **Fields:**
-
-    - `vocab_size`, `embed_size`, `num_layers`, `num_heads`: sizes.
-    - `num_kv_heads`: key and value heads; divides `num_heads`, and equals it if `None`.
-    - `head_dim`: `embed_size / num_heads` if `None`.
-    - `mlp_size`: about `8/3 · embed_size`, rounded up to a multiple of 64, if `None`.
-    - `rope_theta`: the base of the rotary frequencies.
-    - `attention_scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`. 1 for weights of
-        MaxText, whose query kernels hold that factor.
-    - `norm_epsilon`: the epsilon of every RMSNorm.
-    - `tie_embeddings`: whether the output head is the embedding.
-    - `dropout_rate`: of attention and feed-forward outputs; 0 needs no `key`.
-    - `dtype`: the compute dtype, `float32` or `bfloat16`. Parameters are always float32; softmax,
-        norms and losses are computed in float32.
-    - `remat`: recompute each layer in the backward pass, to save memory.
-    - `attention`: the attention function, with the arguments of `causal_attention`.
-
-    **Raises:** `ValueError` for sizes that do not fit together.
-    """
-
-    vocab_size: int
-    embed_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_size: int | None = None
-    rope_theta: float = 10_000.0
-    attention_scale: float | None = None
-    norm_epsilon: float = 1e-5
-    tie_embeddings: bool = True
-    dropout_rate: float = 0.0
-    dtype: str = "float32"
-    remat: bool = False
-    attention: AttentionFunction = causal_attention
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "embed_size", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be positive; got {getattr(self, name)}.")
-        for name in ("num_kv_heads", "head_dim", "mlp_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"`{name}` must be positive, or `None`; got {value}.")
-        if self.head_dim is None and self.embed_size % self.num_heads:
-            raise ValueError(
-                f"`num_heads` must divide `embed_size` if `head_dim` is not given; got "
-                f"{self.num_heads} and {self.embed_size}."
-            )
-        if self.resolved_head_dim % 2:
-            raise ValueError(
-                f"`head_dim` must be even for rotary embeddings; got {self.resolved_head_dim}."
-            )
-        if self.num_heads % self.resolved_num_kv_heads:
-            raise ValueError(
-                f"`num_kv_heads` must divide `num_heads`; got {self.num_kv_heads} and "
-                f"{self.num_heads}."
-            )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"`dropout_rate` must lie in [0, 1); got {self.dropout_rate}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"`dtype` must be 'float32' or 'bfloat16'; got {self.dtype!r}.")
-
-    @property
-    def resolved_num_kv_heads(self) -> int:
-        """`num_kv_heads`, with its default."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def resolved_head_dim(self) -> int:
-        """`head_dim`, with its default."""
-        return self.embed_size // self.num_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def resolved_mlp_size(self) -> int:
-        """`mlp_size`, with its default."""
-        if self.mlp_size is None:
-            return 64 * math.ceil(8 * self.embed_size / (3 * 64))
-        return self.mlp_size
-
-
-class TransformerDecoderLayer(AbstractCachedDecoderLayer):
-    """A pre-norm transformer layer.
-
-    y = x + attention(norm(x)); out = y + feed_forward(norm(y)).
-    """
-
-    attention_norm: RMSNorm
-    attention: GroupedQueryAttention
-    feed_forward_norm: RMSNorm
-    feed_forward: SwiGLU
-    dropout: eqx.nn.Dropout
-
-    def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
-        """**Arguments:**
-
-        - `config`: sizes and choices; `vocab_size` does not matter here.
-        - `key`: for the initial values.
-        """
-        attention_key, feed_forward_key = jax.random.split(key)
-        # Every layer adds twice to the residual stream: keep its scale whatever the depth.
-        out_scale = 1 / math.sqrt(2 * config.num_layers)
-        self.attention_norm = RMSNorm(config.embed_size, epsilon=config.norm_epsilon)
-        self.attention = GroupedQueryAttention(
-            config.embed_size,
-            config.num_heads,
-            config.resolved_num_kv_heads,
-            config.resolved_head_dim,
-            rope_theta=config.rope_theta,
-            scale=config.attention_scale,
-            out_scale=out_scale,
-            attention=config.attention,
-            key=attention_key,
-        )
-        self.feed_forward_norm = RMSNorm(config.embed_size, epsilon=config.norm_epsilon)
-        self.feed_forward = SwiGLU(
-            config.embed_size, config.resolved_mlp_size, out_scale=out_scale, key=feed_forward_key
-        )
-        self.dropout = eqx.nn.Dropout(config.dropout_rate)
-
-    @checked
-    def __call__(
-        self,
-        hidden_states: Float[Array, "batch seq embed"],
-        *,
-        position_ids: Integer[Array, "batch seq"],
-        segment_ids: Integer[Array, "batch seq"] | None = None,
-        key: PRNGKeyArray | None = None,
-        inference: bool | None = None,
-    ) -> Float[Array, "batch seq embed"]:
-        """Runs the layer; see `AbstractDecoderLayer`."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        attended = self.attention(
-            self.attention_norm(hidden_states), position_ids=position_ids, segment_ids=segment_ids
-        )
-        hidden_states += self.dropout(attended, key=keys[0], inference=inference)
-        fed_forward = self.feed_forward(self.feed_forward_norm(hidden_states))
-        return hidden_states + self.dropout(fed_forward, key=keys[1], inference=inference)
-
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> KeyValueCache:
-        """Keys and values of the attention."""
-        return self.attention.init_cache(batch_size, max_length, dtype)
-
-    @checked
-    def decode(
-        self,
-        hidden_states: Float[Array, "batch seq embed"],
-        cache: KeyValueCache,
-        *,
-        position_ids: Integer[Array, "batch seq"],
-    ) -> tuple[Float[Array, "batch seq embed"], KeyValueCache]:
-        """Runs a few positions, without dropout; see `AbstractCachedDecoderLayer`."""
-        attended, cache = self.attention.decode(
-            self.attention_norm(hidden_states), cache, position_ids=position_ids
-        )
-        hidden_states += attended
-        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states)), cache
+from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
 
 
 class TransformerDecoder(AbstractCachedDecoder):
@@ -222,7 +54,8 @@ class TransformerDecoder(AbstractCachedDecoder):
         self, input_ids: Integer[Array, "batch seq"], position_ids: Integer[Array, "batch seq"]
     ) -> Float[Array, "batch seq embed"]:
         """Looks tokens up, in the compute dtype; positions enter in the attention."""
-        return self.embedding[input_ids].astype(self.config.dtype)
+        embeddings = self.embedding[input_ids].astype(self.config.dtype)
+        return constrain_hidden_states(embeddings, self.config.sharding)
 
     @checked
     def __call__(
@@ -289,9 +122,10 @@ class TransformerDecoder(AbstractCachedDecoder):
         """The norm before the head."""
         return self.norm(hidden_states)
 
-    def output_head(self) -> Float[Array, "vocab embed"]:
-        """The embedding if tied, the head's own matrix otherwise."""
-        return self.embedding if self.head is None else self.head
+    def output_head(self) -> Float[Array, "vocab embed"] | LinearHead:
+        """The embedding if tied, the head's own matrix otherwise; with its sharding, if any."""
+        weight, sharding = self.embedding if self.head is None else self.head, self.config.sharding
+        return weight if sharding is None else LinearHead(weight, sharding=sharding)
 
 
 class UnrolledDecoder(AbstractCachedDecoder):
@@ -333,7 +167,7 @@ class UnrolledDecoder(AbstractCachedDecoder):
         """The norm before the head."""
         return self.stacked.final_norm(hidden_states)
 
-    def output_head(self) -> Float[Array, "vocab embed"]:
+    def output_head(self) -> Float[Array, "vocab embed"] | LinearHead:
         """The head."""
         return self.stacked.output_head()
 

@@ -24,10 +24,10 @@ class Sizes:
     def window(self) -> int:
         """Places before the last token that the draft layers run anew in each step.
 
-        A step commits up to `num_drafts + 1` tokens, and the last draft looked `num_drafts - 1`
-        places further ahead than the first: what it had there was drafted, and is known now.
+        A step commits up to `num_drafts + 1` tokens. If it commits n fewer, the last n places
+        before them had drafts ahead that were not to be; those before them are as they should be.
         """
-        return 2 * self.num_drafts
+        return self.num_drafts + 1 if self.num_drafts else 0
 
 
 def prefill(
@@ -189,7 +189,9 @@ def step(
     model: DecodingModel, state: DecodingState, sizes: Sizes, sampler: Sampler
 ) -> DecodingState:
     """Draft, verify, commit: one pass of the main model."""
-    key, draft_key, verify_key = jax.random.split(state.key, 3)
+    # Nothing is drawn greedily; the keys would be made in each step for nobody.
+    is_greedy = sampler.is_greedy
+    key, draft_key, verify_key = [state.key] * 3 if is_greedy else jax.random.split(state.key, 3)
     drafts, draft_caches = None, state.draft_caches
     if sizes.num_drafts:
         drafts, draft_caches = draft(model, state, sizes, sampler, key=draft_key)

@@ -4,8 +4,8 @@
         [--models NAME …] [--batches N …]
 
 Models of text are trained first, unless `DIR` holds them from an earlier call: that of the default
-training run, and one of 24 layers, next to which a prediction depth is small. Held-out prompts are
-then continued greedily, alone and eight at a time, with 0 … 4 drafts a step.
+training run, and one of 12 wide layers, next to which a prediction depth is small. Held-out prompts
+are then continued greedily, alone and eight at a time, with 0 … 4 drafts a step.
 
 `ideal` is the speed-up if a step took no longer than its passes, τ · t_plain / (t_verify + drafts ·
 t_draft), where t_plain is a pass of the main model over one token, t_verify one over the last token
@@ -57,7 +57,9 @@ class Preset:
     rounds: int
 
 
-DEEP = TrainConfig(num_layers=24, steps=200, learning_rate=2e-3, eval_every=200)
+DEEP = TrainConfig(
+    num_layers=12, embed_size=384, num_heads=6, steps=250, learning_rate=2e-3, eval_every=125
+)
 TINY = TrainConfig(
     num_layers=2,
     embed_size=16,

@@ -1,0 +1,19 @@
+"""Models and batches on many devices: rules, placement, and orders of positions."""
+
+from ._place import (
+    batch_sharding as batch_sharding,
+    constrain_model as constrain_model,
+    parameter_shardings as parameter_shardings,
+    shard_batch as shard_batch,
+    shard_model as shard_model,
+)
+from ._rules import (
+    DEFAULT_RULES as DEFAULT_RULES,
+    ShardingRules as ShardingRules,
+    make_mesh as make_mesh,
+)
+from ._zigzag import (
+    reorder as reorder,
+    restore as restore,
+    zigzag_order as zigzag_order,
+)

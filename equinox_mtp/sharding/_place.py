@@ -1,0 +1,211 @@
+"""Where the arrays of a tree lie on a mesh, and putting them there."""
+
+import dataclasses
+import functools
+import math
+import typing
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
+
+from ._rules import DEFAULT_RULES, UNSPLIT, ShardingRules
+
+Tree = TypeVar("Tree")
+
+
+def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
+    """The sharding of every array of a model, of an optimizer's state, or of both.
+
+    **Arguments:**
+
+    - `tree`: a pytree with `equinox.Module`s in it: their annotations tell the axes. Arrays may be
+        `jax.ShapeDtypeStruct`s.
+    - `mesh`, `rules`: where parameters go.
+
+    **Returns:** the tree with a `NamedSharding` in place of each array, and `None` in place of
+    anything else.
+
+    **Raises:** `ValueError` as `ShardingRules` says.
+    """
+    # The defaults are for more than one kind of model.
+    defaults = DEFAULT_RULES.parameters
+    unused = {rule for rule, words in rules.parameters.items() if defaults.get(rule) != words}
+
+    def place(path: Any, leaf: Any) -> NamedSharding | None:
+        if not (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+            return None
+        name, words = _name_and_words(tree, path)
+        rule = _longest_fitting(rules, name)
+        if rule is not None:
+            unused.discard(rule)
+            words = rules.parameters[rule].split()
+        spec = _spec(name, words, leaf.shape, mesh, rules)
+        return NamedSharding(mesh, spec)
+
+    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    if unused:
+        names = [_name_and_words(tree, path)[0] for path, _ in _leaves_with_path(tree)]
+        raise ValueError(
+            f"`rules` has parameter rules that fit no parameter: "
+            f"{', '.join(map(repr, sorted(unused)))}. The parameters are {', '.join(names)}. Leave "
+            "them out of `ShardingRules(axes, parameters)`, or mend the names."
+        )
+    return shardings
+
+
+def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Tree:
+    """Puts a model, an optimizer's state, or a tree of both on a mesh.
+
+    On several hosts too: each hands in the same values. A model too large for one device is better
+    made where it shall lie, with `constrain_model` inside `jit`.
+
+    The arguments are those of `parameter_shardings`. A decoder should also know where hidden states
+    and its head lie: `TransformerConfig(..., sharding=rules.head_sharding(mesh))`.
+    """
+    shardings = parameter_shardings(model, mesh, rules)
+    return jax.tree.map(
+        lambda x, sharding: x if sharding is None else jax.device_put(x, sharding),
+        model,
+        shardings,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def constrain_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Tree:
+    """`shard_model` within `jit`: the arrays are made, or kept, where the rules say.
+
+    make = eqx.filter_jit(lambda key: constrain_model(make_model(key=key), mesh))
+    """
+    shardings = parameter_shardings(model, mesh, rules)
+    return jax.tree.map(
+        lambda x, sharding: x if sharding is None else _constrain(x, sharding),
+        model,
+        shardings,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def batch_sharding(
+    mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, axis_words: str = "batch seq"
+) -> NamedSharding:
+    """Where a batch lies."""
+    return NamedSharding(mesh, rules.spec(axis_words, mesh))
+
+
+def shard_batch(
+    batch: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, *, split_seq: bool = True
+) -> Tree:
+    """Puts arrays `[… batch seq]` on a mesh; each host gives its own rows.
+
+    **Arguments:**
+
+    - `batch`: a pytree of arrays with `batch` and `seq` as their last axes.
+    - `split_seq`: whether to split `seq`, too. A row of `seq + 1` tokens cannot be, before inputs
+        and targets are cut from it.
+
+    **Raises:** `ValueError` if an axis is no multiple of the devices that share it.
+    """
+    num_rows = rules.num_shards("batch", mesh)
+    num_local = max(1, num_rows // jax.process_count())
+
+    def place(x: Any) -> Any:
+        words = [UNSPLIT] * (x.ndim - 2) + ["batch", "seq" if split_seq else UNSPLIT]
+        spec = rules.spec(" ".join(words), mesh)
+        for word, size, parts in (
+            ("batch", x.shape[-2], num_local),
+            ("seq", x.shape[-1], rules.num_shards("seq", mesh) if split_seq else 1),
+        ):
+            if size % parts:
+                raise ValueError(
+                    f"`{word}` must be a multiple of the {parts} device(s) of this host that share "
+                    f"it by the rule {word!r}: {rules.axes[word]!r}; got {size}."
+                )
+        sharding = NamedSharding(mesh, spec)
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(place, batch)
+
+
+# Names and axis words
+
+
+def _leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [
+        (path, x) for path, x in leaves if eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+    ]
+
+
+def _name_and_words(tree: Any, path: Any) -> tuple[str, list[str]]:
+    """A parameter's dotted name, and the axis words of its annotation; none if it has none."""
+    node, names, words = tree, [], []
+    for key in path:
+        if isinstance(key, GetAttrKey):
+            names.append(key.name)
+            words = _annotated_words(type(node)).get(key.name, [])
+            node = getattr(node, key.name)
+        elif isinstance(key, SequenceKey):
+            names.append(str(key.idx))
+            words, node = [], node[key.idx]
+        elif isinstance(key, DictKey):
+            names.append(str(key.key))
+            words, node = [], node[key.key]
+        else:
+            return ".".join([*names, str(key)]), []
+    return ".".join(names), words
+
+
+@functools.cache
+def _annotated_words(cls: type) -> dict[str, list[str]]:
+    """The axis words in the annotations of a class, by field."""
+    if not issubclass(cls, eqx.Module):
+        return {}
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:  # of names that exist for type checkers alone
+        hints = {field.name: field.type for field in dataclasses.fields(cls)}
+    found = {}
+    for name, hint in hints.items():
+        for part in (hint, *typing.get_args(hint)):
+            dims = getattr(part, "dim_str", None)
+            if isinstance(dims, str):
+                found[name] = dims.split()
+                break
+    return found
+
+
+def _longest_fitting(rules: ShardingRules, name: str) -> str | None:
+    fitting = [rule for rule in rules.parameters if f".{name}".endswith(f".{rule}")]
+    return max(fitting, key=len, default=None)
+
+
+def _spec(
+    name: str, words: list[str], shape: tuple[int, ...], mesh: Mesh, rules: ShardingRules
+) -> P:
+    if any(word[0] in "*#" or word == "..." for word in words) or len(words) > len(shape):
+        words = []
+    padded = [UNSPLIT] * (len(shape) - len(words)) + words
+    spec = rules.spec(" ".join(padded), mesh)
+    for word, size, axes in zip(padded, shape, spec, strict=True):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[axis] for axis in names)
+        if size % parts:
+            raise ValueError(
+                f"`{name}` cannot be split by the rule {word!r}: {rules.axes[word]!r}: its axis "
+                f"`{word}` of size {size} is no multiple of the {parts} devices of the mesh axes "
+                f"{', '.join(map(repr, names))}. Choose other sizes, or "
+                f"`rules.replace({word}=None)`."
+            )
+    return spec
+
+
+def _constrain(x: Any, sharding: NamedSharding) -> Any:
+    if sharding.mesh._any_axis_explicit:
+        return jax.sharding.reshard(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)

@@ -1,0 +1,142 @@
+"""Which axis of an array lies on which axis of a mesh, as data."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
+
+from .._head_sharding import HeadSharding, MeshAxes
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+"""The mesh axes that the default rules know."""
+
+UNSPLIT = "_"
+"""The axis word of an array axis that is never split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """A table from axis words and parameter names to mesh axes.
+
+    Most parameters say in their annotation which axes they have: `Float[Array, "vocab embed"]`.
+    `parameters` says it for the others, and overrules it. Axes in front of those named, over which
+    layers are stacked, are not split; nor is an axis if the mesh has none of its mesh axes, or if
+    an axis before it in the same array has them already.
+
+    **Fields:**
+
+    - `axes`: from axis words to the mesh axis, or axes, over which they are split, or `None`. Words
+        that are not in it are not split.
+    - `parameters`: from the ends of parameter names, as `"gate.kernel"`, to their axis words,
+        `"embed mlp"`; `"_"` is an axis that is not split. Of several that fit the longest counts.
+
+    **Raises:** `ValueError` where a mesh has an axis that no rule names, a parameter rule fits no
+    parameter, or an array axis is no multiple of the devices that share it: not here, but in the
+    functions that use the rules.
+    """
+
+    axes: Mapping[str, MeshAxes]
+    parameters: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", MappingProxyType(dict(self.axes)))
+        object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
+
+    def replace(
+        self, *, parameters: Mapping[str, str] | None = None, **axes: MeshAxes
+    ) -> "ShardingRules":
+        """The rules with some of them replaced: `rules.replace(vocab=None)`."""
+        return ShardingRules({**self.axes, **axes}, {**self.parameters, **(parameters or {})})
+
+    def mesh_axes(self, word: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+        """The axes of the mesh over which an axis word is split; empty if over none.
+
+        **Raises:** `ValueError` if the mesh has an axis that no rule names.
+        """
+        self._check_mesh(mesh)
+        return tuple(name for name in _names(self.axes.get(word)) if name in mesh.axis_names)
+
+    def spec(self, axis_words: str, mesh: Mesh | AbstractMesh) -> P:
+        """The partition spec of an array with these axis words, `"batch seq"` for instance."""
+        used: set[str] = set()
+        parts: list[str | tuple[str, ...] | None] = []
+        for word in axis_words.split():
+            names = tuple(n for n in self.mesh_axes(word, mesh) if n not in used)
+            used.update(names)
+            parts.append(names[0] if len(names) == 1 else names or None)
+        return P(*parts)
+
+    def head_sharding(self, mesh: Mesh | AbstractMesh) -> HeadSharding:
+        """Where hidden states and the output head lie: for `TransformerConfig.sharding`."""
+        batch, seq, vocab = (self.mesh_axes(word, mesh) for word in ("batch", "seq", "vocab"))
+        return HeadSharding(batch=batch or None, seq=seq or None, vocab=vocab or None)
+
+    def num_shards(self, word: str, mesh: Mesh | AbstractMesh) -> int:
+        """Into how many parts an axis word is split."""
+        return math.prod(mesh.shape[name] for name in self.mesh_axes(word, mesh))
+
+    def _check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
+        known = sorted({name for axes in self.axes.values() for name in _names(axes)})
+        for name in mesh.axis_names:
+            if name not in known and mesh.shape[name] > 1:
+                raise ValueError(
+                    f"`mesh` has an axis {name!r} that no rule in `rules` names; they name "
+                    f"{', '.join(map(repr, known))}. Name the mesh's axes so, or add a rule: "
+                    f"`rules.replace(batch={name!r})`, for instance."
+                )
+
+
+DEFAULT_RULES = ShardingRules(
+    axes={
+        "batch": ("data", "fsdp"),
+        "seq": "context",
+        "embed": "fsdp",
+        "vocab": "tensor",
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "mlp": "tensor",
+    },
+    parameters={
+        "gate.kernel": "embed mlp",
+        "up.kernel": "embed mlp",
+        "down.kernel": "mlp embed",
+        "projection_layer.kernel": "embed _",
+        "scale": "_",
+    },
+)
+"""Those of this library's own modules.
+
+Rows are split over `data` and `fsdp`, positions over `context`; parameters over `fsdp` along their
+features, and over `tensor` along heads, feed-forward features and token ids.
+"""
+
+
+def make_mesh(sizes: Mapping[str, int], *, axis_type: AxisType = AxisType.Auto) -> Mesh:
+    """A mesh of all devices with these axes, outermost first: `make_mesh({"data": 2, "fsdp": 4})`.
+
+    The axes are of `Auto` type, where XLA sees to what the rules leave open; `jax.make_mesh` makes
+    `Explicit` ones. Put the axis that communicates most, `tensor`, last: neighbours in the order of
+    devices are close.
+
+    **Raises:** `ValueError` if the sizes are not positive, or their product is not the number of
+    devices.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`sizes` must be positive; got {size} for {name!r}.")
+    total, devices = math.prod(sizes.values()), jax.device_count()
+    if total != devices:
+        shown = " · ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"`sizes` must multiply to the {devices} device(s) there are; got {shown} = {total}."
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes))
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)

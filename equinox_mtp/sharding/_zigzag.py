@@ -1,0 +1,55 @@
+"""Orders of positions that give all devices of a split sequence the same work."""
+
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+Tree = TypeVar("Tree")
+
+
+def zigzag_order(seq: int, num_shards: int) -> Int[np.ndarray, "seq"]:
+    """Which position stands where, if a row lies on `num_shards` devices.
+
+    The row is cut into `2 · num_shards` chunks; device i gets the i-th from the front and the i-th
+    from the back. Under causal attention the one has as much less to attend to as the other has
+    more (the dual-chunk ordering of Llama 3, arXiv 2407.21783, §3.3.2, and of Megatron-LM).
+
+    **Raises:** `ValueError` if `seq` is no multiple of `2 · num_shards`.
+    """
+    if num_shards < 1 or seq % (2 * num_shards):
+        raise ValueError(
+            f"`seq` must be a multiple of twice `num_shards`; got {seq} and {num_shards}. Pad the "
+            "rows, or choose another length."
+        )
+    chunks = np.arange(seq, dtype=np.int32).reshape(2 * num_shards, -1)
+    front, back = chunks[:num_shards], chunks[num_shards:][::-1]
+    return np.stack((front, back), axis=1).reshape(seq)
+
+
+def reorder(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
+    """Puts the last axis of every array in this order; `None` stays.
+
+    For integers, on the host, before they are split: inputs, targets, masks, positions, segment
+    ids, and the `MTPTargets` of `align_targets`. These are aligned before they are put in another
+    order: which token a depth predicts follows from the order of the text.
+    """
+    return _along_last_axis(tree, order)
+
+
+def restore(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
+    """The inverse of `reorder`: puts predictions, for instance, in the order of the text."""
+    return _along_last_axis(tree, np.argsort(order))
+
+
+def _along_last_axis(tree: Any, order: np.ndarray) -> Any:
+    def take(x: Any) -> Any:
+        if x.shape[-1] != len(order):
+            raise ValueError(
+                f"`tree` must hold arrays whose last axis has the {len(order)} positions of "
+                f"`order`; got shape {x.shape}."
+            )
+        return x[..., order]
+
+    return jax.tree.map(take, tree)

@@ -1,0 +1,352 @@
+"""Whole training steps on eight devices: one device's numbers, and what the programs move."""
+
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from golden import quick_jit
+from helpers import assert_close
+from hlo import collectives, compile_for, sizes
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+import equinox_mtp as emtp
+from equinox_mtp import MTPConfig, MTPModel, nn, sharding
+from equinox_mtp.sharding import DEFAULT_RULES, ShardingRules, make_mesh
+
+# All sizes differ, also those of the parts on each device: compiled programs are searched for them.
+DEPTHS, BATCH, SEQ, EMBED, VOCAB = 3, 8, 72, 16, 104
+HEADS, KV_HEADS, HEAD_DIM = 8, 4, 2
+KV_FEATURES = KV_HEADS * HEAD_DIM
+TOKEN_TILE, VOCAB_TILE = 8, 40
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "data_tensor": {"data": 2, "tensor": 4},
+    "data_context": {"data": 2, "context": 4},
+    "data_tensor_context": {"data": 2, "context": 2, "tensor": 2},
+}
+
+
+class Rows(NamedTuple):
+    """A batch in the order of the text."""
+
+    input_ids: Any
+    target_ids: Any
+    target_mask: Any
+    position_ids: Any
+    segment_ids: Any
+
+
+def make_rows(seed: int = 0) -> Rows:
+    """Packed documents of all lengths, and padding at the end of some rows."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB, (BATCH, SEQ + 1))
+    segment_ids = np.zeros((BATCH, SEQ + 1), np.int32)
+    position_ids = np.zeros((BATCH, SEQ + 1), np.int32)
+    for row in range(BATCH):
+        start, document = 0, 0
+        while start < SEQ + 1 - (row % 3) * 5:
+            length = int(rng.integers(1, 30))
+            document += 1
+            segment_ids[row, start : start + length] = document
+            position_ids[row, start : start + length] = np.arange(SEQ + 1)[:length][
+                : max(0, SEQ + 1 - start)
+            ]
+            start += length
+    inputs = emtp.inputs_and_targets(tokens, segment_ids=segment_ids)
+    return Rows(*inputs, position_ids[:, :-1], segment_ids[:, :-1])
+
+
+def make_model(mesh: Any = None, rules: ShardingRules = DEFAULT_RULES, **options: Any) -> MTPModel:
+    config = nn.TransformerConfig(
+        vocab_size=VOCAB,
+        embed_size=EMBED,
+        num_layers=2,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        mlp_size=32,
+        sharding=None if mesh is None else rules.head_sharding(mesh),
+        **options,
+    )
+    decoder_key, block_key = jax.random.split(jax.random.key(0))
+    return MTPModel(
+        nn.TransformerDecoder(config, key=decoder_key),
+        emtp.MultiTokenPredictionBlock(
+            MTPConfig.preset("deepseek_v3", DEPTHS),
+            partial(nn.TransformerDecoderLayer, config),
+            embed_size=EMBED,
+            key=block_key,
+        ),
+    )
+
+
+def loss_fn(model: MTPModel, rows: Rows, targets: Any = None) -> tuple[jax.Array, Any]:
+    output = model(
+        rows.input_ids,
+        rows.target_ids,
+        rows.target_mask,
+        position_ids=rows.position_ids,
+        segment_ids=rows.segment_ids,
+        targets=targets,
+        predictions=False,
+    )
+    loss = output.main.mean + emtp.calculate_mtp_loss(output.mtp.losses, scaling_factor=0.3)
+    return loss, (output.main, output.mtp.losses)
+
+
+class Step(NamedTuple):
+    loss: Any
+    sums: Any
+    grads: Any
+    model: Any
+    moments: Any
+
+
+OPTIMIZER = optax.adamw(1e-2)
+
+
+def train_step(model: MTPModel, optimizer_state: Any, rows: Rows, targets: Any = None) -> Step:
+    value_and_grad = eqx.filter_value_and_grad(loss_fn, has_aux=True)
+    (loss, sums), grads = value_and_grad(model, rows, targets)
+    updates, moments = OPTIMIZER.update(grads, optimizer_state, eqx.filter(model, eqx.is_array))
+    return Step(loss, sums, grads, eqx.apply_updates(model, updates), moments)
+
+
+@cache
+def on_one_device() -> Step:
+    model = make_model()
+    moments = OPTIMIZER.init(eqx.filter(model, eqx.is_array))
+    return quick_jit(train_step)(model, moments, make_rows())
+
+
+def assert_same_step(actual: Step, expected: Step) -> None:
+    for name in ("loss", "sums", "grads", "moments"):
+        x, y = (jax.tree.leaves(getattr(step, name)) for step in (actual, expected))
+        for a, b in zip(x, y, strict=True):
+            assert_close(a, b, 1e-5)
+
+
+class TiledDecoder(emtp.AbstractDecoder):
+    """The reference decoder with so small tiles that a row of logits is larger than one."""
+
+    decoder: nn.TransformerDecoder
+
+    def embed(self, input_ids: Any, position_ids: Any) -> Any:
+        return self.decoder.embed(input_ids, position_ids)
+
+    def __call__(self, input_ids: Any, **arguments: Any) -> Any:
+        return self.decoder(input_ids, **arguments)
+
+    def final_norm(self, hidden_states: Any) -> Any:
+        return self.decoder.final_norm(hidden_states)
+
+    def output_head(self) -> emtp.LinearHead:
+        placement = self.decoder.config.sharding
+        return emtp.LinearHead(
+            self.decoder.embedding, sharding=placement, token_tile=TOKEN_TILE, vocab_tile=VOCAB_TILE
+        )
+
+
+def run_on(mesh: Any, model: MTPModel, rows: Rows, targets: Any = None) -> tuple[Step, str]:
+    decoder: Any = model.decoder
+    model = sharding.shard_model(MTPModel(TiledDecoder(decoder), model.block), mesh)
+    with jax.set_mesh(mesh):
+        moments = sharding.shard_model(OPTIMIZER.init(eqx.filter(model, eqx.is_array)), mesh)
+        rows, targets = sharding.shard_batch((rows, targets), mesh)
+        compiled, program = compile_for(eqx.filter_jit(train_step), model, moments, rows, targets)
+        return compiled(model, moments, rows, targets), program
+
+
+def parameter_sizes(model: MTPModel) -> set[int]:
+    """Of whole parameters, stacked and one by one."""
+    leaves = jax.tree.leaves(eqx.filter(model, eqx.is_array))
+    return {size for x in leaves for size in (x.size, x[0].size)}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_training_step_is_that_of_one_device(name: str) -> None:
+    mesh = make_mesh(MESHES[name])
+    model = make_model(mesh)
+    step, program = run_on(mesh, model, make_rows())
+    assert_same_step(step, on_one_device())
+    shape = dict.fromkeys(("data", "fsdp", "context", "tensor"), 1) | MESHES[name]
+    rows = BATCH // (shape["data"] * shape["fsdp"])
+    found = collectives(program)
+    # No device gets hidden states of other positions. In attention it gets their keys and values,
+    # and which documents they belong to.
+    gathered = {n for c in found if c.operation == "all-gather" for n in c.sizes}
+    keys_and_values = rows * SEQ * KV_FEATURES // shape["tensor"]
+    allowed = {keys_and_values, rows * SEQ} if shape["context"] > 1 else set()
+    allowed |= parameter_sizes(model) if shape["fsdp"] > 1 else set()
+    assert gathered <= allowed
+    assert not any(c.operation == "all-to-all" for c in found)
+    # Each shift moves the tokens that cross from shard to shard: k in each row at depth k.
+    shifts = [c.sizes for c in found if c.operation == "collective-permute"]
+    if shape["context"] == 1:
+        assert shifts == []
+    else:
+        fields = 4  # inputs, positions, targets and documents
+        assert sorted(shifts) == sorted(((k * rows),) for k in (1, 2, 3) for _ in range(fields))
+    # Logits are computed in tiles.
+    tokens = rows * SEQ // shape["context"]
+    whole = tokens * VOCAB // shape["tensor"]
+    assert whole > TOKEN_TILE * VOCAB
+    assert whole not in sizes(program)
+    assert step.model.decoder.decoder.embedding.sharding.spec == DEFAULT_RULES.spec(
+        "vocab embed", mesh
+    )
+
+
+@pytest.mark.parametrize("name", ["data_context", "data_tensor_context"])
+def test_balanced_order_of_packed_rows(name: str) -> None:
+    mesh = make_mesh(MESHES[name])
+    rows = make_rows()
+    targets = emtp.align_targets(
+        rows.input_ids,
+        rows.target_ids,
+        rows.target_mask,
+        num_depths=DEPTHS,
+        segment_ids=jnp.asarray(rows.segment_ids),
+        position_ids=jnp.asarray(rows.position_ids),
+    )
+    order = sharding.zigzag_order(SEQ, mesh.shape["context"])
+    assert not np.array_equal(order, np.arange(SEQ))
+    rows, targets = sharding.reorder((rows, targets), order)
+    model = make_model(mesh, attention=nn.causal_attention_by_position)
+    step, program = run_on(mesh, model, rows, targets)
+    assert_same_step(step, on_one_device())
+    assert not any(c.operation == "collective-permute" for c in collectives(program))
+
+
+# Orders
+
+
+def zigzag_oracle(seq: int, num_shards: int) -> list[int]:
+    chunk = seq // (2 * num_shards)
+    out: list[int] = []
+    for shard in range(num_shards):
+        for index in (shard, 2 * num_shards - 1 - shard):
+            out += range(index * chunk, (index + 1) * chunk)
+    return out
+
+
+@pytest.mark.parametrize(("seq", "num_shards"), [(8, 1), (8, 2), (8, 4), (72, 4), (12, 3)])
+def test_zigzag_order(seq: int, num_shards: int) -> None:
+    order = sharding.zigzag_order(seq, num_shards)
+    assert order.tolist() == zigzag_oracle(seq, num_shards)
+    # Under causal attention position i attends to i + 1: the same sum on every shard.
+    work = (order + 1).reshape(num_shards, -1).sum(axis=1)
+    assert len(set(work.tolist())) == 1
+
+
+def test_reorder_and_restore() -> None:
+    order = sharding.zigzag_order(8, 2)
+    tree = {"x": np.arange(16).reshape(2, 8), "none": None}
+    there = sharding.reorder(tree, order)
+    assert there["x"][0].tolist() == order.tolist()
+    back = sharding.restore(there, order)
+    np.testing.assert_array_equal(back["x"], tree["x"])
+    with pytest.raises(ValueError, match=r"the 8 positions of `order`; got shape \(2, 9\)"):
+        sharding.reorder(np.zeros((2, 9)), order)
+
+
+@pytest.mark.parametrize(("seq", "num_shards"), [(9, 1), (8, 3), (4, 4), (8, 0)])
+def test_orders_that_cannot_be(seq: int, num_shards: int) -> None:
+    with pytest.raises(ValueError, match="`seq` must be a multiple of twice `num_shards`"):
+        sharding.zigzag_order(seq, num_shards)
+
+
+# Rules
+
+
+def test_default_rules_on_the_reference_model() -> None:
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    model = make_model()
+    placed = sharding.parameter_shardings(model, mesh)
+    layer, mtp = placed.decoder.layers, placed.block.layers
+    assert {
+        "embedding": placed.decoder.embedding.spec,
+        "norm": placed.decoder.norm.scale.spec,
+        "query": layer.attention.query_kernel.spec,
+        "key": layer.attention.key_kernel.spec,
+        "out": layer.attention.out_kernel.spec,
+        "gate": layer.feed_forward.gate.kernel.spec,
+        "down": layer.feed_forward.down.kernel.spec,
+        "projection": mtp.projection_layer.kernel.spec,
+        "mtp_query": mtp.transformer_layer.attention.query_kernel.spec,
+    } == {
+        "embedding": P("tensor", "fsdp"),
+        "norm": P(None),
+        "query": P(None, "fsdp", "tensor", None),
+        "key": P(None, "fsdp", "tensor", None),
+        "out": P(None, "tensor", None, "fsdp"),
+        "gate": P(None, "fsdp", "tensor"),
+        "down": P(None, "tensor", "fsdp"),
+        "projection": P(None, "fsdp", None),
+        "mtp_query": P(None, "fsdp", "tensor", None),
+    }
+    # The optimizer's moments lie as the parameters do, and its count everywhere.
+    state = OPTIMIZER.init(eqx.filter(model, eqx.is_array))
+    states = sharding.parameter_shardings(state, mesh)
+    assert states[0].mu.decoder.embedding.spec == P("tensor", "fsdp")
+    assert states[0].count.spec == P()
+    # From shapes alone, too.
+    shapes = eqx.filter_eval_shape(make_model)
+    assert sharding.parameter_shardings(shapes, mesh).decoder.embedding.spec == P("tensor", "fsdp")
+
+
+class Experts(eqx.Module):
+    """Modules of others need no more than annotations, or rules."""
+
+    weights: Float[Array, "experts embed mlp"]
+    unnamed: Array
+    optional: Float[Array, "vocab"] | None
+    anything: Float[Array, "*any embed"]
+    size: int = 3
+
+
+def test_modules_of_others() -> None:
+    mesh = make_mesh({"fsdp": 2, "expert": 4})
+    module = Experts(jnp.zeros((8, 4, 3)), jnp.zeros((4, 6)), jnp.zeros(4), jnp.zeros((2, 4)))
+    rules = DEFAULT_RULES.replace(experts="expert", parameters={"unnamed": "experts embed"})
+    placed = sharding.parameter_shardings({"a": [module]}, mesh, rules)["a"][0]
+    assert placed.weights.spec == P("expert", "fsdp", None)
+    assert placed.unnamed.spec == P("expert", "fsdp")
+    assert placed.optional.spec == P(None)
+    assert placed.anything.spec == P(None, None)
+    assert placed.size is None
+    values = sharding.shard_model({"a": [module]}, mesh, rules)["a"][0]
+    assert values.size == 3
+    assert values.weights.sharding == placed.weights
+    made = eqx.filter_jit(lambda: sharding.constrain_model(module, mesh, rules))()
+    assert made.weights.sharding.is_equivalent_to(placed.weights, 3)
+
+
+def test_rules_that_do_not_fit() -> None:
+    model = make_model()
+    rules = DEFAULT_RULES.replace(parameters={"gates": "embed mlp"})
+    with pytest.raises(ValueError, match=r"fit no parameter: 'gates'.*decoder\.embedding, "):
+        sharding.shard_model(model, make_mesh({"fsdp": 8}), rules)
+    with pytest.raises(ValueError, match=r"an axis 'model' that no rule in `rules` names"):
+        sharding.shard_model(model, make_mesh({"model": 8}))
+    rules = DEFAULT_RULES.replace(head_dim="tensor")
+    message = r"query_kernel` cannot be split by the rule 'heads': 'tensor'.* size 8 .* 16|kv_heads"
+    with pytest.raises(ValueError, match=message):
+        sharding.shard_model(model, make_mesh({"tensor": 8}), rules)
+    with pytest.raises(ValueError, match=r"must multiply to the 8 device\(s\).* = 6"):
+        make_mesh({"data": 2, "tensor": 3})
+    with pytest.raises(ValueError, match=r"`sizes` must be positive; got 0 for 'data'"):
+        make_mesh({"data": 0})
+    with pytest.raises(ValueError, match=r"`batch` must be a multiple of the 8 device"):
+        sharding.shard_batch(np.zeros((6, 4)), make_mesh({"data": 8}))
+    with pytest.raises(ValueError, match=r"`seq` must be a multiple of the 8 device"):
+        sharding.shard_batch(np.zeros((8, 4)), make_mesh({"context": 8}))
+    whole: Any = sharding.shard_batch(np.zeros((8, 5)), make_mesh({"context": 8}), split_seq=False)
+    assert whole.sharding.spec == P(None, None)
