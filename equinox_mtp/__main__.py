@@ -61,7 +61,12 @@ def _train(options: Sequence[str]) -> None:
         stored = load_info(last_checkpoint(out / "checkpoints")).config
         default = dataclasses.replace(stored, out=out)
     prog = "python -m equinox_mtp train"
-    train(tyro.cli(TrainConfig, prog=prog, args=options, default=default))
+    config = tyro.cli(TrainConfig, prog=prog, args=options, default=default)
+    if config.distributed:
+        import jax
+
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    train(config)
 
 
 def _generate(options: Sequence[str]) -> None:

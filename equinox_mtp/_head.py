@@ -6,7 +6,6 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from ._head_sharding import HeadSharding, tokens_on_all_devices
-from ._rows import row_by_row
 from ._types import checked
 
 DEFAULT_TOKEN_TILE = 1024
@@ -73,7 +72,7 @@ class LinearHead(eqx.Module):
         self, hidden_states: Float[Array, "*batch embed"]
     ) -> Float32[Array, "*batch vocab"]:
         """The logits of all token ids, accumulated in float32."""
-        return row_by_row(lambda x: self.logits(x, self.weight, self.bias), hidden_states)
+        return self.logits(hidden_states, self.weight, self.bias)
 
     @property
     def defers_gradients(self) -> bool:

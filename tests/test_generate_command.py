@@ -1,12 +1,12 @@
 """Text from a checkpoint: the `generate` command, and the comparison that ends a run."""
 
-import dataclasses
 import io
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -135,8 +135,10 @@ def test_command(run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> N
 
 def test_errors(run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = run
-    info = dataclasses.replace(load_info(last_checkpoint(folder / "checkpoints")), vocab_size=8)
-    save_checkpoint(tmp_path / "of_ids", {}, CheckpointInfo(1, 8, "hash", info.config))
+    info = load_info(last_checkpoint(folder / "checkpoints"))
+    save_checkpoint(
+        tmp_path / "of_ids", {"w": jnp.zeros(1)}, CheckpointInfo(1, 8, "hash", info.config)
+    )
     cases = [
         (tmp_path, PROMPT, [], "`checkpoint`: there is none in"),
         (tmp_path / "of_ids", PROMPT, [], "`checkpoint` must be of a model of text"),

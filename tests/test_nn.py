@@ -15,7 +15,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
 from equinox_mtp import LinearHead, nn
-from equinox_mtp._rows import row_by_row
 
 _BATCH, _SEQ, _EMBED, _HEADS, _KV_HEADS, _HEAD_DIM = 2, 7, 12, 4, 2, 6
 _CONFIG = nn.TransformerConfig(
@@ -392,43 +391,9 @@ def test_transformer_config_defaults():
     assert _CONFIG.resolved_mlp_size == 10
 
 
-# A few rows
-
-
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_few_rows_are_multiplied_like_many(
-    num_rows: int, dtype: str, getkey: Callable[[], Array]
-) -> None:
-    x = jax.random.normal(getkey(), (num_rows, 6)).astype(dtype)
-    kernel = jax.random.normal(getkey(), (6, 2, 3)).astype(dtype)
-
-    def product(x: Array) -> Array:
-        return jnp.einsum("...e,ehd->...hd", x, kernel)
-
-    expected = np.einsum("ne,ehd->nhd", np.asarray(x, np.float64), np.asarray(kernel, np.float64))
-    tolerance = 1e-5 if dtype == "float32" else 2e-2
-    for run in (row_by_row, jax.jit(row_by_row, static_argnums=0)):
-        actual = run(product, x)
-        assert actual.dtype == dtype
-        assert_close(np.asarray(actual, np.float64), expected, tolerance)
-    pairs = jnp.stack([x, 2 * x])
-    actual = jax.vmap(lambda x: row_by_row(product, x))(pairs)
-    assert_close(np.asarray(actual[1], np.float64), 2 * expected, tolerance)
-    # Rows of two axes.
-    heads = row_by_row(lambda y: jnp.einsum("...hd,hd->...", y, kernel[0]), actual[0], num_axes=2)
-    once = np.einsum(
-        "nhd,hd->n", np.asarray(actual[0], np.float64), np.asarray(kernel[0], np.float64)
-    )
-    assert_close(np.asarray(heads, np.float64), once, 2 * tolerance)
-    if dtype == "float32":
-        grad = jax.grad(lambda x: jnp.sum(row_by_row(product, x) ** 2))(x)
-        assert_close(grad, np.einsum("nhd,ehd->ne", 2 * expected, np.asarray(kernel)), 1e-4)
-
-
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("shape", [(2, 2, 6), (2, 1, 6), (1, 2, 6)])
-def test_a_few_rows_may_be_split_over_devices(
+def test_rows_may_be_split_over_devices(
     axis_type: AxisType, shape: tuple[int, ...], getkey: Callable[[], Array]
 ) -> None:
     mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=(axis_type, axis_type))

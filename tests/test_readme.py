@@ -1,6 +1,8 @@
 """README's examples run as they stand, and show what it says they show."""
 
+import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,27 @@ def test_losses_without_logits_are_those_with_logits(namespaces: list[dict[str, 
     expected = np.mean(log_sum_exp - logits[..., 0] + 1e-4 * log_sum_exp**2)
     np.testing.assert_allclose(token["loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(summed["loss"], expected, rtol=1e-5)
+
+
+def test_sharded_example_is_that_of_one_device(namespaces: list[dict[str, Any]]) -> None:
+    names = namespaces[-1]
+    output, batch = names["sharded_output"], names["batch"]
+    decoder = names["emtp"].nn.TransformerDecoder(
+        dataclasses.replace(names["config"], sharding=None), key=jax.random.key(0)
+    )
+    block = names["emtp"].MultiTokenPredictionBlock(
+        names["emtp"].MTPConfig(num_depths=2),
+        partial(names["emtp"].nn.TransformerDecoderLayer, decoder.config),
+        embed_size=64,
+        key=jax.random.key(1),
+    )
+    expected = eqx.filter_jit(names["emtp"].MTPModel(decoder, block))(*batch)
+    np.testing.assert_allclose(output.main.loss, expected.main.loss, rtol=1e-5)
+    np.testing.assert_allclose(output.mtp.losses.losses, expected.mtp.losses.losses, rtol=1e-5)
+    # The reordered targets are those of the text, elsewhere.
+    order = names["order"]
+    assert names["targets"].target_ids.shape == (2, 8, 64)
+    assert names["positions"][0].tolist() == order.tolist()
 
 
 def test_generation_is_plain_decoding(namespaces: list[dict[str, Any]]) -> None:

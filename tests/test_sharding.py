@@ -184,9 +184,15 @@ def test_a_training_step_is_that_of_one_device(name: str) -> None:
     gathered = {n for c in found if c.operation == "all-gather" for n in c.sizes}
     keys_and_values = rows * SEQ * KV_FEATURES // shape["tensor"]
     allowed = {keys_and_values, rows * SEQ} if shape["context"] > 1 else set()
-    allowed |= parameter_sizes(model) if shape["fsdp"] > 1 else set()
+    exchanged = {n for c in found if c.operation == "all-to-all" for n in c.sizes}
+    if shape["fsdp"] > 1:
+        # Parameters are put together; but the embedding's features are looked up where they lie,
+        # for all tokens, and sent to where the tokens are.
+        allowed |= parameter_sizes(model) | {BATCH * SEQ}
+        assert exchanged == {rows * SEQ * EMBED // shape["fsdp"]}
+    else:
+        assert exchanged == set()
     assert gathered <= allowed
-    assert not any(c.operation == "all-to-all" for c in found)
     # Each shift moves the tokens that cross from shard to shard: k in each row at depth k.
     shifts = [c.sizes for c in found if c.operation == "collective-permute"]
     if shape["context"] == 1:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from .._rows import row_by_row
 from .._types import checked
 from ._init import fan_in_normal
 from ._rotary import rotary_embedding
@@ -109,13 +108,16 @@ class KeyValueCache(eqx.Module):
 
         def logits(keys: Array, visible: Array) -> Array:
             rows = query.reshape(batch, kv_heads, -1, head_dim)
-            products = _query_by_query("bkqd,bkdl->bkql", rows, keys)
+            products = jnp.einsum("bkqd,bkdl->bkql", rows, keys, preferred_element_type=jnp.float32)
             products = products.reshape(batch, kv_heads, -1, seq, keys.shape[-1])
             return jnp.where(visible[:, None, None], scale * products, jnp.finfo(jnp.float32).min)
 
         def weighted(weights: Array, values: Array) -> Array:
             rows = weights.reshape(batch, kv_heads, -1, values.shape[2]).astype(values.dtype)
-            return _query_by_query("bkql,bkld->bkqd", rows, values).reshape(query.shape)
+            products = jnp.einsum(
+                "bkql,bkld->bkqd", rows, values, preferred_element_type=jnp.float32
+            )
+            return products.reshape(query.shape)
 
         cached, new = logits(self.key, is_before), logits(key, is_causal)
         highest = jnp.maximum(
@@ -126,17 +128,6 @@ class KeyValueCache(eqx.Module):
         attended = (weighted(cached, self.value) + weighted(new, value)) / total
         attended = attended.astype(query.dtype).transpose(0, 3, 1, 2, 4)
         return attended.reshape(batch, seq, heads, head_dim)
-
-
-def _query_by_query(equation: str, queries: Array, cached: Array) -> Array:
-    """A product in float32 with `queries`, whose rows are on their third axis."""
-
-    def product(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 2)
-        y = jnp.einsum(equation, x, cached, preferred_element_type=jnp.float32)
-        return jnp.moveaxis(y, 2, 0)
-
-    return jnp.moveaxis(row_by_row(product, jnp.moveaxis(queries, 2, 0), num_axes=3), 0, 2)
 
 
 class GroupedQueryAttention(eqx.Module):
@@ -243,8 +234,7 @@ class GroupedQueryAttention(eqx.Module):
         """Query, key and value, with their positions."""
 
         def project(kernel: Array) -> Array:
-            kernel = kernel.astype(hidden_states.dtype)
-            return row_by_row(lambda x: jnp.einsum("...e,ehd->...hd", x, kernel), hidden_states)
+            return jnp.einsum("bse,ehd->bshd", hidden_states, kernel.astype(hidden_states.dtype))
 
         return (
             rotary_embedding(project(self.query_kernel), position_ids, theta=self.rope_theta),
@@ -255,4 +245,4 @@ class GroupedQueryAttention(eqx.Module):
     def _project_out(self, attended: Array) -> Array:
         # As one matrix: an `einsum` over two axes would transpose the kernel, in every step.
         kernel = self.out_kernel.astype(attended.dtype).reshape(-1, self.out_kernel.shape[-1])
-        return row_by_row(lambda x: x @ kernel, attended.reshape(*attended.shape[:-2], -1))
+        return attended.reshape(*attended.shape[:-2], -1) @ kernel

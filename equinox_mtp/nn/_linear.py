@@ -2,7 +2,6 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._rows import row_by_row
 from .._types import checked
 from ._init import fan_in_normal
 
@@ -31,4 +30,4 @@ class Linear(eqx.Module):
         self, x: Float[Array, "*batch in_features"]
     ) -> Float[Array, "*batch out_features"]:
         """Maps `[*batch in_features]` to `[*batch out_features]`."""
-        return row_by_row(lambda x: jnp.matmul(x, self.kernel.astype(x.dtype)), x)
+        return jnp.matmul(x, self.kernel.astype(x.dtype))

@@ -45,6 +45,9 @@ class ShardingRules:
         object.__setattr__(self, "axes", MappingProxyType(dict(self.axes)))
         object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
 
+    def __hash__(self) -> int:
+        return hash((frozenset(self.axes.items()), frozenset(self.parameters.items())))
+
     def replace(
         self, *, parameters: Mapping[str, str] | None = None, **axes: MeshAxes
     ) -> "ShardingRules":

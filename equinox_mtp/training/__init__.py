@@ -2,8 +2,10 @@
 
 from ._checkpoint import (
     CheckpointInfo as CheckpointInfo,
+    Checkpoints as Checkpoints,
     checkpoints as checkpoints,
     last_checkpoint as last_checkpoint,
+    last_undamaged_checkpoint as last_undamaged_checkpoint,
     load_info as load_info,
     load_state as load_state,
     save_checkpoint as save_checkpoint,
@@ -26,6 +28,10 @@ from ._generate import (
     GenerateConfig as GenerateConfig,
     generate_text as generate_text,
     load_model as load_model,
+)
+from ._placement import (
+    ONE_DEVICE as ONE_DEVICE,
+    Placement as Placement,
 )
 from ._step import (
     TrainState as TrainState,

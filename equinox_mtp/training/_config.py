@@ -66,6 +66,19 @@ class TrainConfig:
     mtp_scaling_switch: float = 0.67
     """The fraction of steps after which λ changes (the paper: 10T of 14.8T tokens)."""
 
+    mesh: str | None = None
+    """Split the run over all devices: sizes of the mesh axes data, fsdp, tensor and context, as
+    data=2,fsdp=4. Rows are split over data and fsdp, positions over context, parameters over fsdp
+    and tensor. Default: one device."""
+    distributed: bool = False
+    """Run in several processes, one command each; JAX finds them on SLURM, GKE and the like."""
+    coordinator: str | None = None
+    """Elsewhere: HOST:PORT of process 0, the same for all."""
+    num_processes: int | None = None
+    """Elsewhere: how many processes there are."""
+    process_id: int | None = None
+    """Elsewhere: which of them this one is, from 0."""
+
     eval_every: int = 100
     """Steps between evaluations on held-out documents."""
     eval_rows: int = 64
@@ -84,6 +97,14 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "positive")
         for name in ("depths", "warmup_steps", "compare_prompts"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
+        bare = {"coordinator", "num_processes", "process_id"}
+        given = {name for name in bare if getattr(self, name) is not None}
+        if given and (given != bare or not self.distributed):
+            raise ValueError(
+                "`coordinator`, `num_processes` and `process_id` go together, with `distributed`; "
+                f"got {', '.join(sorted(given))}. On a cluster that JAX knows --distributed is "
+                "enough."
+            )
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "positive")
         switch = self.mtp_scaling_switch

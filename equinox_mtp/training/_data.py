@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Int32
+
+from .._types import HostOrDeviceArray
 
 TEXT_END = 256
 """The id after the bytes, which ends a document of text."""
@@ -22,9 +23,9 @@ _HELD_OUT = 0.05
 class Batch(eqx.Module):
     """Packed rows: one token more than positions, so that every position has a target."""
 
-    tokens: Int32[Array, "*microbatch batch tokens"]
-    segment_ids: Int32[Array, "*microbatch batch tokens"]
-    position_ids: Int32[Array, "*microbatch batch seq"]
+    tokens: Int32[HostOrDeviceArray, "*microbatch batch tokens"]
+    segment_ids: Int32[HostOrDeviceArray, "*microbatch batch tokens"]
+    position_ids: Int32[HostOrDeviceArray, "*microbatch batch seq"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,35 +196,38 @@ class PackedRows:
         return max(1, -(-(len(self._tokens) - 1) // self._seq_len))
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """The given rows: tokens and segment ids `[batch, seq + 1]`, positions `[batch, seq]`."""
+        """The rows of these indices `[… batch]`, on the host.
+
+        Tokens and segment ids are `[… batch seq+1]`, positions `[… batch seq]`.
+        """
         columns = np.arange(self._seq_len + 1)
-        where = rows[:, None] * self._seq_len + columns
+        where = rows[..., None] * self._seq_len + columns
         exists = where < len(self._tokens)
         where = np.minimum(where, len(self._tokens) - 1)
         documents = self._document_ids[where]
-        starts = np.diff(documents, axis=1, prepend=documents[:, :1]) != 0
-        segment_ids = np.where(exists, 1 + np.cumsum(starts, axis=1), 0)
-        segment_starts = np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+        starts = np.diff(documents, axis=-1, prepend=documents[..., :1]) != 0
+        segment_ids = np.where(exists, 1 + np.cumsum(starts, axis=-1), 0)
+        segment_starts = np.maximum.accumulate(np.where(starts, columns, 0), axis=-1)
         return Batch(
-            tokens=jnp.asarray(np.where(exists, self._tokens[where], 0), jnp.int32),
-            segment_ids=jnp.asarray(segment_ids, jnp.int32),
-            position_ids=jnp.asarray((columns - segment_starts)[:, :-1], jnp.int32),
+            tokens=np.where(exists, self._tokens[where], 0).astype(np.int32),
+            segment_ids=segment_ids.astype(np.int32),
+            position_ids=(columns - segment_starts)[..., :-1].astype(np.int32),
         )
 
-    def batches(self, batch_size: int, max_rows: int) -> Iterator[Batch]:
-        """The first rows in order, in full batches; a short one ends in padding."""
+    def in_order(self, batch_size: int, max_rows: int) -> Iterator[np.ndarray]:
+        """The indices of the first rows, in full batches; a short one ends in padding."""
         num_rows = min(len(self), max_rows)
         for start in range(0, num_rows, batch_size):
             # Rows beyond the end are nothing but padding.
             rows = np.arange(start, start + batch_size)
-            yield self.batch(np.where(rows < num_rows, rows, len(self) + 1))
+            yield np.where(rows < num_rows, rows, len(self) + 1)
 
-    def training_batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        """The batch of a step; epochs are shuffled, and all follows from `step` and `seed`."""
+    def of_step(self, step: int, batch_size: int, seed: int) -> np.ndarray:
+        """The indices of a step's rows; epochs are shuffled, and all follows from the arguments."""
         indices = np.arange(step * batch_size, (step + 1) * batch_size)
         epochs, within = np.divmod(indices, len(self))
         rows = np.empty_like(indices)
         for epoch in np.unique(epochs):
             order = np.random.default_rng((seed, int(epoch))).permutation(len(self))
             rows[epochs == epoch] = order[within[epochs == epoch]]
-        return self.batch(rows)
+        return rows

@@ -14,7 +14,7 @@ import numpy as np
 import equinox_mtp as emtp
 from equinox_mtp.speculative import StreamedStep, stream
 
-from ._checkpoint import CheckpointInfo, checkpoints, last_checkpoint, load_info, load_state
+from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
 from ._compare import compare, describe_acceptance
 from ._data import TEXT_END, TEXT_VOCAB
 from ._step import make_optimizer, make_state
@@ -104,12 +104,13 @@ def load_model(path: Path) -> tuple[emtp.MTPModel, CheckpointInfo]:
 
     **Raises:** `FileNotFoundError` if there is none; `ValueError` if it does not model text.
     """
-    folders = (path / "checkpoints", path)
-    checkpoint = next((last_checkpoint(x) for x in folders if checkpoints(x)), path)
-    if not (checkpoint / "config.json").is_file():
+    itself = [path] if path in checkpoints(path.parent) else []
+    found = checkpoints(path / "checkpoints") or checkpoints(path) or itself
+    if not found:
         raise FileNotFoundError(
             f"`checkpoint`: there is none in {path}. Give the folder of a run, or of a checkpoint."
         )
+    checkpoint = found[-1]
     info = load_info(checkpoint)
     if info.vocab_size != TEXT_VOCAB:
         raise ValueError(

@@ -16,9 +16,15 @@ Record = dict[str, Any]
 class MetricsFile:
     """`metrics.jsonl`, one record a line, flushed line by line."""
 
-    def __init__(self, path: Path, *, last_step: int):
-        """Opens the file; of an older run only the records up to `last_step` are kept."""
+    def __init__(self, path: Path, *, last_step: int, writes: bool = True):
+        """Opens the file; of an older run only the records up to `last_step` are kept.
+
+        Of several processes one `writes`; the others keep their records to themselves.
+        """
         self.records = [record for record in _read(path) if record["step"] <= last_step]
+        self._stream = None
+        if not writes:
+            return
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(_line(record) for record in self.records), encoding="utf8")
         os.replace(temporary, path)
@@ -27,12 +33,14 @@ class MetricsFile:
     def write(self, record: Record) -> None:
         """Appends a record."""
         self.records.append(record)
-        self._stream.write(_line(record))
-        self._stream.flush()
+        if self._stream is not None:
+            self._stream.write(_line(record))
+            self._stream.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
 
     def of(self, split: str) -> list[Record]:
         """The records of `"train"` or `"held_out"`."""

@@ -14,6 +14,7 @@ import equinox_mtp as emtp
 
 from ._config import TrainConfig
 from ._data import Batch, PackedRows
+from ._placement import ONE_DEVICE, Placement
 
 
 class TrainState(eqx.Module):
@@ -45,9 +46,11 @@ class Evaluation(eqx.Module):
         return jax.tree.map(jnp.add, self, other)
 
 
-def make_model(config: TrainConfig, vocab_size: int) -> emtp.MTPModel:
+def make_model(
+    config: TrainConfig, vocab_size: int, placement: Placement = ONE_DEVICE
+) -> emtp.MTPModel:
     """The model that a configuration describes, with fresh parameters."""
-    transformer = config.transformer(vocab_size)
+    transformer = placement.transformer(config, vocab_size)
     decoder_key, block_key = jax.random.split(jax.random.key(config.seed))
     return emtp.MTPModel(
         decoder=emtp.nn.TransformerDecoder(transformer, key=decoder_key),
@@ -94,35 +97,62 @@ def is_decayed(params: PyTree[Any]) -> PyTree[bool]:
 
 @eqx.filter_jit
 def make_state(
-    config: TrainConfig, vocab_size: int, optimizer: optax.GradientTransformation
+    config: TrainConfig,
+    vocab_size: int,
+    optimizer: optax.GradientTransformation,
+    placement: Placement = ONE_DEVICE,
 ) -> TrainState:
-    """The state before the first step."""
-    model = make_model(config, vocab_size)
+    """The state before the first step, made where it belongs."""
+    model = make_model(config, vocab_size, placement)
     optimizer_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-    return TrainState(model, optimizer_state, jnp.zeros((), jnp.int32))
+    return placement.constrain(TrainState(model, optimizer_state, jnp.zeros((), jnp.int32)))
 
 
 def run_model(
     model: emtp.MTPModel,
     batch: Batch,
+    placement: Placement = ONE_DEVICE,
     *,
     predictions: bool = True,
     key: Array | None = None,
     inference: bool = False,
 ) -> emtp.ModelOutput:
     """Runs the model on packed rows."""
-    input_ids, target_ids, target_mask = emtp.inputs_and_targets(
-        batch.tokens, segment_ids=batch.segment_ids
+    inputs = (
+        *emtp.inputs_and_targets(batch.tokens, segment_ids=batch.segment_ids),
+        jnp.asarray(batch.position_ids),
+        jnp.asarray(batch.segment_ids)[:, :-1],
+    )
+    targets = align(batch, model.block.config.num_depths)
+    # Which token a depth predicts follows from the text; only then may positions be reordered.
+    (input_ids, target_ids, target_mask, position_ids, segment_ids), targets = placement.reorder(
+        (inputs, targets)
     )
     return model(
         input_ids,
         target_ids,
         target_mask,
-        position_ids=batch.position_ids,
-        segment_ids=batch.segment_ids[:, :-1],
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        targets=targets,
         predictions=predictions,
         key=key,
         inference=inference,
+    )
+
+
+def align(batch: Batch, num_depths: int) -> emtp.MTPTargets:
+    """The depths' targets in packed rows."""
+    input_ids, target_ids, target_mask = emtp.inputs_and_targets(
+        batch.tokens, segment_ids=batch.segment_ids
+    )
+    return emtp.align_targets(
+        input_ids,
+        target_ids,
+        target_mask,
+        num_depths=num_depths,
+        segment_ids=batch.segment_ids[:, :-1],
+        position_ids=batch.position_ids,
     )
 
 
@@ -130,18 +160,8 @@ def count_targets(batch: Batch, num_depths: int) -> tuple[Float32[Array, ""], Ar
     """Scored tokens of all microbatches: of the main model, and `[depth]` of the MTP layers."""
 
     def count(microbatch: Batch) -> tuple[Array, Array]:
-        tokens, segment_ids = microbatch.tokens, microbatch.segment_ids
-        input_ids, target_ids, target_mask = emtp.inputs_and_targets(
-            tokens, segment_ids=segment_ids
-        )
-        targets = emtp.align_targets(
-            input_ids,
-            target_ids,
-            target_mask,
-            num_depths=num_depths,
-            segment_ids=segment_ids[:, :-1],
-        )
-        return jnp.sum(target_mask), jnp.sum(targets.mask, axis=(1, 2))
+        _, _, mask = emtp.inputs_and_targets(microbatch.tokens, segment_ids=microbatch.segment_ids)
+        return jnp.sum(mask), jnp.sum(align(microbatch, num_depths).mask, axis=(1, 2))
 
     main, mtp = jax.vmap(count)(batch)
     return jnp.sum(main).astype(jnp.float32), jnp.sum(mtp, axis=0).astype(jnp.float32)
@@ -149,14 +169,14 @@ def count_targets(batch: Batch, num_depths: int) -> tuple[Float32[Array, ""], Ar
 
 @eqx.filter_jit(donate="all-except-first")
 def train_step(
-    inputs: tuple[Batch, TrainConfig, optax.GradientTransformation], state: TrainState
+    inputs: tuple[Batch, TrainConfig, optax.GradientTransformation, Placement], state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step over microbatches `[microbatch batch …]`.
 
     The gradient is that of the whole batch, however many microbatches it is split into: every
     microbatch's sums are divided by the counts of all.
     """
-    batch, config, optimizer = inputs
+    batch, config, optimizer, placement = inputs
     first, then = config.mtp_scaling
     switch_step = math.floor(config.mtp_scaling_switch * config.steps)
     scaling_factor = jnp.where(state.step < switch_step, first, then).astype(jnp.float32)
@@ -164,7 +184,7 @@ def train_step(
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     def loss_fn(model: emtp.MTPModel, microbatch: Batch, key: Array):
-        output = run_model(model, microbatch, predictions=False, key=key)
+        output = run_model(model, microbatch, placement, predictions=False, key=key)
         mtp_loss = emtp.calculate_mtp_loss(
             output.mtp.losses, scaling_factor=scaling_factor, total_weights=mtp_counts
         )
@@ -187,25 +207,32 @@ def train_step(
     updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
     model = eqx.apply_updates(state.model, updates)
     metrics = StepMetrics(main, mtp, optax.tree.norm(grads), scaling_factor)
-    return TrainState(model, optimizer_state, state.step + 1), metrics
+    return placement.constrain(TrainState(model, optimizer_state, state.step + 1)), metrics
 
 
 @eqx.filter_jit
-def evaluate_batch(model: emtp.MTPModel, batch: Batch) -> Evaluation:
+def evaluate_batch(model: emtp.MTPModel, batch: Batch, placement: Placement) -> Evaluation:
     """Losses and acceptance on one batch."""
-    output = run_model(model, batch, inference=True)
-    acceptance = output.mtp.acceptance
+    output = run_model(model, batch, placement, inference=True)
+    acceptance, predictions = placement.restore((output.mtp.acceptance, output.predictions))
     return Evaluation(
         main=output.main,
         mtp=output.mtp.losses,
-        main_model=emtp.calculate_mtp_acceptance_rate(acceptance, output.predictions),
+        main_model=emtp.calculate_mtp_acceptance_rate(acceptance, predictions),
         ground_truth=emtp.calculate_mtp_acceptance_rate(acceptance, None),
     )
 
 
-def evaluate(model: emtp.MTPModel, rows: PackedRows, batch_size: int, max_rows: int) -> Evaluation:
+def evaluate(
+    model: emtp.MTPModel,
+    rows: PackedRows,
+    batch_size: int,
+    max_rows: int,
+    placement: Placement = ONE_DEVICE,
+) -> Evaluation:
     """Losses and acceptance on the first `max_rows` held-out rows."""
     evaluations = [
-        evaluate_batch(model, batch) for batch in rows.batches(min(batch_size, len(rows)), max_rows)
+        evaluate_batch(model, placement.load(rows, indices), placement)
+        for indices in rows.in_order(batch_size, max_rows)
     ]
     return functools.reduce(lambda x, y: x + y, evaluations)

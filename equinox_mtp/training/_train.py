@@ -14,42 +14,55 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import equinox_mtp as emtp
 
 from ._checkpoint import (
     CheckpointInfo,
+    Checkpoints,
     checkpoints,
-    last_checkpoint,
+    last_undamaged_checkpoint,
     load_info,
     load_state,
-    save_checkpoint,
 )
 from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig
 from ._data import Corpus, PackedRows, load_corpus
+from ._placement import Placement
 from ._report import MetricsFile, plot_curves, summary
 from ._step import (
     Evaluation,
     StepMetrics,
     TrainState,
     evaluate,
+    make_model,
     make_optimizer,
     make_state,
     train_step,
 )
 
 RUNS = Path("runs")
-FREE_TO_CHANGE = {"out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts"}
+# On other devices the same run goes on.
+DEFAULT = TrainConfig()
+WHERE_IT_RUNS = {"mesh", "distributed", "coordinator", "num_processes", "process_id"}
+FREE_TO_CHANGE = {
+    *("out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts"),
+    *WHERE_IT_RUNS,
+}
 
 
 def train(config: TrainConfig) -> Path:
     """Trains, evaluates and saves as `config` says; returns the folder of the run.
 
-    **Raises:** `ValueError`, `FileNotFoundError` or `FileExistsError` for options, data or a folder
-    that do not fit, before anything is compiled; `FloatingPointError` if a loss is not finite.
+    In several processes each calls this; `jax.distributed.initialize` comes before.
+
+    **Raises:** `ValueError`, `FileNotFoundError` or `FileExistsError` for options, data, devices or
+    a folder that do not fit, before anything is compiled; `FloatingPointError` if a loss is not
+    finite; `OSError` if a checkpoint cannot be written.
     """
     started = time.perf_counter()
     corpus = load_corpus(
@@ -59,56 +72,69 @@ def train(config: TrainConfig) -> Path:
     train_rows = PackedRows(train_corpus, config.seq_len)
     held_out_rows = PackedRows(held_out_corpus, config.seq_len)
     optimizer = make_optimizer(config)
+    placement = Placement.of(config, corpus.vocab_size)
     out = config.out or new_run_folder()
-    info = CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint(), config)
-    state = start_or_resume(out, info, optimizer)
-    first_step = last_saved = int(state.step)
-    metrics = MetricsFile(out / "metrics.jsonl", last_step=first_step)
-    print(
-        f"{corpus.num_tokens:,} tokens in {len(corpus.documents):,} documents, "
-        f"{held_out_corpus.num_tokens:,} of them held out\n"
-        f"{count_parameters(state.model):,} parameters, {config.depths} prediction depth(s)\n"
-        f"writing to {out}"
-    )
+    # Where a run goes on is said anew.
+    here = {name: getattr(DEFAULT, name) for name in WHERE_IT_RUNS}
+    anywhere = dataclasses.replace(config, **here)
+    info = CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint(), anywhere)
+    with placement.active():
+        state = start_or_resume(out, info, optimizer, placement)
+        first_step = int(state.step)
+        metrics = MetricsFile(out / "metrics.jsonl", last_step=first_step, writes=is_first())
+        say(
+            f"{corpus.num_tokens:,} tokens in {len(corpus.documents):,} documents, "
+            f"{held_out_corpus.num_tokens:,} of them held out\n"
+            f"{count_parameters(state.model):,} parameters, {config.depths} prediction depth(s)\n"
+            f"writing to {out}"
+        )
+        tokens_per_step = config.batch_size * config.seq_len
+        step_seconds: list[float] = []
+        with (
+            contextlib.closing(metrics),
+            contextlib.closing(Checkpoints(out / "checkpoints")) as checkpoints,
+            progress_bar(config.steps, first_step) as bar,
+            interruptible() as interrupted,
+        ):
+            for step in range(first_step + 1, config.steps + 1):
+                step_started = time.perf_counter()
+                rows = train_rows.of_step(step - 1, config.batch_size, config.seed)
+                batch = placement.load(train_rows, rows.reshape(config.accumulate, -1))
+                state, step_metrics = train_step((batch, config, optimizer, placement), state)
+                record = train_record(step, step_metrics)
+                step_seconds.append(time.perf_counter() - step_started)
+                metrics.write({**record, "tokens_per_second": tokens_per_step / step_seconds[-1]})
+                bar.set_postfix_str(describe(record))
+                bar.update()
+                held_out_loss = None
+                last, stop = step == config.steps, interrupted()
+                if last or step % config.eval_every == 0:
+                    max_rows = config.eval_rows * (4 if last else 1)
+                    evaluation = evaluate(
+                        state.model, held_out_rows, config.batch_size, max_rows, placement
+                    )
+                    metrics.write(held_out_record(step, evaluation))
+                    held_out_loss = metrics.of("held_out")[-1]["main_loss"]
+                    if is_first():
+                        plot_curves(metrics, out / "curves.png")
+                checkpoints.poll()
+                if last or stop or step % config.checkpoint_every == 0:
+                    saved = dataclasses.replace(info, step=step)
+                    checkpoints.save(state, saved, held_out_loss=held_out_loss)
+                if stop:
+                    say(f"interrupted at step {step}; continue with --resume --out {out}")
+                    return out
+        model = placement.on_one_device(
+            state.model, eqx.filter_eval_shape(make_model, config, corpus.vocab_size)
+        )
 
-    tokens_per_step = config.batch_size * config.seq_len
-    step_seconds: list[float] = []
-    with (
-        contextlib.closing(metrics),
-        progress_bar(config.steps, first_step) as bar,
-        interruptible() as interrupted,
-    ):
-        for step in range(first_step + 1, config.steps + 1):
-            step_started = time.perf_counter()
-            batch = train_rows.training_batch(step - 1, config.batch_size, config.seed)
-            batch = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, x.shape[1]), batch)
-            state, step_metrics = train_step((batch, config, optimizer), state)
-            record = train_record(step, step_metrics)
-            step_seconds.append(time.perf_counter() - step_started)
-            metrics.write({**record, "tokens_per_second": tokens_per_step / step_seconds[-1]})
-            bar.set_postfix_str(describe(record))
-            bar.update()
-            last, stop = step == config.steps, interrupted()
-            if last or step % config.eval_every == 0:
-                max_rows = config.eval_rows * (4 if last else 1)
-                evaluation = evaluate(state.model, held_out_rows, config.batch_size, max_rows)
-                metrics.write(held_out_record(step, evaluation))
-                plot_curves(metrics, out / "curves.png")
-            if last or stop or step % config.checkpoint_every == 0:
-                save_checkpoint(out / "checkpoints", state, dataclasses.replace(info, step=step))
-                last_saved = step
-            if stop:
-                break
-
-    if last_saved < config.steps:
-        print(f"interrupted at step {last_saved}; continue with --resume --out {out}")
-    else:
+    if is_first():
         # The first step of a process compiles.
         seconds = statistics.median(step_seconds[1:]) if len(step_seconds) > 1 else None
         print(
             summary(
                 metrics.of("held_out")[-1],
-                compare_on_held_out(state.model, held_out_corpus, config),
+                compare_on_held_out(model, held_out_corpus, config),
                 time.perf_counter() - started,
                 None if seconds is None else tokens_per_step / seconds,
                 out,
@@ -118,7 +144,10 @@ def train(config: TrainConfig) -> Path:
 
 
 def start_or_resume(
-    out: Path, info: CheckpointInfo, optimizer: optax.GradientTransformation
+    out: Path,
+    info: CheckpointInfo,
+    optimizer: optax.GradientTransformation,
+    placement: Placement,
 ) -> TrainState:
     """A fresh state, or with `--resume` that of the folder's last checkpoint."""
     folder, config = out / "checkpoints", info.config
@@ -128,10 +157,12 @@ def start_or_resume(
                 f"`out`: {out} holds a run already. Continue it with --resume, or choose another "
                 "folder."
             )
-        state = make_state(config, info.vocab_size, optimizer)
+        state = make_state(config, info.vocab_size, optimizer, placement)
         out.mkdir(parents=True, exist_ok=True)
         return state
-    checkpoint = last_checkpoint(folder)
+    checkpoint, problems = last_undamaged_checkpoint(folder)
+    for problem in problems:
+        say(f"note: {problem}; continuing from {checkpoint.name}")
     stored = load_info(checkpoint)
     for field in dataclasses.fields(TrainConfig):
         was, is_now = getattr(stored.config, field.name), getattr(config, field.name)
@@ -145,14 +176,28 @@ def start_or_resume(
             f"`data` is not what the run in {out} was trained on: its tokens differ. Restore it, "
             "or start a new run."
         )
-    like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer)
-    return load_state(checkpoint, like)
+    like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer, placement)
+    return load_state(checkpoint, placement.place(like))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints, once."""
+    if is_first():
+        print(text)
 
 
 def new_run_folder() -> Path:
     """The next free of runs/0001, runs/0002, …"""
     last = newest_run_folder()
-    return RUNS / f"{1 if last is None else int(last.name) + 1:04d}"
+    number = 1 if last is None else int(last.name) + 1
+    if jax.process_count() > 1:
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return RUNS / f"{number:04d}"
 
 
 def newest_run_folder(*, with_checkpoint: bool = False) -> Path | None:
@@ -230,7 +275,14 @@ def describe(record: dict[str, Any]) -> str:
 
 def progress_bar(steps: int, first_step: int) -> tqdm:
     """A bar on standard error."""
-    return tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5)
+    return tqdm(
+        total=steps,
+        initial=first_step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=not is_first(),
+    )
 
 
 @contextlib.contextmanager

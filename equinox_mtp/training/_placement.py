@@ -1,0 +1,185 @@
+"""Where a run's model and rows lie: on one device, or on a mesh of many, of one process or more."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import equinox_mtp as emtp
+from equinox_mtp.sharding import (
+    DEFAULT_RULES,
+    ShardingRules,
+    batch_sharding,
+    constrain_model,
+    make_mesh,
+    parameter_shardings,
+    reorder,
+    restore,
+    zigzag_order,
+)
+
+from ._config import TrainConfig
+from ._data import Batch, PackedRows
+
+Tree = TypeVar("Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and the rules for it; without a mesh everything is on one device."""
+
+    mesh: Mesh | None
+    rules: ShardingRules
+
+    @classmethod
+    def of(cls, config: TrainConfig, vocab_size: int) -> "Placement":
+        """What `config.mesh` says.
+
+        **Raises:** `ValueError` if it does not fit the devices, or a batch does not fit it.
+        """
+        if config.mesh is None:
+            if jax.process_count() > 1:
+                raise ValueError(
+                    f"`mesh` must be given for {jax.process_count()} processes; got none. Pass "
+                    f"--mesh data={jax.device_count()}, for instance."
+                )
+            return cls(None, DEFAULT_RULES)
+        mesh = make_mesh(parse_mesh(config.mesh))
+        rules = DEFAULT_RULES
+        if vocab_size % rules.num_shards("vocab", mesh):
+            rules = rules.replace(vocab=None)
+        rows, positions = rules.num_shards("batch", mesh), rules.num_shards("seq", mesh)
+        if config.batch_size // config.accumulate % rows:
+            raise ValueError(
+                f"`batch_size` must be a multiple of `accumulate` times the {rows} devices over "
+                f"which --mesh {config.mesh} splits rows; got {config.batch_size}, in "
+                f"{config.accumulate} microbatch(es)."
+            )
+        if positions > 1 and config.seq_len % (2 * positions):
+            raise ValueError(
+                f"`seq_len` must be a multiple of twice the {positions} devices over which --mesh "
+                f"{config.mesh} splits positions; got {config.seq_len}."
+            )
+        return cls(mesh, rules)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Sets the mesh."""
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            yield
+
+    def transformer(self, config: TrainConfig, vocab_size: int) -> emtp.nn.TransformerConfig:
+        """The main model's configuration, with its sharding."""
+        transformer = config.transformer(vocab_size)
+        if self.mesh is None:
+            return transformer
+        attention = transformer.attention
+        if self._num_shards_of_rows > 1:
+            attention = emtp.nn.causal_attention_by_position
+        return dataclasses.replace(
+            transformer, sharding=self.rules.head_sharding(self.mesh), attention=attention
+        )
+
+    def constrain(self, tree: Tree) -> Tree:
+        """Parameters, in `jit`, where they belong."""
+        return tree if self.mesh is None else constrain_model(tree, self.mesh, self.rules)
+
+    def place(self, shapes: Tree) -> Tree:
+        """Parameters as `jax.ShapeDtypeStruct`s, with the shardings that the rules give them."""
+        if self.mesh is None:
+            return shapes
+
+        def place(x: Any, sharding: Any) -> Any:
+            if sharding is None:
+                return x
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        shardings = parameter_shardings(shapes, self.mesh, self.rules)
+        return jax.tree.map(place, shapes, shardings, is_leaf=lambda x: x is None)
+
+    def reorder(self, tree: Tree) -> Tree:
+        """Positions `[… batch seq]`, in `jit`: in the order in which they are split, and split."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(self._split, reorder(tree, self._order_of(tree)))
+
+    def restore(self, tree: Tree) -> Tree:
+        """Positions in the order of the text."""
+        return tree if self.mesh is None else restore(tree, self._order_of(tree))
+
+    def load(self, rows: PackedRows, indices: np.ndarray) -> Batch:
+        """Rows `[… batch]`; each process reads those of its own devices."""
+        mesh = self.mesh
+        if mesh is None:
+            return rows.batch(indices)
+        num_rows = indices.shape[-1]
+        sharding = batch_sharding(
+            mesh, self.rules, " ".join(["_"] * (indices.ndim - 1) + ["batch", "_"])
+        )
+        parts = functools.cache(lambda start, stop: rows.batch(indices[..., start:stop]))
+
+        def of_devices(field: Callable[[Batch], Any]) -> jax.Array:
+            def of_device(where: Any) -> np.ndarray:
+                return field(parts(*where[-2].indices(num_rows)[:2]))
+
+            width = field(parts(0, 0)).shape[-1]
+            return jax.make_array_from_callback((*indices.shape, width), sharding, of_device)
+
+        return Batch(
+            tokens=of_devices(lambda batch: batch.tokens),
+            segment_ids=of_devices(lambda batch: batch.segment_ids),
+            position_ids=of_devices(lambda batch: batch.position_ids),
+        )
+
+    def on_one_device(self, model: emtp.MTPModel, like: emtp.MTPModel) -> emtp.MTPModel:
+        """A model as if it had never been split; on a device of each process.
+
+        `like` is the model of shapes that was never to be split.
+        """
+        if self.mesh is None:
+            return model
+        arrays = eqx.filter(model, eqx.is_array)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        whole = jax.jit(lambda arrays: arrays, out_shardings=everywhere)(arrays)
+        local = [x.addressable_data(0) for x in jax.tree.leaves(whole)]
+        shapes, rest = eqx.partition(like, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+        return eqx.combine(jax.tree.unflatten(jax.tree.structure(shapes), local), rest)
+
+    @property
+    def _num_shards_of_rows(self) -> int:
+        return 1 if self.mesh is None else self.rules.num_shards("seq", self.mesh)
+
+    def _order_of(self, tree: Any) -> np.ndarray:
+        seq = jax.tree.leaves(tree)[0].shape[-1]
+        shards = self._num_shards_of_rows
+        return zigzag_order(seq, shards) if shards > 1 else np.arange(seq)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        assert self.mesh is not None
+        words = " ".join(["_"] * (x.ndim - 2) + ["batch", "seq"])
+        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh, self.rules, words))
+
+
+ONE_DEVICE = Placement(None, DEFAULT_RULES)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"data=2,fsdp=4"` as sizes by name.
+
+    **Raises:** `ValueError` if it is not of that form.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name.strip() or not size.strip().isdigit() or name.strip() in sizes:
+            raise ValueError(
+                f"`mesh` must name each axis once with its size, as data=2,fsdp=4; got {text!r}."
+            )
+        sizes[name.strip()] = int(size)
+    return sizes

@@ -1,0 +1,271 @@
+"""Runs on many devices and in several processes, and what becomes of them when one dies."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from equinox_mtp.training import TrainConfig, checkpoints, last_checkpoint, train
+from equinox_mtp.training._placement import parse_mesh
+
+STEPS = 6
+CONFIG = TrainConfig(
+    vocab_size=8,
+    end_of_document=3,
+    embed_size=16,
+    num_layers=1,
+    num_heads=4,
+    mlp_size=32,
+    steps=STEPS,
+    batch_size=8,
+    seq_len=16,
+    eval_every=3,
+    eval_rows=8,
+    checkpoint_every=2,
+    compare_prompts=0,
+    warmup_steps=2,
+)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "tokens.npy"
+    rng = np.random.default_rng(0)
+    np.save(path, rng.integers(0, 5, 4000) % rng.integers(1, 5, 4000))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on one device."""
+    return train(dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path_factory.mktemp("one")))
+
+
+def losses(folder: Path) -> list[list[float]]:
+    """Step, and all losses and rates, of every record."""
+    found = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record: dict[str, Any] = json.loads(line)
+        values = [record["step"], record["main_loss"], *record["mtp_losses"]]
+        found.append(values + record.get("joint_acceptance", []))
+    return found
+
+
+def assert_same_losses(folder: Path, expected: Path) -> None:
+    found, wanted = losses(folder), losses(expected)
+    assert [f[0] for f in found] == [w[0] for w in wanted]
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+# One process
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=2,context=4", "data=2,context=2,tensor=2"])
+def test_a_run_on_a_mesh_is_that_on_one_device(
+    mesh: str, tokens: Path, whole: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, data=(tokens,), mesh=mesh, out=tmp_path, steps=STEPS)
+    train(config)
+    assert_same_losses(tmp_path, whole)
+
+
+def test_a_run_goes_on_on_another_mesh(tokens: Path, whole: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path, mesh="fsdp=4,tensor=2")
+    stop_after(2, config)
+    assert last_checkpoint(tmp_path / "checkpoints").name == "step_00000002"
+    stop_after(4, dataclasses.replace(config, resume=True, mesh="data=2,context=4"))
+    train(dataclasses.replace(config, resume=True, mesh=None))
+    assert_same_losses(tmp_path, whole)
+
+
+def stop_after(step: int, config: TrainConfig) -> None:
+    """Runs to a step, as if interrupted there."""
+    import equinox_mtp.training._train as module
+
+    real_step = module.train_step
+
+    def stopping_step(inputs: Any, state: Any) -> Any:
+        if int(state.step) == step - 1:
+            signal.raise_signal(signal.SIGINT)
+        return real_step(inputs, state)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "train_step", stopping_step)
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": "data"}, "`mesh` must name each axis once with its size"),
+        ({"mesh": "data=2,data=4"}, "`mesh` must name each axis once with its size"),
+        ({"mesh": "data=3"}, r"must multiply to the 8 device\(s\)"),
+        ({"mesh": "model=8"}, "an axis 'model' that no rule"),
+        ({"mesh": "data=8", "batch_size": 12}, "`batch_size` must be a multiple of `accumulate`"),
+        ({"mesh": "context=8", "seq_len": 24}, "`seq_len` must be a multiple of twice the 8"),
+        ({"mesh": "tensor=8"}, r"kernel` cannot be split by the rule 'heads'"),
+    ],
+)
+def test_meshes_that_do_not_fit(
+    options: dict[str, Any], message: str, tokens: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path / "run", **options)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_of_bare_machines_go_together() -> None:
+    with pytest.raises(ValueError, match="`process_id` go together, with `distributed`; got num_"):
+        TrainConfig(num_processes=2, distributed=True)
+
+
+def test_parse_mesh() -> None:
+    assert parse_mesh("data=2, fsdp=4") == {"data": 2, "fsdp": 4}
+
+
+# Several processes
+
+
+def command(tokens: Path, out: Path) -> list[str]:
+    options = [sys.executable, "-m", "equinox_mtp", "train"]
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(CONFIG, field.name)
+        if value != field.default and field.name not in ("data", "out"):
+            options += [f"--{field.name.replace('_', '-')}", str(value)]
+    return [*options, "--data", str(tokens), "--out", str(out)]
+
+
+class Processes:
+    """One command each, with some devices each, on this machine."""
+
+    def __init__(self, options: list[str], *, count: int = 2, devices: int = 4) -> None:
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        bare = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
+        self.all = [
+            subprocess.Popen(
+                [*options, "--distributed", *bare, "--process-id", str(index)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for index in range(count)
+        ]
+
+    def finish(self, timeout: float = 240) -> list[str]:
+        """The output of each, all of which end well."""
+        outputs = [process.communicate(timeout=timeout)[0] for process in self.all]
+        for process, output in zip(self.all, outputs, strict=True):
+            assert process.returncode == 0, output
+        return outputs
+
+    def kill(self) -> None:
+        for process in self.all:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def started() -> Iterator[list[Processes]]:
+    """Whatever is put here is ended with the test."""
+    everything: list[Processes] = []
+    yield everything
+    for processes in everything:
+        processes.kill()
+
+
+@pytest.mark.slow
+def test_two_processes(tokens: Path, whole: Path, tmp_path: Path, started: list[Processes]) -> None:
+    """Both see the same run; one of them writes; and when one dies, so does the other."""
+    options = [*command(tokens, tmp_path / "two"), "--mesh", "data=2,fsdp=4"]
+    started.append(Processes(options))
+    outputs = started[-1].finish()
+    assert_same_losses(tmp_path / "two", whole)
+    assert "expected accepted length" in outputs[0]
+    assert "expected accepted length" not in outputs[1]
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_dies(
+    tokens: Path, whole: Path, tmp_path: Path, started: list[Processes]
+) -> None:
+    options = [*command(tokens, tmp_path / "two"), "--mesh", "data=2,context=4"]
+    started.append(Processes(options))
+    first, second = started[-1].all
+    wait_for_checkpoint(tmp_path / "two", first)
+    second.kill()
+    output = first.communicate(timeout=120)[0]
+    if first.returncode == 0:
+        pytest.fail(f"the first process has not noticed that the second was killed:\n{output}")
+    started.append(Processes([*options[:4], "--resume", *options[-4:]]))
+    started[-1].finish()
+    assert_same_losses(tmp_path / "two", whole)
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not checkpoints(folder / "checkpoints") and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+# Kill -9
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tokens: Path, tmp_path: Path) -> None:
+    """In mid-step and in mid-save: the losses of the run that nobody stopped."""
+    config = dataclasses.replace(CONFIG, data=(tokens,), steps=40, checkpoint_every=1)
+    whole = train(dataclasses.replace(config, out=tmp_path / "whole"))
+    out = tmp_path / "killed"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    rng = random.Random(0)
+    options = [*command(tokens, out), "--steps", "40", "--checkpoint-every", "1"]
+    resume = [*options[:4], "--resume", "--out", str(out)]
+    reached = []
+    for kill in range(5):
+        process = subprocess.Popen(
+            resume if kill else options,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        # A little after the next checkpoint but one has begun to be written.
+        begun = {path.name[:13] for path in out.glob("checkpoints/step_*")}
+        first = max(begun, default="step_00000000")
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[0]
+            now = {path.name[:13] for path in out.glob("checkpoints/step_*")}
+            if len({name for name in now if name > first}) and checkpoints(out / "checkpoints"):
+                break
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        reached.append(last_checkpoint(out / "checkpoints").name)
+    assert len(set(reached)) > 2
+    assert reached[-1] < "step_00000040"
+    final = subprocess.run(
+        resume, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert final.returncode == 0, final.stdout + final.stderr
+    assert_same_losses(out, whole)
