@@ -1,5 +1,6 @@
 """Reading compiled programs: their arrays, and what devices exchange."""
 
+import functools
 import math
 import re
 from typing import Any, NamedTuple
@@ -11,6 +12,17 @@ class Collective(NamedTuple):
     in_loop: bool
 
 
+class Transfer(NamedTuple):
+    """What a device receives in one collective operation, how often, and for which JAX function."""
+
+    operation: str
+    num_bytes: int
+    times: int
+    origin: str
+
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 _OPERATIONS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|ragged-all-to-all"
 _CALLED = re.compile(
     r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
@@ -77,3 +89,112 @@ def collectives(program: str) -> list[Collective]:
             )
         )
     ]
+
+
+def transfers(program: str) -> list[Transfer]:
+    """All communication in a program, in bytes that each device receives.
+
+    In a group of n devices n - 1 of n parts come from elsewhere: (n-1)/n of the result of an
+    all-gather or an all-to-all, n - 1 times the result of a reduce-scatter, and twice (n-1)/n of
+    that of an all-reduce. A collective-permute brings all of its result, unless every device sends
+    to itself. An all-reduce of which only a slice is used is a reduce-scatter, as XLA's partitioner
+    writes it, followed by an all-reduce of the slice if the group has more devices than the result
+    has slices. What is in a loop's body happens as often as it runs, and what is in a branch as if
+    it were taken.
+
+    **Raises:** `ValueError` for an operation, a group or a loop that is not understood.
+    """
+    by_name = computations(program)
+    times = _times(by_name)
+    partitions = re.search(r"num_partitions=(\d+)", program)
+    num_devices = int(partitions[1]) if partitions else 1
+    found = []
+    for name, lines in by_name.items():
+        for line in lines:
+            if match := re.match(rf"(?:ROOT )?(%?[\w.-]+) = (.*?) ({_OPERATIONS})(\S*)\(", line):
+                result, operation = num_bytes(match[2]), match[3] + match[4]
+                kept = _slice_of(match[1], lines) if operation == "all-reduce" else None
+                origin = re.search(r'op_name="([^"]*)"', line)
+                found += [
+                    Transfer(part, received, times[name], origin[1] if origin else "")
+                    for part, received in _received(operation, result, kept, line, num_devices)
+                ]
+    return found
+
+
+def num_bytes(types: str) -> int:
+    """Of all arrays in a piece of HLO, as `(f32[2,3]{1,0}, s32[])`."""
+    arrays = re.findall(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]", types)
+    return sum(
+        _BYTES[dtype] * math.prod(map(int, filter(None, shape.split(","))))
+        for dtype, shape in arrays
+    )
+
+
+def _received(
+    operation: str, result: int, kept: int | None, line: str, num_devices: int
+) -> list[tuple[str, int]]:
+    """What one operation amounts to, and the bytes of each part; `kept` is the slice's, if any."""
+    if operation == "collective-permute":
+        pairs = re.findall(r"\{(\d+),(\d+)\}", line)
+        return [(operation, result if any(x != y for x, y in pairs) else 0)]
+    n = _group_size(line, num_devices)
+    if kept is not None and n % (slices := result // kept) == 0:
+        rest = _received("all-reduce", kept, None, "", n // slices) if n > slices else []
+        return [("reduce-scatter", kept * (slices - 1)), *rest]
+    match operation:
+        case "all-gather" | "all-to-all":
+            return [(operation, result * (n - 1) // n)]
+        case "all-reduce":
+            return [(operation, 2 * result * (n - 1) // n)]
+        case "reduce-scatter":
+            return [(operation, result * (n - 1))]
+    raise ValueError(f"what this operation moves is not known: {line}")
+
+
+def _slice_of(name: str, lines: list[str]) -> int | None:
+    """The bytes of the slice, if an instruction's result is used for nothing else."""
+    uses = [line for line in lines if re.search(rf"[(, ]{re.escape(name)}[,)]", line)]
+    if len(uses) == 1 and (match := re.search(r"= (\S+) dynamic-slice\(", uses[0])):
+        return num_bytes(match[1])
+    return None
+
+
+def _group_size(line: str, num_devices: int) -> int:
+    """How many devices exchange with one another, in any of HLO's notations."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(counted[1])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = {axis: int(size) for axis, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
+        return math.prod(sizes[axis.strip()] for axis in mesh[2].split(","))
+    return num_devices
+
+
+def _times(program: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs."""
+    calls: dict[str, list[tuple[str, int]]] = {name: [] for name in program}
+    for caller, lines in program.items():
+        for line in lines:
+            runs = _trip_count(line, program) if " while(" in line else 1
+            for name in called(line):
+                calls[name].append((caller, runs))
+
+    @functools.cache
+    def times(name: str) -> int:
+        return sum(times(caller) * runs for caller, runs in calls[name]) if calls[name] else 1
+
+    return {name: times(name) for name in program}
+
+
+def _trip_count(line: str, program: dict[str, list[str]]) -> int:
+    """As XLA says it, or as the condition does if it is `i < n`: `lax.scan` counts from 0."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.-]+)", line)
+    text = "\n".join(program[condition[1]]) if condition else ""
+    bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
+    if len(bounds) != 1 or not re.search(r"ROOT .* compare\(.*direction=LT", text):
+        raise ValueError(f"how often this loop runs is not known: {line}")
+    return int(bounds[0])

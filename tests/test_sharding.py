@@ -12,7 +12,7 @@ import pytest
 from golden import quick_jit
 from helpers import assert_close
 from hlo import collectives, compile_for, sizes
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 from jaxtyping import Array, Float
 
 import equinox_mtp as emtp
@@ -208,6 +208,23 @@ def test_a_training_step_is_that_of_one_device(name: str) -> None:
     assert step.model.decoder.decoder.embedding.sharding.spec == DEFAULT_RULES.spec(
         "vocab embed", mesh
     )
+
+
+@pytest.mark.parametrize("name", ["fsdp", "data_tensor_context"])
+def test_explicit_axes(name: str) -> None:
+    mesh = make_mesh(MESHES[name], axis_type=AxisType.Explicit)
+    model = sharding.shard_model(make_model(mesh), mesh)
+    with jax.set_mesh(mesh):
+        moments = sharding.shard_model(OPTIMIZER.init(eqx.filter(model, eqx.is_array)), mesh)
+        rows = sharding.shard_batch(make_rows(), mesh)
+        placed = sharding.parameter_shardings(model, mesh)
+        out = Step(P(), P(), placed, placed, sharding.parameter_shardings(moments, mesh))
+        step = quick_jit(sharding.automatic(train_step, out))(model, moments, rows)
+    assert_same_step(step, on_one_device())
+    kernel = step.model.block.layers.transformer_layer.attention.query_kernel
+    assert kernel.sharding.spec == DEFAULT_RULES.spec("_ embed heads head_dim", mesh)
+    assert kernel.sharding.mesh.axis_types == (AxisType.Explicit,) * len(MESHES[name])
+    assert step.model.decoder.layers.dropout.p == 0.0
 
 
 @pytest.mark.parametrize("name", ["data_context", "data_tensor_context"])

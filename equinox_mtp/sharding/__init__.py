@@ -1,5 +1,6 @@
 """Models and batches on many devices: rules, placement, and orders of positions."""
 
+from ._automatic import automatic as automatic
 from ._place import (
     batch_sharding as batch_sharding,
     constrain_model as constrain_model,

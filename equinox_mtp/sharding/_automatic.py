@@ -1,0 +1,50 @@
+"""Meshes whose axes are in the arrays' types."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+
+def automatic(function: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
+    """A training step, or any function, for a mesh of `Explicit` axes.
+
+    Inside, partitioning is left to XLA, as it is on a mesh of `Auto` axes: the library's modules do
+    not say of every product how its result is split. On other meshes the function is called as it
+    stands.
+
+        shardings = parameter_shardings(model, mesh)
+        step = eqx.filter_jit(automatic(train_step, (shardings, P())))  # a new model, and a loss
+
+    **Arguments:**
+
+    - `function`: of and to pytrees with arrays in them; call it within `jax.set_mesh(mesh)`, and in
+        `jit`.
+    - `out_shardings`: for each output, or each tree of outputs, its sharding or partition spec.
+    """
+
+    def run(*arguments: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.explicit_axes:
+            return function(*arguments)
+        arrays, rest = eqx.partition(arguments, eqx.is_array)
+        others: list[Any] = []
+
+        def on_arrays(arrays: Any) -> Any:
+            out, other = eqx.partition(function(*eqx.combine(arrays, rest)), eqx.is_array)
+            others.append(other)
+            return out
+
+        shardings = jax.tree.map(
+            lambda spec: NamedSharding(
+                mesh, spec.spec if isinstance(spec, NamedSharding) else spec
+            ),
+            out_shardings,
+            is_leaf=lambda x: isinstance(x, P),
+        )
+        out = jax.sharding.auto_axes(on_arrays, out_sharding=shardings)(arrays)
+        return eqx.combine(out, others[-1])
+
+    return run

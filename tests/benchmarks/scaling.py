@@ -1,0 +1,334 @@
+"""What one training step moves between 8, 64 and 512 devices: weak scaling on paper.
+
+    python tests/benchmarks/scaling.py [--devices 8 64 512] [--json FILE]
+
+Nothing is run: a step (forward, backward, optimizer) is compiled for that many devices, which the
+host pretends to have, from the shapes of its arrays alone, and the program is read. The model has
+DeepSeek-V3's sizes (arXiv 2412.19437, §4.2) and one prediction depth, with dense feed-forward
+networks (of its first layers' size) in place of experts, and grouped queries in place of latent
+attention: this library's reference decoder. Every device has as many tokens whatever their number.
+
+Bytes are those a device receives. In a group of n devices that is (n-1)/n of the result of an
+all-gather or an all-to-all, n - 1 times the result of a reduce-scatter, twice (n-1)/n of that of an
+all-reduce, and all of a collective-permute's; what is in a loop counts each time. They are read
+from the program as XLA's partitioner leaves it, which is the same for all platforms, before the
+CPU's compiler makes float32 of bfloat16. The partitioner writes a reduce-scatter as an all-reduce
+of which each device keeps a slice, and so it is counted: along the slices, and an all-reduce of the
+slice over what else was in the group. Compilers for accelerators spare some all-reduces: they add
+up gradients of the same activations before, not after.
+
+Memory is that of the program that the CPU's compiler makes, with activations in float32: an upper
+bound of what temporaries take elsewhere.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+import equinox_mtp as emtp
+from equinox_mtp.sharding import DEFAULT_RULES, constrain_model, make_mesh, parameter_shardings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hlo import Transfer, transfers
+
+OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+OPTIMIZER = optax.adamw(1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Those of a model."""
+
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    dtype: str
+
+
+class Layout(NamedTuple):
+    """A mesh, and the length of the rows of which each shard of the batch has one."""
+
+    mesh: dict[str, int]
+    seq: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model, and where it is to lie."""
+
+    sizes: Sizes
+    layouts: tuple[Layout, ...]
+
+
+DEEPSEEK_V3 = Sizes(7168, 61, 128, 8, 128, 18_432, 129_280, "bfloat16")
+PRESETS = {
+    "cpu": Preset(
+        DEEPSEEK_V3,
+        (
+            Layout({"fsdp": 2, "tensor": 4}, 4096),
+            Layout({"context": 2, "tensor": 4}, 8192),
+            Layout({"fsdp": 16, "tensor": 4}, 4096),
+            Layout({"fsdp": 8, "context": 2, "tensor": 4}, 8192),
+            Layout({"data": 8, "fsdp": 16, "tensor": 4}, 4096),
+            Layout({"data": 8, "fsdp": 8, "context": 2, "tensor": 4}, 8192),
+        ),
+    ),
+    "tiny": Preset(
+        Sizes(64, 3, 4, 4, 16, 96, 320, "float32"),
+        (Layout({"data": 8}, 32), Layout({"fsdp": 8}, 32), Layout({"data": 2, "fsdp": 4}, 32)),
+    ),
+}
+
+
+class Batch(NamedTuple):
+    """Packed rows, aligned and in the order in which they are split."""
+
+    input_ids: Any
+    target_ids: Any
+    position_ids: Any
+    segment_ids: Any
+    targets: emtp.MTPTargets
+
+
+def make_model(sizes: Sizes, mesh: Mesh) -> emtp.MTPModel:
+    """A decoder and one prediction depth."""
+    attention = emtp.nn.causal_attention
+    if "context" in mesh.axis_names:
+        attention = emtp.nn.causal_attention_by_position
+    config = emtp.nn.TransformerConfig(
+        vocab_size=sizes.vocab,
+        embed_size=sizes.embed,
+        num_layers=sizes.layers,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        mlp_size=sizes.mlp,
+        tie_embeddings=False,
+        dtype=sizes.dtype,
+        remat=True,
+        attention=attention,
+        sharding=DEFAULT_RULES.head_sharding(mesh),
+    )
+    decoder_key, block_key = jax.random.split(jax.random.key(0))
+    return emtp.MTPModel(
+        emtp.nn.TransformerDecoder(config, key=decoder_key),
+        emtp.MultiTokenPredictionBlock(
+            emtp.MTPConfig.preset("deepseek_v3", num_depths=1),
+            functools.partial(emtp.nn.TransformerDecoderLayer, config),
+            embed_size=sizes.embed,
+            key=block_key,
+        ),
+    )
+
+
+def make_batch(rows: int, seq: int) -> Batch:
+    """Rows of nothing, for their shapes."""
+    ids = jnp.zeros((rows, seq), jnp.int32)
+    targets = emtp.align_targets(ids, ids, num_depths=1, segment_ids=ids, position_ids=ids)
+    return Batch(ids, ids, ids, ids, targets)
+
+
+def loss_fn(model: emtp.MTPModel, batch: Batch) -> jax.Array:
+    """The main model's loss and the prediction depth's."""
+    output = model(
+        batch.input_ids,
+        batch.target_ids,
+        position_ids=batch.position_ids,
+        segment_ids=batch.segment_ids,
+        targets=batch.targets,
+        predictions=False,
+    )
+    return output.main.mean + emtp.calculate_mtp_loss(output.mtp.losses, scaling_factor=0.3)
+
+
+def train_step(
+    model: emtp.MTPModel, optimizer_state: Any, batch: Batch, mesh: Mesh
+) -> tuple[emtp.MTPModel, Any, jax.Array]:
+    """Forward, backward and update; parameters stay where they are."""
+    loss, grads = eqx.filter_value_and_grad(loss_fn)(model, batch)
+    params = eqx.filter(model, eqx.is_array)
+    updates, optimizer_state = OPTIMIZER.update(grads, optimizer_state, params)
+    model, optimizer_state = constrain_model(
+        (eqx.apply_updates(model, updates), optimizer_state), mesh
+    )
+    return model, optimizer_state, loss
+
+
+# Compiling without arrays
+
+
+def is_shape(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes that know where their arrays would lie."""
+
+    def place(x: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if is_shape(x) else x
+
+    return jax.tree.map(place, shapes, shardings, is_leaf=lambda x: x is None)
+
+
+def lower(sizes: Sizes, layout: Layout, mesh: Mesh) -> tuple[Any, int]:
+    """A step for a mesh, lowered, and the number of the model's parameters."""
+    model = eqx.filter_eval_shape(make_model, sizes, mesh)
+    params = eqx.filter(model, is_shape)
+    state = model, eqx.filter_eval_shape(OPTIMIZER.init, params)
+    arrays, static = eqx.partition(placed(state, parameter_shardings(state, mesh)), is_shape)
+    rows = DEFAULT_RULES.num_shards("batch", mesh)
+    batch = jax.eval_shape(functools.partial(make_batch, rows, layout.seq))
+    words = {2: "batch seq", 3: "depth batch seq"}
+    batch = placed(
+        batch,
+        jax.tree.map(lambda x: NamedSharding(mesh, DEFAULT_RULES.spec(words[x.ndim], mesh)), batch),
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(arrays: Any, batch: Batch) -> Any:
+        *state, loss = train_step(*eqx.combine(arrays, static), batch, mesh)
+        return eqx.filter(state, eqx.is_array), loss
+
+    with jax.set_mesh(mesh):
+        return step.lower(arrays, batch), sum(x.size for x in jax.tree.leaves(params))
+
+
+def compile_and_read(lowered: Any) -> tuple[Any, str]:
+    """The compiled step, and its program as the partitioner left it."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(
+            {
+                "xla_backend_optimization_level": 0,
+                "xla_dump_to": folder,
+                "xla_dump_hlo_pass_re": "spmd-partitioning",
+            }
+        )
+        (program,) = Path(folder).glob("*after_spmd-partitioning*")
+        return compiled, program.read_text()
+
+
+def cost(transfer: Transfer) -> int:
+    """Bytes in all of a step."""
+    return transfer.num_bytes * transfer.times
+
+
+def measure(preset: str, devices: int) -> list[dict[str, Any]]:
+    """The rows for a number of devices, which must be what this process has."""
+    # Compile times are to be those of a first run.
+    jax.config.update("jax_enable_compilation_cache", False)
+    sizes = PRESETS[preset].sizes
+    rows = []
+    for layout in layouts_for(preset, devices):
+        mesh = make_mesh(layout.mesh)
+        start = time.perf_counter()
+        lowered, num_parameters = lower(sizes, layout, mesh)
+        compiled, program = compile_and_read(lowered)
+        compile_s = time.perf_counter() - start
+        found = transfers(program)
+        moved = {name: sum(cost(x) for x in found if x.operation == name) for name in OPERATIONS}
+        memory = compiled.memory_analysis()
+        tokens = DEFAULT_RULES.num_shards("batch", mesh) * layout.seq
+        rows.append(
+            {
+                "devices": devices,
+                "mesh": layout.mesh,
+                "seq": layout.seq,
+                "tokens_per_device": tokens // devices,
+                "parameters": num_parameters,
+                "moved_bytes": moved,
+                "total_moved_bytes": sum(moved.values()),
+                "transfers": [x._asdict() for x in sorted(found, key=cost, reverse=True)],
+                "argument_bytes": memory.argument_size_in_bytes,
+                "temp_bytes": memory.temp_size_in_bytes,
+                "compile_s": compile_s,
+            }
+        )
+        print(f"compiled for {describe(layout.mesh)}", file=sys.stderr)
+    return rows
+
+
+def in_new_process(preset: str, devices: int) -> list[dict[str, Any]]:
+    """`measure` with so many devices: a process has the number it starts with."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(measure, preset, devices).result()
+
+
+# Tables
+
+
+def describe(mesh: dict[str, int]) -> str:
+    return " · ".join(f"{axis} {size}" for axis, size in mesh.items())
+
+
+def layouts_for(preset: str, devices: int) -> list[Layout]:
+    """Those of the preset with so many devices."""
+    return [x for x in PRESETS[preset].layouts if math.prod(x.mesh.values()) == devices]
+
+
+def print_table(sizes: Sizes, rows: list[dict[str, Any]]) -> None:
+    """A table for people, and for README."""
+    print(f"\n{sizes}, {rows[0]['parameters'] / 1e9:.1f} billion parameters, dense: a stand-in for")
+    print("a mixture of experts. GiB that each device receives in a step, and memory in GiB:\n")
+    columns = ("devices", "mesh", "seq", "tokens/device", *OPERATIONS, "total")
+    columns += ("arguments", "temporaries", "compile (s)")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        moved = [*row["moved_bytes"].values(), row["total_moved_bytes"]]
+        memory = [row["argument_bytes"], row["temp_bytes"]]
+        cells = [row["devices"], describe(row["mesh"]), row["seq"], row["tokens_per_device"]]
+        cells += [f"{x / 2**30:.4g}" for x in (*moved, *memory)] + [f"{row['compile_s']:.0f}"]
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def main() -> None:
+    """Compiles everything, and says what it found."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--devices", type=int, nargs="+", help="all of the preset if not given")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    arguments = parser.parse_args()
+    preset = PRESETS[arguments.preset]
+    known = sorted({math.prod(layout.mesh.values()) for layout in preset.layouts})
+    for devices in arguments.devices or ():
+        if devices not in known:
+            parser.error(f"--devices must be of {known}, the preset's; got {devices}")
+    rows = []
+    for devices in arguments.devices or known:
+        rows += in_new_process(arguments.preset, devices)
+    print_table(preset.sizes, rows)
+    if arguments.json:
+        report = {
+            "preset": arguments.preset,
+            "sizes": dataclasses.asdict(preset.sizes),
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
