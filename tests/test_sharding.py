@@ -198,7 +198,7 @@ def test_a_training_step_is_that_of_one_device(name: str) -> None:
     if shape["context"] == 1:
         assert shifts == []
     else:
-        fields = 4  # inputs, positions, targets and documents
+        fields = 4  # inputs, targets and their masks, and documents
         assert sorted(shifts) == sorted(((k * rows),) for k in (1, 2, 3) for _ in range(fields))
     # Logits are computed in tiles.
     tokens = rows * SEQ // shape["context"]
@@ -359,6 +359,21 @@ def test_rules_that_do_not_fit() -> None:
         sharding.shard_model(model, make_mesh({"fsdp": 8}), rules)
     with pytest.raises(ValueError, match=r"an axis 'model' that no rule in `rules` names"):
         sharding.shard_model(model, make_mesh({"model": 8}))
+    cases = [
+        (DEFAULT_RULES.replace(vocb="fsdp"), "axis words that no parameter has: vocb"),
+        (DEFAULT_RULES.replace(embed="fdsp"), "splits 'embed' over 'fdsp', which is no axis of"),
+        (
+            DEFAULT_RULES.replace(parameters={"gate.kernel": "embd mlp"}),
+            r"rule 'gate.kernel' of `rules` must name .* got 'embd mlp'",
+        ),
+        (
+            DEFAULT_RULES.replace(parameters={"norm.scale": "embed mlp heads"}),
+            r"must name the last axes of `.*scale`, which has shape .* got 'embed mlp heads'",
+        ),
+    ]
+    for rules, message in cases:
+        with pytest.raises(ValueError, match=message):
+            sharding.shard_model(model, make_mesh({"fsdp": 8}), rules)
     rules = DEFAULT_RULES.replace(head_dim="tensor")
     message = r"query_kernel` cannot be split by the rule 'heads': 'tensor'.* size 8 .* 16|kv_heads"
     with pytest.raises(ValueError, match=message):
@@ -369,6 +384,8 @@ def test_rules_that_do_not_fit() -> None:
         make_mesh({"data": 0})
     with pytest.raises(ValueError, match=r"`batch` must be a multiple of the 8 device"):
         sharding.shard_batch(np.zeros((6, 4)), make_mesh({"data": 8}))
+    with pytest.raises(ValueError, match=r"last axes are `batch` and `seq`; got one of shape \(8,"):
+        sharding.shard_batch(np.zeros(8), make_mesh({"data": 8}))
     with pytest.raises(ValueError, match=r"`seq` must be a multiple of the 8 device"):
         sharding.shard_batch(np.zeros((8, 4)), make_mesh({"context": 8}))
     whole: Any = sharding.shard_batch(np.zeros((8, 5)), make_mesh({"context": 8}), split_seq=False)

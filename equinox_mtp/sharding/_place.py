@@ -33,7 +33,11 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
     """
     # The defaults are for more than one kind of model.
     defaults = DEFAULT_RULES.parameters
-    unused = {rule for rule, words in rules.parameters.items() if defaults.get(rule) != words}
+    own = {rule for rule, words in rules.parameters.items() if defaults.get(rule) != words}
+    unused = set(own)
+
+    new_words = set(rules.axes) - set(DEFAULT_RULES.axes) - _LEGEND
+    known = set(rules.axes) | _LEGEND | {UNSPLIT}
 
     def place(path: Any, leaf: Any) -> NamedSharding | None:
         if not (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
@@ -43,6 +47,9 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
         if rule is not None:
             unused.discard(rule)
             words = rules.parameters[rule].split()
+            if rule in own:
+                _check_rule(rule, words, known, name, leaf.shape)
+        new_words.difference_update(words)
         spec = _spec(name, words, leaf.shape, mesh, rules)
         return NamedSharding(mesh, spec)
 
@@ -52,7 +59,12 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
         raise ValueError(
             f"`rules` has parameter rules that fit no parameter: "
             f"{', '.join(map(repr, sorted(unused)))}. The parameters are {', '.join(names)}. Leave "
-            "them out of `ShardingRules(axes, parameters)`, or mend the names."
+            "the rules out, or mend their names."
+        )
+    if new_words:
+        raise ValueError(
+            f"`rules` has axis words that no parameter has: {', '.join(sorted(new_words))}. Those "
+            f"of the library are {', '.join(sorted(_LEGEND))}."
         )
     return shardings
 
@@ -113,6 +125,11 @@ def shard_batch(
     num_local = max(1, num_rows // jax.process_count())
 
     def place(x: Any) -> Any:
+        if np.ndim(x) < 2:
+            raise ValueError(
+                "`batch` must hold arrays whose last axes are `batch` and `seq`; got one of shape "
+                f"{np.shape(x)}."
+            )
         words = [UNSPLIT] * (x.ndim - 2) + ["batch", "seq" if split_seq else UNSPLIT]
         spec = rules.spec(" ".join(words), mesh)
         for word, size, parts in (
@@ -121,8 +138,8 @@ def shard_batch(
         ):
             if size % parts:
                 raise ValueError(
-                    f"`{word}` must be a multiple of the {parts} device(s) of this host that share "
-                    f"it by the rule {word!r}: {rules.axes[word]!r}; got {size}."
+                    f"`{word}` must be a multiple of the {parts} device(s) that share it by the "
+                    f"rule {word!r}: {rules.axes[word]!r}; got {size}."
                 )
         sharding = NamedSharding(mesh, spec)
         if jax.process_count() == 1:
@@ -133,6 +150,10 @@ def shard_batch(
 
 
 # Names and axis words
+
+
+_LEGEND = {"batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp"}
+"""The axis words of `_types`."""
 
 
 def _leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
@@ -198,11 +219,22 @@ def _spec(
         if size % parts:
             raise ValueError(
                 f"`{name}` cannot be split by the rule {word!r}: {rules.axes[word]!r}: its axis "
-                f"`{word}` of size {size} is no multiple of the {parts} devices of the mesh axes "
-                f"{', '.join(map(repr, names))}. Choose other sizes, or "
+                f"`{word}` of size {size} is no multiple of the {parts} devices of "
+                f"{' · '.join(map(repr, names))}. Choose other sizes, or "
                 f"`rules.replace({word}=None)`."
             )
     return spec
+
+
+def _check_rule(
+    rule: str, words: list[str], known: set[str], name: str, shape: tuple[int, ...]
+) -> None:
+    unknown = [word for word in words if word not in known]
+    if unknown or len(words) > len(shape):
+        raise ValueError(
+            f"the parameter rule {rule!r} of `rules` must name the last axes of `{name}`, which "
+            f"has shape {shape}, each by one of {', '.join(sorted(known))}; got {' '.join(words)!r}."
+        )
 
 
 def _constrain(x: Any, sharding: NamedSharding) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
 from .._head_sharding import HeadSharding, MeshAxes
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
-"""The mesh axes that the default rules know."""
+"""The mesh axes of the default rules; a mesh may lack some of them."""
 
 UNSPLIT = "_"
 """The axis word of an array axis that is never split."""
@@ -33,9 +33,9 @@ class ShardingRules:
     - `parameters`: from the ends of parameter names, as `"gate.kernel"`, to their axis words,
         `"embed mlp"`; `"_"` is an axis that is not split. Of several that fit the longest counts.
 
-    **Raises:** `ValueError` where a mesh has an axis that no rule names, a parameter rule fits no
-    parameter, or an array axis is no multiple of the devices that share it: not here, but in the
-    functions that use the rules.
+    **Raises:** `ValueError` where mesh and rules do not know each other's axes, a rule of one's own
+    fits no parameter, or an array axis is no multiple of the devices that share it: not here, but
+    in the functions that use the rules.
     """
 
     axes: Mapping[str, MeshAxes]
@@ -83,6 +83,13 @@ class ShardingRules:
 
     def _check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
         known = sorted({name for axes in self.axes.values() for name in _names(axes)})
+        for word, axes in self.axes.items():
+            for name in _names(axes):
+                if name not in MESH_AXES and name not in mesh.axis_names:
+                    raise ValueError(
+                        f"`rules` splits {word!r} over {name!r}, which is no axis of `mesh`, "
+                        f"{mesh.axis_names}, nor one of those it may lack, {MESH_AXES}."
+                    )
         for name in mesh.axis_names:
             if name not in known and mesh.shape[name] > 1:
                 raise ValueError(
