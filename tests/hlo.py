@@ -97,12 +97,11 @@ def transfers(program: str) -> list[Transfer]:
     In a group of n devices n - 1 of n parts come from elsewhere: (n-1)/n of the result of an
     all-gather or an all-to-all, n - 1 times the result of a reduce-scatter, and twice (n-1)/n of
     that of an all-reduce. A collective-permute brings all of its result, unless every device sends
-    to itself. An all-reduce of which only a slice is used is a reduce-scatter, as XLA's partitioner
-    writes it, followed by an all-reduce of the slice if the group has more devices than the result
-    has slices. What is in a loop's body happens as often as it runs, and what is in a branch as if
-    it were taken.
+    to itself. An all-reduce of which each device uses one of n slices is a reduce-scatter, as XLA's
+    partitioner writes it. What is in a loop's body happens as often as it runs, and what is in a
+    branch as if it were taken.
 
-    **Raises:** `ValueError` for an operation, a group or a loop that is not understood.
+    **Raises:** `ValueError` for an operation or a loop that is not understood.
     """
     by_name = computations(program)
     times = _times(by_name)
@@ -111,14 +110,15 @@ def transfers(program: str) -> list[Transfer]:
     found = []
     for name, lines in by_name.items():
         for line in lines:
-            if match := re.match(rf"(?:ROOT )?(%?[\w.-]+) = (.*?) ({_OPERATIONS})(\S*)\(", line):
-                result, operation = num_bytes(match[2]), match[3] + match[4]
-                kept = _slice_of(match[1], lines) if operation == "all-reduce" else None
-                origin = re.search(r'op_name="([^"]*)"', line)
-                found += [
-                    Transfer(part, received, times[name], origin[1] if origin else "")
-                    for part, received in _received(operation, result, kept, line, num_devices)
-                ]
+            match = re.match(rf"(?:ROOT )?(%?[\w.-]+) = (.*?) ((?:{_OPERATIONS})\S*)\(", line)
+            if match is None:
+                continue
+            operation, result, n = match[3], num_bytes(match[2]), _group_size(line, num_devices)
+            if operation == "all-reduce" and _is_only_sliced(match[1], result // n, lines):
+                operation, result = "reduce-scatter", result // n
+            received = _received(operation, result, n, line)
+            origin = re.search(r'op_name="([^"]*)"', line)
+            found.append(Transfer(operation, received, times[name], origin[1] if origin else ""))
     return found
 
 
@@ -131,33 +131,25 @@ def num_bytes(types: str) -> int:
     )
 
 
-def _received(
-    operation: str, result: int, kept: int | None, line: str, num_devices: int
-) -> list[tuple[str, int]]:
-    """What one operation amounts to, and the bytes of each part; `kept` is the slice's, if any."""
-    if operation == "collective-permute":
-        pairs = re.findall(r"\{(\d+),(\d+)\}", line)
-        return [(operation, result if any(x != y for x, y in pairs) else 0)]
-    n = _group_size(line, num_devices)
-    if kept is not None and n % (slices := result // kept) == 0:
-        rest = _received("all-reduce", kept, None, "", n // slices) if n > slices else []
-        return [("reduce-scatter", kept * (slices - 1)), *rest]
+def _received(operation: str, result: int, n: int, line: str) -> int:
     match operation:
         case "all-gather" | "all-to-all":
-            return [(operation, result * (n - 1) // n)]
+            return result * (n - 1) // n
         case "all-reduce":
-            return [(operation, 2 * result * (n - 1) // n)]
+            return 2 * result * (n - 1) // n
         case "reduce-scatter":
-            return [(operation, result * (n - 1))]
+            return result * (n - 1)
+        case "collective-permute":
+            pairs = re.findall(r"\{(\d+),(\d+)\}", line)
+            return result if any(source != target for source, target in pairs) else 0
     raise ValueError(f"what this operation moves is not known: {line}")
 
 
-def _slice_of(name: str, lines: list[str]) -> int | None:
-    """The bytes of the slice, if an instruction's result is used for nothing else."""
-    uses = [line for line in lines if re.search(rf"[(, ]{re.escape(name)}[,)]", line)]
-    if len(uses) == 1 and (match := re.search(r"= (\S+) dynamic-slice\(", uses[0])):
-        return num_bytes(match[1])
-    return None
+def _is_only_sliced(name: str, slice_bytes: int, lines: list[str]) -> bool:
+    """Whether nothing uses an instruction's result but one slice of that size."""
+    uses = [line for line in lines if re.search(rf"[( ]{re.escape(name)}[,)]", line)]
+    taken = [re.search(r"= (\S+) dynamic-slice\(", line) for line in uses]
+    return [match and num_bytes(match[1]) for match in taken] == [slice_bytes]
 
 
 def _group_size(line: str, num_devices: int) -> int:

@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from hlo import compile_for, transfers
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from equinox_mtp.sharding import make_mesh
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -66,3 +73,76 @@ def test_generation_rows_of_every_batch_and_number_of_drafts(tmp_path: Path) -> 
         assert row["ideal_speedup"] == pytest.approx(ideal)
         assert row["speedup"] == pytest.approx(row["tokens_per_s"] / plain["tokens_per_s"])
         assert f"| tiny | {row['batch']} | {drafts} | {row['tokens_per_s']:,.0f} " in printed
+
+
+@pytest.mark.slow
+def test_what_a_step_moves_is_what_its_parameters_take(tmp_path: Path) -> None:
+    report, printed = report_of("scaling.py", ["--preset", "tiny"], tmp_path)
+    data, fsdp = report["rows"]
+    assert (data["mesh"], fsdp["mesh"]) == ({"data": 8}, {"fsdp": 8})
+    sizes = report["sizes"]
+    layers, embed, vocab = sizes["layers"], sizes["embed"], sizes["vocab"]
+    layer = 4 * embed * embed + 3 * embed * sizes["mlp"]
+    # The prediction depth has a layer and a projection, and three norms beside its layer's two.
+    matrices = (layers + 1) * layer + 2 * embed * embed
+    norms = (2 * layers + 1 + 2 + 3) * embed
+    assert data["parameters"] == matrices + norms + 2 * vocab * embed
+    # Of each float32, seven of eight parts come from elsewhere: 3.5 bytes, and 7 in an all-reduce.
+    # Embedding, head and final norm are used twice, in the main model and in the depth; beside
+    # gradients there are six numbers: of both a loss, its z-loss, and a count.
+    gradients = data["parameters"] + 2 * vocab * embed + embed
+    assert data["moved_bytes"] == only(**{"all-reduce": 7 * (gradients + 6)})
+    # Layers are gathered for the forward and for the backward pass, and the head once; so are
+    # the token ids, so that each device finds its features in the embedding, for three lookups.
+    tokens = 8 * fsdp["seq"]
+    assert fsdp["moved_bytes"] == only(
+        **{
+            "all-gather": 3.5 * (2 * matrices + vocab * embed + 3 * tokens),
+            "reduce-scatter": 3.5 * matrices,
+            "all-reduce": 7 * (2 * vocab * embed + norms + embed + 6),
+            "all-to-all": 3.5 * 5 * fsdp["seq"] * embed,
+        }
+    )
+    for row in (data, fsdp):
+        assert sum(x["times"] == layers for x in row["transfers"]) > 5
+        assert row["total_moved_bytes"] == sum(row["moved_bytes"].values())
+        assert row["tokens_per_device"] == row["seq"] == 32
+        assert f"| {next(iter(row['mesh']))} 8 | 32 | 32 |" in printed
+    # Parameters, their two moments and a count; of each token six ids and a mask.
+    assert data["argument_bytes"] == 3 * 4 * data["parameters"] + 4 + (6 * 4 + 1) * data["seq"]
+    assert fsdp["argument_bytes"] < data["argument_bytes"] / 7
+
+
+def only(**moved: float) -> dict[str, float]:
+    """These kinds, and none of the others."""
+    kinds = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+    return dict.fromkeys(kinds, 0) | moved
+
+
+def test_transfers_of_each_kind_and_in_nested_loops() -> None:
+    mesh = make_mesh({"data": 2, "tensor": 4})
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=P(("data", "tensor")), out_specs=P(("data", "tensor")))
+    def function(x: jax.Array) -> jax.Array:
+        def inner(_: int, x: jax.Array) -> jax.Array:
+            return jnp.sin(lax.ppermute(x, "tensor", [(0, 1), (1, 2), (2, 3), (3, 0)]))
+
+        def outer(_: int, x: jax.Array) -> jax.Array:
+            x = lax.fori_loop(0, 5, inner, x)
+            return x * lax.pcast(lax.psum(x, "data"), "data", to="varying")
+
+        x = lax.fori_loop(0, 3, outer, x)
+        x = lax.all_to_all(x, "tensor", 0, 0, tiled=True)
+        x = lax.all_gather(x, "tensor", tiled=True)
+        return lax.psum_scatter(jnp.cos(x), "data", tiled=True)
+
+    _, program = compile_for(function, jnp.zeros((8 * 4, 6), jnp.float32))
+    size = 4 * 6 * 4
+    assert sorted(x[:3] for x in transfers(program)) == [
+        ("all-gather", 3 * size, 1),
+        ("all-reduce", size, 3),
+        ("all-to-all", 3 * size // 4, 1),
+        ("collective-permute", size, 15),
+        ("reduce-scatter", 2 * size, 1),
+    ]

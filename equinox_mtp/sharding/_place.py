@@ -233,7 +233,8 @@ def _check_rule(
     if unknown or len(words) > len(shape):
         raise ValueError(
             f"the parameter rule {rule!r} of `rules` must name the last axes of `{name}`, which "
-            f"has shape {shape}, each by one of {', '.join(sorted(known))}; got {' '.join(words)!r}."
+            f"has shape {shape}, each by one of {', '.join(sorted(known))}; got "
+            f"{' '.join(words)!r}."
         )
 
 

@@ -2,23 +2,23 @@
 
     python tests/benchmarks/scaling.py [--devices 8 64 512] [--json FILE]
 
-Nothing is run: a step (forward, backward, optimizer) is compiled for that many devices, which the
+Nothing is run: a step (forward, backward, optimizer) is compiled for so many devices, which the
 host pretends to have, from the shapes of its arrays alone, and the program is read. The model has
-DeepSeek-V3's sizes (arXiv 2412.19437, §4.2) and one prediction depth, with dense feed-forward
-networks (of its first layers' size) in place of experts, and grouped queries in place of latent
-attention: this library's reference decoder. Every device has as many tokens whatever their number.
+DeepSeek-V3's sizes (arXiv 2412.19437, §4.2) and one prediction depth, but it is this library's
+reference decoder: dense feed-forward networks, as in the first layers there, stand in for experts,
+and grouped queries for latent attention. Every device has as many tokens whatever their number.
 
-Bytes are those a device receives. In a group of n devices that is (n-1)/n of the result of an
+Bytes are those that a device receives. In a group of n devices that is (n-1)/n of the result of an
 all-gather or an all-to-all, n - 1 times the result of a reduce-scatter, twice (n-1)/n of that of an
-all-reduce, and all of a collective-permute's; what is in a loop counts each time. They are read
-from the program as XLA's partitioner leaves it, which is the same for all platforms, before the
-CPU's compiler makes float32 of bfloat16. The partitioner writes a reduce-scatter as an all-reduce
-of which each device keeps a slice, and so it is counted: along the slices, and an all-reduce of the
-slice over what else was in the group. Compilers for accelerators spare some all-reduces: they add
-up gradients of the same activations before, not after.
+all-reduce, and all of that of a collective-permute; what is in a loop counts each time. They are
+read from the program as XLA's partitioner leaves it, the same for all platforms, before the CPU's
+compiler makes float32 of bfloat16. The partitioner writes a reduce-scatter as an all-reduce of
+which each device uses its slice; it is counted as what it is. Compilers for accelerators add
+gradients of the same activations up before they all-reduce them, not after as here: of the five
+all-reduces of a layer's backward pass over `tensor` that leaves two.
 
-Memory is that of the program that the CPU's compiler makes, with activations in float32: an upper
-bound of what temporaries take elsewhere.
+Memory is that of the CPU's program, with activations in float32: an upper bound of what temporaries
+take elsewhere. Compile times are without LLVM's optimisations.
 """
 
 import argparse
@@ -72,31 +72,27 @@ class Layout(NamedTuple):
     mesh: dict[str, int]
     seq: int
 
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """A model, and where it is to lie."""
-
-    sizes: Sizes
-    layouts: tuple[Layout, ...]
+    @property
+    def num_devices(self) -> int:
+        """Of the mesh."""
+        return math.prod(self.mesh.values())
 
 
-DEEPSEEK_V3 = Sizes(7168, 61, 128, 8, 128, 18_432, 129_280, "bfloat16")
 PRESETS = {
-    "cpu": Preset(
-        DEEPSEEK_V3,
-        (
+    "cpu": (
+        Sizes(7168, 61, 128, 8, 128, 18_432, 129_280, "bfloat16"),
+        [
             Layout({"fsdp": 2, "tensor": 4}, 4096),
             Layout({"context": 2, "tensor": 4}, 8192),
             Layout({"fsdp": 16, "tensor": 4}, 4096),
             Layout({"fsdp": 8, "context": 2, "tensor": 4}, 8192),
             Layout({"data": 8, "fsdp": 16, "tensor": 4}, 4096),
             Layout({"data": 8, "fsdp": 8, "context": 2, "tensor": 4}, 8192),
-        ),
+        ],
     ),
-    "tiny": Preset(
+    "tiny": (
         Sizes(64, 3, 4, 4, 16, 96, 320, "float32"),
-        (Layout({"data": 8}, 32), Layout({"fsdp": 8}, 32), Layout({"data": 2, "fsdp": 4}, 32)),
+        [Layout({"data": 8}, 32), Layout({"fsdp": 8}, 32)],
     ),
 }
 
@@ -179,6 +175,7 @@ def train_step(
 
 
 def is_shape(x: Any) -> bool:
+    """Whether something stands for an array."""
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
@@ -234,38 +231,44 @@ def cost(transfer: Transfer) -> int:
 
 
 def measure(preset: str, devices: int) -> list[dict[str, Any]]:
-    """The rows for a number of devices, which must be what this process has."""
+    """The rows for as many devices as this process has."""
     # Compile times are to be those of a first run.
     jax.config.update("jax_enable_compilation_cache", False)
-    sizes = PRESETS[preset].sizes
+    sizes, layouts = PRESETS[preset]
     rows = []
-    for layout in layouts_for(preset, devices):
-        mesh = make_mesh(layout.mesh)
-        start = time.perf_counter()
-        lowered, num_parameters = lower(sizes, layout, mesh)
-        compiled, program = compile_and_read(lowered)
-        compile_s = time.perf_counter() - start
-        found = transfers(program)
-        moved = {name: sum(cost(x) for x in found if x.operation == name) for name in OPERATIONS}
-        memory = compiled.memory_analysis()
-        tokens = DEFAULT_RULES.num_shards("batch", mesh) * layout.seq
-        rows.append(
-            {
-                "devices": devices,
-                "mesh": layout.mesh,
-                "seq": layout.seq,
-                "tokens_per_device": tokens // devices,
-                "parameters": num_parameters,
-                "moved_bytes": moved,
-                "total_moved_bytes": sum(moved.values()),
-                "transfers": [x._asdict() for x in sorted(found, key=cost, reverse=True)],
-                "argument_bytes": memory.argument_size_in_bytes,
-                "temp_bytes": memory.temp_size_in_bytes,
-                "compile_s": compile_s,
-            }
-        )
-        print(f"compiled for {describe(layout.mesh)}", file=sys.stderr)
+    for layout in layouts:
+        if layout.num_devices == devices:
+            rows.append(row_of(sizes, layout, make_mesh(layout.mesh)))
+            print(f"compiled for {describe(layout.mesh)}", file=sys.stderr)
     return rows
+
+
+def row_of(sizes: Sizes, layout: Layout, mesh: Mesh) -> dict[str, Any]:
+    """What is said of one mesh."""
+    start = time.perf_counter()
+    lowered, num_parameters = lower(sizes, layout, mesh)
+    compiled, program = compile_and_read(lowered)
+    compile_s = time.perf_counter() - start
+    found = sorted(transfers(program), key=cost, reverse=True)
+    moved = {
+        name: sum(cost(transfer) for transfer in found if transfer.operation == name)
+        for name in OPERATIONS
+    }
+    memory = compiled.memory_analysis()
+    tokens = DEFAULT_RULES.num_shards("batch", mesh) * layout.seq
+    return {
+        "devices": mesh.size,
+        "mesh": layout.mesh,
+        "seq": layout.seq,
+        "tokens_per_device": tokens // mesh.size,
+        "parameters": num_parameters,
+        "moved_bytes": moved,
+        "total_moved_bytes": sum(moved.values()),
+        "transfers": [transfer._asdict() for transfer in found],
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "compile_s": compile_s,
+    }
 
 
 def in_new_process(preset: str, devices: int) -> list[dict[str, Any]]:
@@ -282,27 +285,23 @@ def in_new_process(preset: str, devices: int) -> list[dict[str, Any]]:
 
 
 def describe(mesh: dict[str, int]) -> str:
+    """A mesh, in words."""
     return " · ".join(f"{axis} {size}" for axis, size in mesh.items())
-
-
-def layouts_for(preset: str, devices: int) -> list[Layout]:
-    """Those of the preset with so many devices."""
-    return [x for x in PRESETS[preset].layouts if math.prod(x.mesh.values()) == devices]
 
 
 def print_table(sizes: Sizes, rows: list[dict[str, Any]]) -> None:
     """A table for people, and for README."""
-    print(f"\n{sizes}, {rows[0]['parameters'] / 1e9:.1f} billion parameters, dense: a stand-in for")
-    print("a mixture of experts. GiB that each device receives in a step, and memory in GiB:\n")
-    columns = ("devices", "mesh", "seq", "tokens/device", *OPERATIONS, "total")
+    print(f"\n{sizes}: {rows[0]['parameters'] / 1e9:.1f} billion parameters, one prediction depth.")
+    print("Dense: a stand-in for a mixture of experts. All of one device and one step, in GiB.\n")
+    columns = ("devices", "mesh", "seq", "tokens", *OPERATIONS, "all moved")
     columns += ("arguments", "temporaries", "compile (s)")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
-        moved = [*row["moved_bytes"].values(), row["total_moved_bytes"]]
-        memory = [row["argument_bytes"], row["temp_bytes"]]
+        moved, memory = row["moved_bytes"], (row["argument_bytes"], row["temp_bytes"])
         cells = [row["devices"], describe(row["mesh"]), row["seq"], row["tokens_per_device"]]
-        cells += [f"{x / 2**30:.4g}" for x in (*moved, *memory)] + [f"{row['compile_s']:.0f}"]
-        print(f"| {' | '.join(map(str, cells))} |")
+        for num_bytes in (*moved.values(), row["total_moved_bytes"], *memory):
+            cells.append(f"{num_bytes / 2**30:.1f}" if num_bytes else "-")
+        print(f"| {' | '.join(map(str, cells))} | {row['compile_s']:.1f} |")
 
 
 def main() -> None:
@@ -312,21 +311,17 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", help="all of the preset if not given")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
-    preset = PRESETS[arguments.preset]
-    known = sorted({math.prod(layout.mesh.values()) for layout in preset.layouts})
+    sizes, layouts = PRESETS[arguments.preset]
+    known = sorted({layout.num_devices for layout in layouts})
     for devices in arguments.devices or ():
         if devices not in known:
             parser.error(f"--devices must be of {known}, the preset's; got {devices}")
     rows = []
     for devices in arguments.devices or known:
         rows += in_new_process(arguments.preset, devices)
-    print_table(preset.sizes, rows)
+    print_table(sizes, rows)
     if arguments.json:
-        report = {
-            "preset": arguments.preset,
-            "sizes": dataclasses.asdict(preset.sizes),
-            "rows": rows,
-        }
+        report = {"preset": arguments.preset, "sizes": dataclasses.asdict(sizes), "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
