@@ -92,7 +92,7 @@ def train(config: TrainConfig) -> Path:
         step_seconds: list[float] = []
         with (
             contextlib.closing(metrics),
-            contextlib.closing(Checkpoints(out / "checkpoints")) as checkpoints,
+            contextlib.closing(Checkpoints(out / "checkpoints")) as writer,
             progress_bar(config.steps, first_step) as bar,
             interruptible() as interrupted,
         ):
@@ -106,22 +106,21 @@ def train(config: TrainConfig) -> Path:
                 metrics.write({**record, "tokens_per_second": tokens_per_step / step_seconds[-1]})
                 bar.set_postfix_str(describe(record))
                 bar.update()
-                held_out_loss = None
-                last, stop = step == config.steps, interrupted()
+                writer.poll()
+                last, stop, held_out_loss = step == config.steps, interrupted(), None
                 if last or step % config.eval_every == 0:
-                    max_rows = config.eval_rows * (4 if last else 1)
                     evaluation = evaluate(
-                        state.model, held_out_rows, config.batch_size, max_rows, placement
+                        state.model,
+                        held_out_rows,
+                        config.batch_size,
+                        config.eval_rows * (4 if last else 1),
+                        placement,
                     )
-                    metrics.write(held_out_record(step, evaluation))
-                    held_out_loss = metrics.of("held_out")[-1]["main_loss"]
-                    if is_first():
-                        plot_curves(metrics, out / "curves.png")
-                checkpoints.poll()
+                    held_out_loss = record_evaluation(step, evaluation, metrics, out)
                 if last or stop or step % config.checkpoint_every == 0:
                     saved = dataclasses.replace(info, step=step)
-                    checkpoints.save(state, saved, held_out_loss=held_out_loss)
-                if stop:
+                    writer.save(state, saved, held_out_loss=held_out_loss)
+                if stop and not last:
                     say(f"interrupted at step {step}; continue with --resume --out {out}")
                     return out
         model = placement.on_one_device(
@@ -267,6 +266,15 @@ def compare_on_held_out(
     ]
 
 
+def record_evaluation(step: int, evaluation: Evaluation, metrics: MetricsFile, out: Path) -> float:
+    """Writes an evaluation down, and draws the curves anew; returns the main model's loss."""
+    record = held_out_record(step, evaluation)
+    metrics.write(record)
+    if is_first():
+        plot_curves(metrics, out / "curves.png")
+    return record["main_loss"]
+
+
 def describe(record: dict[str, Any]) -> str:
     """A few words for the progress bar."""
     depths = ", ".join(f"{loss:.3f}" for loss in record["mtp_losses"])
@@ -289,7 +297,8 @@ def progress_bar(steps: int, first_step: int) -> tqdm:
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Lets the step in flight end, and be saved, at the first Ctrl-C; a second one stops at once.
 
-    Yields a function that says whether there was one.
+    Yields a function that says whether there was one. Of several processes none waits: they would
+    not all hear it in the same step.
     """
     seen: list[int] = []
 
@@ -297,7 +306,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         seen.append(signal_number)
         signal.signal(signal.SIGINT, previous)
 
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or jax.process_count() > 1:
         yield lambda: False  # only the main thread hears signals
         return
     previous = signal.signal(signal.SIGINT, on_interrupt)

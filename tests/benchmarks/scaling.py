@@ -11,14 +11,14 @@ and grouped queries for latent attention. Every device has as many tokens whatev
 Bytes are those that a device receives. In a group of n devices that is (n-1)/n of the result of an
 all-gather or an all-to-all, n - 1 times the result of a reduce-scatter, twice (n-1)/n of that of an
 all-reduce, and all of that of a collective-permute; what is in a loop counts each time. They are
-read from the program as XLA's partitioner leaves it, the same for all platforms, before the CPU's
-compiler makes float32 of bfloat16. The partitioner writes a reduce-scatter as an all-reduce of
-which each device uses its slice; it is counted as what it is. Compilers for accelerators add
-gradients of the same activations up before they all-reduce them, not after as here: of the five
-all-reduces of a layer's backward pass over `tensor` that leaves two.
+read from the program as XLA's partitioner leaves it, before a platform's compiler goes on: the
+CPU's makes float32 of bfloat16. The partitioner writes a reduce-scatter as an all-reduce of which
+each device uses its slice; it is counted as what it is. Compilers for accelerators add gradients of
+the same activations up before they all-reduce them, not after as here: of the five of a layer over
+`tensor` that leaves two.
 
-Memory is that of the CPU's program, with activations in float32: an upper bound of what temporaries
-take elsewhere. Compile times are without LLVM's optimisations.
+Memory is that of the CPU's program, with activations in float32: elsewhere temporaries take less.
+Compile times are without LLVM's optimisations.
 """
 
 import argparse
@@ -97,16 +97,6 @@ PRESETS = {
 }
 
 
-class Batch(NamedTuple):
-    """Packed rows, aligned and in the order in which they are split."""
-
-    input_ids: Any
-    target_ids: Any
-    position_ids: Any
-    segment_ids: Any
-    targets: emtp.MTPTargets
-
-
 def make_model(sizes: Sizes, mesh: Mesh) -> emtp.MTPModel:
     """A decoder and one prediction depth."""
     attention = emtp.nn.causal_attention
@@ -138,37 +128,27 @@ def make_model(sizes: Sizes, mesh: Mesh) -> emtp.MTPModel:
     )
 
 
-def make_batch(rows: int, seq: int) -> Batch:
-    """Rows of nothing, for their shapes."""
+def make_batch(rows: int, seq: int) -> dict[str, Any]:
+    """The model's arguments: packed rows, already aligned; of zeros, for their shapes."""
     ids = jnp.zeros((rows, seq), jnp.int32)
+    names = ("input_ids", "target_ids", "position_ids", "segment_ids")
     targets = emtp.align_targets(ids, ids, num_depths=1, segment_ids=ids, position_ids=ids)
-    return Batch(ids, ids, ids, ids, targets)
+    return {**dict.fromkeys(names, ids), "targets": targets}
 
 
-def loss_fn(model: emtp.MTPModel, batch: Batch) -> jax.Array:
+def loss_fn(model: emtp.MTPModel, batch: dict[str, Any]) -> jax.Array:
     """The main model's loss and the prediction depth's."""
-    output = model(
-        batch.input_ids,
-        batch.target_ids,
-        position_ids=batch.position_ids,
-        segment_ids=batch.segment_ids,
-        targets=batch.targets,
-        predictions=False,
-    )
+    output = model(**batch, predictions=False)
     return output.main.mean + emtp.calculate_mtp_loss(output.mtp.losses, scaling_factor=0.3)
 
 
-def train_step(
-    model: emtp.MTPModel, optimizer_state: Any, batch: Batch, mesh: Mesh
-) -> tuple[emtp.MTPModel, Any, jax.Array]:
-    """Forward, backward and update; parameters stay where they are."""
+def train_step(state: Any, batch: dict[str, Any], mesh: Mesh) -> tuple[Any, jax.Array]:
+    """Forward, backward and update of model and optimizer, whose arrays stay where they are."""
+    model, optimizer_state = state
     loss, grads = eqx.filter_value_and_grad(loss_fn)(model, batch)
     params = eqx.filter(model, eqx.is_array)
     updates, optimizer_state = OPTIMIZER.update(grads, optimizer_state, params)
-    model, optimizer_state = constrain_model(
-        (eqx.apply_updates(model, updates), optimizer_state), mesh
-    )
-    return model, optimizer_state, loss
+    return constrain_model((eqx.apply_updates(model, updates), optimizer_state), mesh), loss
 
 
 # Compiling without arrays
@@ -203,8 +183,8 @@ def lower(sizes: Sizes, layout: Layout, mesh: Mesh) -> tuple[Any, int]:
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(arrays: Any, batch: Batch) -> Any:
-        *state, loss = train_step(*eqx.combine(arrays, static), batch, mesh)
+    def step(arrays: Any, batch: dict[str, Any]) -> Any:
+        state, loss = train_step(eqx.combine(arrays, static), batch, mesh)
         return eqx.filter(state, eqx.is_array), loss
 
     with jax.set_mesh(mesh):
@@ -214,13 +194,8 @@ def lower(sizes: Sizes, layout: Layout, mesh: Mesh) -> tuple[Any, int]:
 def compile_and_read(lowered: Any) -> tuple[Any, str]:
     """The compiled step, and its program as the partitioner left it."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile(
-            {
-                "xla_backend_optimization_level": 0,
-                "xla_dump_to": folder,
-                "xla_dump_hlo_pass_re": "spmd-partitioning",
-            }
-        )
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        compiled = lowered.compile({"xla_backend_optimization_level": 0, **options})
         (program,) = Path(folder).glob("*after_spmd-partitioning*")
         return compiled, program.read_text()
 
