@@ -7,8 +7,12 @@ import tempfile
 
 # JAX reads both when it starts, hence before anything imports it. Eight devices on one CPU make
 # the sharded tests real; asking for another platform is still possible.
-_FORCE_DEVICES = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FORCE_DEVICES}".strip()
+_FLAGS = ["--xla_force_host_platform_device_count=8"]
+# Most of the time goes into compiling programs that run once: half of it into LLVM's optimisations.
+# They are tested where the flag is set already, as the second environment of CI does.
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    _FLAGS.append("--xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Many tests, and the processes and notebooks they start, compile the same programs.
