@@ -1,6 +1,6 @@
 """Multi-Token Prediction for language models in JAX, in the functional style of Equinox."""
 
-from . import linen as linen, nn as nn, speculative as speculative
+from . import linen as linen, nn as nn, sharding as sharding, speculative as speculative
 from ._acceptance import (
     MTPAcceptance as MTPAcceptance,
     MTPAcceptanceRate as MTPAcceptanceRate,

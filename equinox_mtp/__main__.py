@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,7 +48,13 @@ def main(arguments: Sequence[str]) -> int:
 def _train(options: Sequence[str]) -> None:
     import tyro
 
-    from .training import TrainConfig, last_checkpoint, load_info, newest_run_folder, train
+    from .training import (
+        TrainConfig,
+        last_undamaged_checkpoint,
+        load_info,
+        newest_run_folder,
+        train,
+    )
 
     default = TrainConfig()
     run = _named_run(options)
@@ -58,15 +65,22 @@ def _train(options: Sequence[str]) -> None:
                 "`resume`: no run under runs/ has a checkpoint. Name a run with --out."
             )
         # What is not said on the command line stays as it was in the run.
-        stored = load_info(last_checkpoint(out / "checkpoints")).config
+        stored = load_info(last_undamaged_checkpoint(out / "checkpoints")[0]).config
         default = dataclasses.replace(stored, out=out)
     prog = "python -m equinox_mtp train"
     config = tyro.cli(TrainConfig, prog=prog, args=options, default=default)
-    if config.distributed:
-        import jax
+    if not config.distributed:
+        train(config)
+        return
+    import jax
 
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-    train(config)
+    jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    try:
+        train(config)
+    except BaseException as error:
+        # The others wait for this process: only its end tells them, and it must not wait for them.
+        print(f"error: {error!r}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _generate(options: Sequence[str]) -> None:

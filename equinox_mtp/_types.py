@@ -21,6 +21,11 @@ from beartype import beartype
 from jax import Array
 from jaxtyping import Float, jaxtyped
 
+AXIS_WORDS = frozenset(
+    ("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp")
+)
+"""Those of the table above."""
+
 checked = jaxtyped(typechecker=beartype)
 """Checks the annotated shapes, dtypes and types of every call; free inside a cached jit."""
 

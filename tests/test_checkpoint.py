@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_the_best_on_held_out_text_stays(tmp_path: Path) -> None:
         writer.save(STATE, info_of(step), held_out_loss=loss)
     writer.close()
     assert names_of(tmp_path) == ["step_00000002", "step_00000005", "step_00000006"]
+    # Also if another process goes on.
+    writer = Checkpoints(tmp_path, keep=2, last_step=6)
+    for step in (7, 8):
+        writer.save(STATE, info_of(step), held_out_loss=2.1)
+    writer.close()
+    assert names_of(tmp_path) == ["step_00000002", "step_00000007", "step_00000008"]
+
+
+def test_one_checkpoint_is_not_enough(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`keep` must be at least 2"):
+        Checkpoints(tmp_path, keep=1)
 
 
 def test_saving_does_not_wait_for_the_disk(tmp_path: Path) -> None:
@@ -74,7 +86,8 @@ def test_saving_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     writer.save(state, info_of(1))
     for x in state.values():
         x.delete()
-    while not checkpoints(tmp_path):
+    deadline = time.monotonic() + 60
+    while not checkpoints(tmp_path) and time.monotonic() < deadline:
         writer.poll()
     assert_loads(tmp_path / "step_00000001")
     writer.close()

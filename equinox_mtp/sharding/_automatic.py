@@ -23,6 +23,8 @@ def automatic(function: Callable[..., Any], out_shardings: Any) -> Callable[...,
     - `function`: of and to pytrees with arrays in them; call it within `jax.set_mesh(mesh)`, and in
         `jit`.
     - `out_shardings`: for each output, or each tree of outputs, its sharding or partition spec.
+
+    **Returns:** a function of the same arguments.
     """
 
     def run(*arguments: Any) -> Any:

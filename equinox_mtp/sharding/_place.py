@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
+from .._types import AXIS_WORDS
 from ._rules import DEFAULT_RULES, UNSPLIT, ShardingRules
 
 Tree = TypeVar("Tree")
@@ -36,13 +37,14 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
     own = {rule for rule, words in rules.parameters.items() if defaults.get(rule) != words}
     unused = set(own)
 
-    new_words = set(rules.axes) - set(DEFAULT_RULES.axes) - _LEGEND
-    known = set(rules.axes) | _LEGEND | {UNSPLIT}
+    has_parameters: list[bool] = []
+    new_words = set(rules.axes) - set(DEFAULT_RULES.axes) - AXIS_WORDS
+    known = set(rules.axes) | AXIS_WORDS | {UNSPLIT}
 
     def place(path: Any, leaf: Any) -> NamedSharding | None:
         if not (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
             return None
-        name, words = _name_and_words(tree, path)
+        name, words, is_state = _name_and_words(tree, path)
         rule = _longest_fitting(rules, name)
         if rule is not None:
             unused.discard(rule)
@@ -50,10 +52,13 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
             if rule in own:
                 _check_rule(rule, words, known, name, leaf.shape)
         new_words.difference_update(words)
-        spec = _spec(name, words, leaf.shape, mesh, rules)
+        has_parameters.append(bool(words))
+        spec = _spec(name, words, leaf.shape, mesh, rules, may_be_whole=is_state)
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(place, tree)
+    if not any(has_parameters):
+        return shardings  # such as the state of an optimizer that keeps none
     if unused:
         names = [_name_and_words(tree, path)[0] for path, _ in _leaves_with_path(tree)]
         raise ValueError(
@@ -64,7 +69,7 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
     if new_words:
         raise ValueError(
             f"`rules` has axis words that no parameter has: {', '.join(sorted(new_words))}. Those "
-            f"of the library are {', '.join(sorted(_LEGEND))}."
+            f"of the library are {', '.join(sorted(AXIS_WORDS))}."
         )
     return shardings
 
@@ -115,14 +120,17 @@ def shard_batch(
 
     **Arguments:**
 
-    - `batch`: a pytree of arrays with `batch` and `seq` as their last axes.
+    - `batch`: a pytree of arrays with `batch` and `seq` as their last axes: the rows of this host's
+        devices, with all their positions.
     - `split_seq`: whether to split `seq`, too. A row of `seq + 1` tokens cannot be, before inputs
         and targets are cut from it.
+
+    **Returns:** the arrays of all hosts' rows.
 
     **Raises:** `ValueError` if an axis is no multiple of the devices that share it.
     """
     num_rows = rules.num_shards("batch", mesh)
-    num_local = max(1, num_rows // jax.process_count())
+    num_local = _num_local_parts(batch_sharding(mesh, rules, "batch"), num_rows)
 
     def place(x: Any) -> Any:
         if np.ndim(x) < 2:
@@ -144,16 +152,13 @@ def shard_batch(
         sharding = NamedSharding(mesh, spec)
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        shape = (*x.shape[:-2], x.shape[-2] * num_rows // num_local, x.shape[-1])
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
 
     return jax.tree.map(place, batch)
 
 
 # Names and axis words
-
-
-_LEGEND = {"batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp"}
-"""The axis words of `_types`."""
 
 
 def _leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
@@ -163,10 +168,15 @@ def _leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
     ]
 
 
-def _name_and_words(tree: Any, path: Any) -> tuple[str, list[str]]:
-    """A parameter's dotted name, and the axis words of its annotation; none if it has none."""
-    node, names, words = tree, [], []
+def _name_and_words(tree: Any, path: Any) -> tuple[str, list[str], bool]:
+    """A parameter's dotted name, and the axis words of its annotation; none if it has none.
+
+    And whether it is part of an optimizer's state, whose arrays may have other shapes than the
+    parameters they are named after: these states are named tuples.
+    """
+    node, names, words, is_state = tree, [], [], False
     for key in path:
+        is_state |= hasattr(node, "_fields")
         if isinstance(key, GetAttrKey):
             names.append(key.name)
             words = _annotated_words(type(node)).get(key.name, [])
@@ -178,8 +188,8 @@ def _name_and_words(tree: Any, path: Any) -> tuple[str, list[str]]:
             names.append(str(key.key))
             words, node = [], node[key.key]
         else:
-            return ".".join([*names, str(key)]), []
-    return ".".join(names), words
+            return ".".join([*names, str(key)]), [], is_state
+    return ".".join(names), words, is_state
 
 
 @functools.cache
@@ -207,7 +217,13 @@ def _longest_fitting(rules: ShardingRules, name: str) -> str | None:
 
 
 def _spec(
-    name: str, words: list[str], shape: tuple[int, ...], mesh: Mesh, rules: ShardingRules
+    name: str,
+    words: list[str],
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    rules: ShardingRules,
+    *,
+    may_be_whole: bool,
 ) -> P:
     if any(word[0] in "*#" or word == "..." for word in words) or len(words) > len(shape):
         words = []
@@ -216,6 +232,8 @@ def _spec(
     for word, size, axes in zip(padded, shape, spec, strict=True):
         names = (axes,) if isinstance(axes, str) else axes or ()
         parts = math.prod(mesh.shape[axis] for axis in names)
+        if size % parts and may_be_whole:
+            return P()
         if size % parts:
             raise ValueError(
                 f"`{name}` cannot be split by the rule {word!r}: {rules.axes[word]!r}: its axis "
@@ -224,6 +242,12 @@ def _spec(
                 f"`rules.replace({word}=None)`."
             )
     return spec
+
+
+def _num_local_parts(sharding: NamedSharding, num_parts: int) -> int:
+    """How many parts of a split axis this host's devices hold."""
+    where = sharding.addressable_devices_indices_map((num_parts,)).values()
+    return len({index[0].indices(num_parts)[0] for index in where if index is not None})
 
 
 def _check_rule(

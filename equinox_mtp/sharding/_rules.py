@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
@@ -42,8 +41,8 @@ class ShardingRules:
     parameters: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", MappingProxyType(dict(self.axes)))
-        object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
+        object.__setattr__(self, "axes", dict(self.axes))
+        object.__setattr__(self, "parameters", dict(self.parameters))
 
     def __hash__(self) -> int:
         return hash((frozenset(self.axes.items()), frozenset(self.parameters.items())))

@@ -14,7 +14,8 @@ def zigzag_order(seq: int, num_shards: int) -> Int[np.ndarray, "seq"]:
 
     The row is cut into `2 · num_shards` chunks; device i gets the i-th from the front and the i-th
     from the back. Under causal attention the one has as much less to attend to as the other has
-    more (the dual-chunk ordering of Llama 3, arXiv 2407.21783, §3.3.2, and of Megatron-LM).
+    more. With an attention that skips what is masked, that is: the library's own computes all pairs
+    (the dual-chunk ordering of Llama 3, arXiv 2407.21783, §3.3.2, and of Megatron-LM).
 
     **Raises:** `ValueError` if `seq` is no multiple of `2 · num_shards`.
     """
@@ -34,12 +35,21 @@ def reorder(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
     For integers, on the host, before they are split: inputs, targets, masks, positions, segment
     ids, and the `MTPTargets` of `align_targets`. These are aligned before they are put in another
     order: which token a depth predicts follows from the order of the text.
+
+    **Arguments:**
+
+    - `tree`: a pytree of arrays `[… seq]`.
+    - `order`: of `zigzag_order`, or another permutation.
+
+    **Returns:** the same tree, with `x[..., order]` in place of each `x`.
+
+    **Raises:** `ValueError` if a last axis has another length than `order`.
     """
     return _along_last_axis(tree, order)
 
 
 def restore(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
-    """The inverse of `reorder`: puts predictions, for instance, in the order of the text."""
+    """The inverse of `reorder`, with its arguments: puts predictions in the order of the text."""
     return _along_last_axis(tree, np.argsort(order))
 
 

@@ -24,8 +24,9 @@ class Sizes:
     def window(self) -> int:
         """Places before the last token that the draft layers run anew in each step.
 
-        A step commits up to `num_drafts + 1` tokens. If it commits n fewer, the last n places
-        before them had drafts ahead that were not to be; those before them are as they should be.
+        With n the last token's place, a drafts accepted and m ≤ a+1 tokens committed: at depth k
+        the places after n+a-k saw a refused draft, and the m new ones were not run; that is
+        max(m, `num_drafts`) places in all.
         """
         return self.num_drafts + 1 if self.num_drafts else 0
 

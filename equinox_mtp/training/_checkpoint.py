@@ -10,9 +10,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from ._config import TrainConfig
@@ -35,28 +33,44 @@ class CheckpointInfo:
 class Checkpoints:
     """Writes the checkpoints of a run: the last `keep` stay, and the best on held-out text.
 
-    Each is a folder `step_N`. Arrays are copied when `save` is called, and written in the
+    The best is known where an evaluation and a checkpoint fall together. Each is a folder `step_N`.
+    Arrays are copied when `save` is called, and written in the
     background; every process writes its own part. A folder gets its name when all is on disk, and a
     list of digests after that, by which damage is found. A process that is killed at any moment
     leaves the checkpoints before as they were.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2):
+    def __init__(self, folder: Path, *, keep: int = 2, last_step: int | None = None):
+        """**Arguments:**
+
+        - `folder`: of the checkpoints; all processes see it.
+        - `keep`: how many of the last stay; at least 2, as one may still be written.
+        - `last_step`: where the run goes on; those after it, which are damaged, are set aside.
+
+        **Raises:** `ValueError` if `keep` is less than 2.
+        """
+        if keep < 2:
+            raise ValueError(
+                f"`keep` must be at least 2, so that one is whole at any moment; got {keep}."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.absolute()
+        self._is_pending = False
         if jax.process_index() == 0:
             _remove_unsealed(self._folder)
+            _set_aside(self._folder, last_step)
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 step_name_format=_NAMES,
                 cleanup_tmp_directories=True,
+                best_fn=_quality,
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(keep),
                         policies.BestN(
-                            get_metric_fn=lambda metrics: -metrics["held_out_loss"],
+                            get_metric_fn=_quality,
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
@@ -73,6 +87,7 @@ class Checkpoints:
         **Raises:** `OSError` if that one could not be written.
         """
         self.wait()
+        self._is_pending = True
         self._manager.save(
             info.step,
             args=ocp.args.Composite(
@@ -84,8 +99,8 @@ class Checkpoints:
         )
 
     def poll(self) -> None:
-        """Seals a checkpoint whose writing has ended. Costs nothing if there is none."""
-        if not self._manager.is_saving_in_progress():
+        """Seals a checkpoint whose writing has ended."""
+        if self._is_pending and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -100,10 +115,11 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self._folder}: {error}. Those before it "
                 "are as they were; make room, and continue with --resume."
             ) from error
-        if jax.process_index() == 0:
+        if self._is_pending and jax.process_index() == 0:
             for path in _written(self._folder):
                 if not (path / _DIGESTS).exists():
                     _seal(path)
+        self._is_pending = False
 
     def close(self) -> None:
         """Waits until everything is on disk, and ends the writing."""
@@ -147,25 +163,15 @@ def last_checkpoint(folder: Path) -> Path:
 def last_undamaged_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     """The newest checkpoint that is as it was written, and what is wrong with those after it.
 
-    Of several processes the first one looks, and tells the others.
-
     **Raises:** `FileNotFoundError` if there is none; `ValueError` if all are damaged.
     """
     problems: list[str] = []
-    candidates = [*reversed(checkpoints(folder))] or [last_checkpoint(folder)]
-    chosen = -1
-    if jax.process_index() == 0:
-        for index, path in enumerate(candidates):
-            problem = damage(path)
-            if problem is None:
-                chosen = index
-                break
-            problems.append(problem)
-    if jax.process_count() > 1:
-        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-    if chosen < 0:
-        raise ValueError("; ".join(problems) + ". There is no other: start a new run.")
-    return candidates[chosen], problems
+    for path in [*reversed(checkpoints(folder))] or [last_checkpoint(folder)]:
+        problem = damage(path)
+        if problem is None:
+            return path, problems
+        problems.append(problem)
+    raise ValueError("; ".join(problems) + ". There is no other: start a new run.")
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -198,8 +204,8 @@ def load_info(checkpoint: Path) -> CheckpointInfo:
         ) from error
 
 
-def load_state(checkpoint: Path, like: PyTree[Any]) -> PyTree[Any]:
-    """Reads the state into the structure of `like`.
+def load_state(checkpoint: Path, like: PyTree[Any], *, is_undamaged: bool = False) -> PyTree[Any]:
+    """Reads the state into the structure of `like`; checks it, unless it `is_undamaged`.
 
     Its arrays may be `jax.ShapeDtypeStruct`s; those with a sharding are laid out so, on whatever
     mesh that is, the others on one device.
@@ -212,7 +218,7 @@ def load_state(checkpoint: Path, like: PyTree[Any]) -> PyTree[Any]:
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here)
         for name, x in _by_name(shapes).items()
     }
-    problem = damage(checkpoint)
+    problem = None if is_undamaged else damage(checkpoint)
     if problem is not None:
         raise ValueError(f"{problem}. Delete this folder to continue from the one before it.")
     with ocp.StandardCheckpointer() as reader:
@@ -250,6 +256,20 @@ def _remove_unsealed(folder: Path) -> None:
     for path in _written(folder):
         if not (path / _DIGESTS).exists():
             shutil.rmtree(path)
+
+
+def _set_aside(folder: Path, last_step: int | None) -> None:
+    """Renames the checkpoints after a step, for people to look at: the run comes there again."""
+    for path in _written(folder):
+        if last_step is not None and int(path.name.removeprefix(_PREFIX)) > last_step:
+            target = folder / f"damaged-{path.name}"
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+
+
+def _quality(metrics: Any) -> float:
+    """The higher the better."""
+    return -metrics["held_out_loss"]
 
 
 def _seal(checkpoint: Path) -> None:

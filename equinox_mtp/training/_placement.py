@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -68,11 +68,9 @@ class Placement:
             )
         return cls(mesh, rules)
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> contextlib.AbstractContextManager[Any]:
         """Sets the mesh."""
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            yield
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def transformer(self, config: TrainConfig, vocab_size: int) -> emtp.nn.TransformerConfig:
         """The main model's configuration, with its sharding."""
@@ -80,7 +78,7 @@ class Placement:
         if self.mesh is None:
             return transformer
         attention = transformer.attention
-        if self._num_shards_of_rows > 1:
+        if self._num_shards_of_positions > 1:
             attention = emtp.nn.causal_attention_by_position
         return dataclasses.replace(
             transformer, sharding=self.rules.head_sharding(self.mesh), attention=attention
@@ -152,12 +150,12 @@ class Placement:
         return eqx.combine(jax.tree.unflatten(jax.tree.structure(shapes), local), rest)
 
     @property
-    def _num_shards_of_rows(self) -> int:
+    def _num_shards_of_positions(self) -> int:
         return 1 if self.mesh is None else self.rules.num_shards("seq", self.mesh)
 
     def _order_of(self, tree: Any) -> np.ndarray:
         seq = jax.tree.leaves(tree)[0].shape[-1]
-        shards = self._num_shards_of_rows
+        shards = self._num_shards_of_positions
         return zigzag_order(seq, shards) if shards > 1 else np.arange(seq)
 
     def _split(self, x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import signal
 import statistics
@@ -78,6 +79,7 @@ def train(config: TrainConfig) -> Path:
     here = {name: getattr(DEFAULT, name) for name in WHERE_IT_RUNS}
     anywhere = dataclasses.replace(config, **here)
     info = CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint(), anywhere)
+    check_agreement(info)
     with placement.active():
         state = start_or_resume(out, info, optimizer, placement)
         first_step = int(state.step)
@@ -92,7 +94,7 @@ def train(config: TrainConfig) -> Path:
         step_seconds: list[float] = []
         with (
             contextlib.closing(metrics),
-            contextlib.closing(Checkpoints(out / "checkpoints")) as writer,
+            contextlib.closing(Checkpoints(out / "checkpoints", last_step=first_step)) as writer,
             progress_bar(config.steps, first_step) as bar,
             interruptible() as interrupted,
         ):
@@ -123,9 +125,7 @@ def train(config: TrainConfig) -> Path:
                 if stop and not last:
                     say(f"interrupted at step {step}; continue with --resume --out {out}")
                     return out
-        model = placement.on_one_device(
-            state.model, eqx.filter_eval_shape(make_model, config, corpus.vocab_size)
-        )
+        comparisons = compare_on_held_out(state.model, held_out_corpus, config, placement)
 
     if is_first():
         # The first step of a process compiles.
@@ -133,7 +133,7 @@ def train(config: TrainConfig) -> Path:
         print(
             summary(
                 metrics.of("held_out")[-1],
-                compare_on_held_out(model, held_out_corpus, config),
+                comparisons,
                 time.perf_counter() - started,
                 None if seconds is None else tokens_per_step / seconds,
                 out,
@@ -151,7 +151,7 @@ def start_or_resume(
     """A fresh state, or with `--resume` that of the folder's last checkpoint."""
     folder, config = out / "checkpoints", info.config
     if not config.resume:
-        if (out / "metrics.jsonl").exists() or checkpoints(folder):
+        if agree((out / "metrics.jsonl").exists() or bool(checkpoints(folder))):
             raise FileExistsError(
                 f"`out`: {out} holds a run already. Continue it with --resume, or choose another "
                 "folder."
@@ -159,7 +159,8 @@ def start_or_resume(
         state = make_state(config, info.vocab_size, optimizer, placement)
         out.mkdir(parents=True, exist_ok=True)
         return state
-    checkpoint, problems = last_undamaged_checkpoint(folder)
+    checkpoint, problems = last_undamaged_checkpoint(folder) if is_first() else (out, [])
+    checkpoint = folder / f"step_{agree(int(checkpoint.name[-8:]) if is_first() else 0):08d}"
     for problem in problems:
         say(f"note: {problem}; continuing from {checkpoint.name}")
     stored = load_info(checkpoint)
@@ -176,7 +177,25 @@ def start_or_resume(
             "or start a new run."
         )
     like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer, placement)
-    return load_state(checkpoint, placement.place(like))
+    return load_state(checkpoint, placement.place(like), is_undamaged=True)
+
+
+def agree(number: int) -> int:
+    """The first process's number, in all of them."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def check_agreement(info: CheckpointInfo) -> None:
+    """**Raises:** `ValueError` if processes have other options, or read other data."""
+    text = f"{info.data_fingerprint} {dataclasses.replace(info.config, out=None)}"
+    number = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
+    if agree(number) != number:
+        raise ValueError(
+            "`data` and all options must be the same in every process; they differ from those of "
+            "the first. The default data is each machine's own: name files with --data."
+        )
 
 
 def is_first() -> bool:
@@ -193,9 +212,7 @@ def say(text: str) -> None:
 def new_run_folder() -> Path:
     """The next free of runs/0001, runs/0002, …"""
     last = newest_run_folder()
-    number = 1 if last is None else int(last.name) + 1
-    if jax.process_count() > 1:
-        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    number = agree(1 if last is None else int(last.name) + 1)
     return RUNS / f"{number:04d}"
 
 
@@ -250,16 +267,18 @@ def held_out_record(step: int, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def compare_on_held_out(
-    model: emtp.MTPModel, held_out: Corpus, config: TrainConfig
+    model: emtp.MTPModel, held_out: Corpus, config: TrainConfig, placement: Placement
 ) -> list[Comparison]:
     """Continues held-out text with and without drafts, within the length of training rows.
 
-    With one draft a step, and with one of each depth.
+    With one draft a step, and with one of each depth. In every process, each on one device.
     """
     length = config.seq_len // 2
     prompts = held_out_prompts(held_out, num_prompts=config.compare_prompts, length=length)
     if not prompts or not config.depths:
         return []
+    shapes = eqx.filter_eval_shape(make_model, config, held_out.vocab_size)
+    model = placement.on_one_device(model, shapes)
     return [
         compare(model, prompts, max_new_tokens=config.seq_len - length, num_drafts=num_drafts)
         for num_drafts in sorted({1, config.depths})
