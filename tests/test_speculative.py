@@ -179,11 +179,23 @@ def of_row(cache: Any, row: int) -> list[Array]:
     return keys + [jnp.moveaxis(x.value[row], 1, 0) for x in caches]
 
 
-@pytest.mark.parametrize(("num_depths", "num_drafts"), [(1, 1), (2, 2), (2, 4), (3, 3)])
-def test_caches_are_as_if_no_draft_had_been_wrong(num_depths: int, num_drafts: int) -> None:
+def with_one_answer(model: MTPModel) -> MTPModel:
+    """All logits are 0, of drafts too, and so all drafts are accepted."""
+    where = lambda m: [m.decoder.norm.scale, m.block.layers.output_norm.scale]  # noqa: E731
+    return eqx.tree_at(where, model, replace_fn=jnp.zeros_like)
+
+
+@pytest.mark.parametrize(
+    ("num_depths", "num_drafts", "all_accepted"),
+    [(1, 1, False), (2, 2, False), (2, 4, False), (3, 3, False), (2, 2, True), (2, 4, True)],
+)
+def test_caches_are_as_if_no_draft_had_been_wrong(
+    num_depths: int, num_drafts: int, all_accepted: bool
+) -> None:
     model = make_model(num_depths)
+    model = with_one_answer(model) if all_accepted else model
     prompt_ids, lengths = (jnp.asarray(x, jnp.int32) for x in prompts())
-    sizes, sampler = Sizes(num_drafts, NEW), Sampler()
+    sizes, sampler = Sizes(num_drafts, 3 * (num_drafts + 1) + 1), Sampler()
     key, no_eos = jax.random.key(0), jnp.int32(-1)
     run_step, run_draft = quick_jit(speculative.step), quick_jit(speculative.draft)
     run_prefill = quick_jit(speculative.prefill)
@@ -212,7 +224,7 @@ def test_caches_are_as_if_no_draft_had_been_wrong(num_depths: int, num_drafts: i
                 end = max(known - depth + 1, 0)
                 for x, y in zip(of_row(mine, row), of_row(theirs, row), strict=True):
                     assert_close(x[:end], y[:end], 1e-5)
-    assert rejected > 0
+    assert (rejected == 0) == all_accepted
 
 
 # Drawn
