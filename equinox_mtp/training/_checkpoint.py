@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,12 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from ._config import TrainConfig
+
+_NOISE = ("Metadata file does not exist", "Requested `tracked_metric`")
+logging.getLogger("absl").addFilter(
+    # orbax warns of what is as it should be: no metrics at most steps, no metadata of its own.
+    lambda record: not record.getMessage().startswith(_NOISE)
+)
 
 _PREFIX = "step_"
 _INFO, _STATE = "info", "state"

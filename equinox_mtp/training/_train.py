@@ -123,7 +123,8 @@ def train(config: TrainConfig) -> Path:
                     saved = dataclasses.replace(info, step=step)
                     writer.save(state, saved, held_out_loss=held_out_loss)
                 if stop and not last:
-                    say(f"interrupted at step {step}; continue with --resume --out {out}")
+                    mesh = "" if config.mesh is None else f" --mesh {config.mesh}"
+                    say(f"interrupted at step {step}; continue with --resume --out {out}{mesh}")
                     return out
         comparisons = compare_on_held_out(state.model, held_out_corpus, config, placement)
 
