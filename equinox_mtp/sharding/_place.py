@@ -263,6 +263,6 @@ def _check_rule(
 
 
 def _constrain(x: Any, sharding: NamedSharding) -> Any:
-    if sharding.mesh._any_axis_explicit:
+    if sharding.mesh.explicit_axes:
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)

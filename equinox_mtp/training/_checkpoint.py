@@ -41,10 +41,10 @@ class Checkpoints:
     """Writes the checkpoints of a run: the last `keep` stay, and the best on held-out text.
 
     The best is known where an evaluation and a checkpoint fall together. Each is a folder `step_N`.
-    Arrays are copied when `save` is called, and written in the
-    background; every process writes its own part. A folder gets its name when all is on disk, and a
-    list of digests after that, by which damage is found. A process that is killed at any moment
-    leaves the checkpoints before as they were.
+    Arrays are copied when `save` is called, and written in the background; every process writes its
+    own part. A folder gets its name when all is on disk, and a list of digests after that, by which
+    damage is found. A process that is killed at any moment leaves the checkpoints before as they
+    were.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, last_step: int | None = None):
@@ -145,7 +145,12 @@ def save_checkpoint(
         writer.save(state, info)
     finally:
         writer.close()
-    return folder / f"{_PREFIX}{info.step:08d}"
+    return checkpoint_of(folder, info.step)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"{_PREFIX}{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ import equinox_mtp as emtp
 from ._checkpoint import (
     CheckpointInfo,
     Checkpoints,
+    checkpoint_of,
     checkpoints,
     last_undamaged_checkpoint,
     load_info,
@@ -161,7 +162,7 @@ def start_or_resume(
         out.mkdir(parents=True, exist_ok=True)
         return state
     checkpoint, problems = last_undamaged_checkpoint(folder) if is_first() else (out, [])
-    checkpoint = folder / f"step_{agree(int(checkpoint.name[-8:]) if is_first() else 0):08d}"
+    checkpoint = checkpoint_of(folder, agree(load_info(checkpoint).step if is_first() else 0))
     for problem in problems:
         say(f"note: {problem}; continuing from {checkpoint.name}")
     stored = load_info(checkpoint)
