@@ -175,6 +175,6 @@ def test_comparison_counts_what_generate_counts(run: tuple[Path, str]) -> None:
 
 def test_prompts_are_the_beginnings_of_long_documents() -> None:
     documents = [np.arange(n, dtype=np.int32) for n in (3, 9, 4, 5, 7)]
-    prompts = held_out_prompts(Corpus(documents, 10), num_prompts=2, length=4)
+    prompts = held_out_prompts(Corpus.of_documents(documents, 10), num_prompts=2, length=4)
     assert jax.tree.map(list, prompts) == [[0, 1, 2, 3], [0, 1, 2, 3]]
-    assert len(held_out_prompts(Corpus(documents, 10), num_prompts=9, length=4)) == 3
+    assert len(held_out_prompts(Corpus.of_documents(documents, 10), num_prompts=9, length=4)) == 3

@@ -85,12 +85,12 @@ def test_text_is_bytes_with_an_end_of_document(tmp_path: Path) -> None:
     (tmp_path / ".hidden").write_bytes(b"no")
     corpus = load_corpus([tmp_path])
     assert corpus.vocab_size == 257
-    assert [d.tolist() for d in corpus.documents] == [[97, 98, 256], [0xC3, 0xA9, 10, 256]]
+    assert [d.tolist() for d in corpus] == [[97, 98, 256], [0xC3, 0xA9, 10, 256]]
 
 
 def test_default_data_is_the_standard_library() -> None:
     corpus = load_corpus([])
-    text = bytes(b for d in corpus.documents[:50] for b in d.tolist() if b < 256)
+    text = bytes(b for i in range(50) for b in corpus[i].tolist() if b < 256)
     assert b"import" in text
     assert corpus.num_tokens > 3_000_000
 
@@ -101,7 +101,7 @@ def test_token_ids_from_npy_and_bin(tmp_path: Path) -> None:
     corpus = load_corpus(
         [tmp_path / "rows.npy", tmp_path / "stream.bin"], vocab_size=10, end_of_document=0
     )
-    assert [d.tolist() for d in corpus.documents] == [[1, 2, 3], [4, 5, 6], [7, 0], [8, 9, 0]]
+    assert [d.tolist() for d in corpus] == [[1, 2, 3], [4, 5, 6], [7, 0], [8, 9, 0]]
     assert corpus.vocab_size == 10
 
 
@@ -145,23 +145,23 @@ def test_bad_token_files_are_named(tmp_path: Path) -> None:
 
 def test_split_holds_documents_out() -> None:
     documents = [np.full(4, i, np.int32) for i in range(40)]
-    train_part, held_out = Corpus(documents, 40).split(seed=1)
-    ids = [[int(d[0]) for d in part.documents] for part in (train_part, held_out)]
+    train_part, held_out = Corpus.of_documents(documents, 40).split(seed=1)
+    ids = [[int(d[0]) for d in part] for part in (train_part, held_out)]
     assert sorted(ids[0] + ids[1]) == list(range(40))
     assert len(ids[1]) == 2
     one = np.arange(100, dtype=np.int32)
-    train_part, held_out = Corpus([one], 100).split(seed=1)
-    assert train_part.documents[0].tolist() == list(range(95))
-    assert held_out.documents[0].tolist() == list(range(95, 100))
+    train_part, held_out = Corpus.of_documents([one], 100).split(seed=1)
+    assert train_part[0].tolist() == list(range(95))
+    assert held_out[0].tolist() == list(range(95, 100))
     with pytest.raises(ValueError, match="too short"):
-        Corpus([one[:2]], 100).split(seed=1)
+        Corpus.of_documents([one[:2]], 100).split(seed=1)
 
 
 def test_rows_hold_every_pair_of_neighbours_once() -> None:
     rng = np.random.default_rng(3)
     lengths = [5, 1, 17, 2, 9]
     documents = [rng.integers(0, 1000, n).astype(np.int32) for n in lengths]
-    rows = PackedRows(Corpus(documents, 1000), seq_len=8)
+    rows = PackedRows(Corpus.of_documents(documents, 1000), seq_len=8)
     batch = rows.batch(np.arange(len(rows)))
     tokens, segments = np.asarray(batch.tokens), np.asarray(batch.segment_ids)
     expected = [(a, b) for d in documents for a, b in itertools.pairwise(d)]
@@ -182,7 +182,7 @@ def test_rows_hold_every_pair_of_neighbours_once() -> None:
 
 
 def test_training_batches_shuffle_every_epoch() -> None:
-    rows = PackedRows(Corpus([np.arange(81, dtype=np.int32)], 81), seq_len=8)
+    rows = PackedRows(Corpus.of_documents([np.arange(81, dtype=np.int32)], 81), seq_len=8)
     firsts = [
         int(t) for step in range(5) for t in rows.batch(rows.of_step(step, 4, seed=7)).tokens[:, 0]
     ]
@@ -194,7 +194,7 @@ def test_training_batches_shuffle_every_epoch() -> None:
 
 
 def test_evaluation_batches_pad_the_last() -> None:
-    rows = PackedRows(Corpus([np.arange(41, dtype=np.int32)], 41), seq_len=8)
+    rows = PackedRows(Corpus.of_documents([np.arange(41, dtype=np.int32)], 41), seq_len=8)
     batches = [rows.batch(indices) for indices in rows.in_order(batch_size=4, max_rows=100)]
     assert [b.tokens.shape for b in batches] == [(4, 9), (4, 9)]
     scored = sum(int(jnp.sum(b.segment_ids[:, 1:] != 0)) for b in batches)

@@ -16,12 +16,8 @@ from ._compare import (
     held_out_prompts as held_out_prompts,
 )
 from ._config import TrainConfig as TrainConfig
-from ._data import (
-    TEXT_END as TEXT_END,
-    TEXT_VOCAB as TEXT_VOCAB,
-    Batch as Batch,
+from ._corpus import (
     Corpus as Corpus,
-    PackedRows as PackedRows,
     load_corpus as load_corpus,
 )
 from ._generate import (
@@ -29,9 +25,17 @@ from ._generate import (
     generate_text as generate_text,
     load_model as load_model,
 )
+from ._packing import (
+    Batch as Batch,
+    PackedRows as PackedRows,
+)
 from ._placement import (
     ONE_DEVICE as ONE_DEVICE,
     Placement as Placement,
+)
+from ._sources import (
+    TEXT_END as TEXT_END,
+    TEXT_VOCAB as TEXT_VOCAB,
 )
 from ._step import (
     TrainState as TrainState,

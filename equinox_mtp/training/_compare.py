@@ -12,7 +12,7 @@ import numpy as np
 import equinox_mtp as emtp
 from equinox_mtp.speculative import Generation, generate
 
-from ._data import Corpus
+from ._corpus import Corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,5 +116,5 @@ def describe_acceptance(tokens_per_pass: float, accepted: Sequence[float]) -> st
 
 def held_out_prompts(corpus: Corpus, *, num_prompts: int, length: int) -> list[np.ndarray]:
     """The beginnings of documents that are longer than `length`, as many as there are."""
-    long_enough = [document for document in corpus.documents if len(document) > length]
-    return [document[:length] for document in long_enough[:num_prompts]]
+    long_enough = np.flatnonzero(corpus.lengths > length)[:num_prompts]
+    return [corpus[int(index)][:length] for index in long_enough]

@@ -16,7 +16,7 @@ from equinox_mtp.speculative import StreamedStep, stream
 
 from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
 from ._compare import compare, describe_acceptance
-from ._data import TEXT_END, TEXT_VOCAB
+from ._sources import TEXT_END, TEXT_VOCAB
 from ._step import make_optimizer, make_state
 
 _COLORS = "\033[30;102m", "\033[0m"

@@ -25,7 +25,7 @@ from equinox_mtp.sharding import (
 )
 
 from ._config import TrainConfig
-from ._data import Batch, PackedRows
+from ._packing import Batch, PackedRows
 
 Tree = TypeVar("Tree")
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, Int32, PyTree
 import equinox_mtp as emtp
 
 from ._config import TrainConfig
-from ._data import Batch, PackedRows
+from ._packing import Batch, PackedRows
 from ._placement import ONE_DEVICE, Placement
 
 

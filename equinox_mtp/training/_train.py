@@ -15,9 +15,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import equinox_mtp as emtp
@@ -33,8 +31,10 @@ from ._checkpoint import (
 )
 from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig
-from ._data import Corpus, PackedRows, load_corpus
+from ._corpus import Corpus, load_corpus
+from ._packing import PackedRows
 from ._placement import Placement
+from ._processes import agree, is_first, say
 from ._report import MetricsFile, plot_curves, summary
 from ._step import (
     Evaluation,
@@ -79,14 +79,14 @@ def train(config: TrainConfig) -> Path:
     # Where a run goes on is said anew.
     here = {name: getattr(DEFAULT, name) for name in WHERE_IT_RUNS}
     anywhere = dataclasses.replace(config, **here)
-    info = CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint(), anywhere)
+    info = CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, anywhere)
     check_agreement(info)
     with placement.active():
         state = start_or_resume(out, info, optimizer, placement)
         first_step = int(state.step)
         metrics = MetricsFile(out / "metrics.jsonl", last_step=first_step, writes=is_first())
         say(
-            f"{corpus.num_tokens:,} tokens in {len(corpus.documents):,} documents, "
+            f"{corpus.num_tokens:,} tokens in {len(corpus):,} documents, "
             f"{held_out_corpus.num_tokens:,} of them held out\n"
             f"{count_parameters(state.model):,} parameters, {config.depths} prediction depth(s)\n"
             f"writing to {out}"
@@ -182,13 +182,6 @@ def start_or_resume(
     return load_state(checkpoint, placement.place(like), is_undamaged=True)
 
 
-def agree(number: int) -> int:
-    """The first process's number, in all of them."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-
-
 def check_agreement(info: CheckpointInfo) -> None:
     """**Raises:** `ValueError` if processes have other options, or read other data."""
     text = f"{info.data_fingerprint} {dataclasses.replace(info.config, out=None)}"
@@ -198,17 +191,6 @@ def check_agreement(info: CheckpointInfo) -> None:
             "`data` and all options must be the same in every process; they differ from those of "
             "the first. The default data is each machine's own: name files with --data."
         )
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
-    return jax.process_index() == 0
-
-
-def say(text: str) -> None:
-    """Prints, once."""
-    if is_first():
-        print(text)
 
 
 def new_run_folder() -> Path:

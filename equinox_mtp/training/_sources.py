@@ -1,0 +1,185 @@
+"""Files of text or of token ids, laid end to end and read where they are wanted."""
+
+import dataclasses
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+TEXT_END = 256
+"""The id after the bytes, which ends a document of text."""
+TEXT_VOCAB = 257
+_TOKEN_SUFFIXES = (".npy", ".bin")
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+    """The bytes of a file, and `TEXT_END`."""
+
+    path: Path
+    num_tokens: int
+
+    @property
+    def row_length(self) -> int:
+        """A file is a document."""
+        return self.num_tokens
+
+    def read(self, where: slice | np.ndarray) -> np.ndarray:
+        """Maps the file, for no longer than it is read."""
+        text = np.memmap(self.path, np.uint8, "r", shape=(self.num_tokens - 1,))
+        if isinstance(where, slice):
+            part = text[where].astype(np.int32)
+            return part if where.stop < self.num_tokens else np.append(part, np.int32(TEXT_END))
+        last = self.num_tokens - 1
+        return np.where(where < last, text[np.minimum(where, last - 1)], np.int32(TEXT_END))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """An array of integers in a `.npy` file, or of uint16 in any other."""
+
+    path: Path
+    num_tokens: int
+    row_length: int
+
+    def read(self, where: slice | np.ndarray) -> np.ndarray:
+        """Maps the file, for no longer than it is read."""
+        return _map(self.path).reshape(-1)[where]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenArray:
+    """A document in memory."""
+
+    array: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """All of the array's."""
+        return len(self.array)
+
+    @property
+    def row_length(self) -> int:
+        """An array is a document."""
+        return len(self.array)
+
+    def read(self, where: slice | np.ndarray) -> np.ndarray:
+        """Indexes the array."""
+        return self.array[where]
+
+
+Source = TextFile | TokenFile | TokenArray
+"""Token ids, in documents of `row_length` of them unless an end of document comes first."""
+
+
+class Stream:
+    """Sources laid end to end: a place is a number from 0 on."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = tuple(sources)
+        lengths = np.array([source.num_tokens for source in self.sources], np.int64)
+        self.ends = np.cumsum(lengths)
+        self.starts = self.ends - lengths
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """The tokens at these places; each source is opened once."""
+        flat = places.reshape(-1)
+        source_of = np.searchsorted(self.ends, flat, side="right")
+        order = np.argsort(source_of, kind="stable")
+        indices, first = np.unique(source_of[order], return_index=True)
+        tokens = np.empty(len(flat), np.int32)
+        for index, mine in zip(indices, np.split(order, first)[1:], strict=True):
+            tokens[mine] = self.sources[index].read(flat[mine] - self.starts[index])
+        return tokens.reshape(places.shape)
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[Source, int, np.ndarray]]:
+        """What lies between two places: of each source, where its part starts, and its tokens."""
+        index = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            source, offset = self.sources[index], int(self.starts[index])
+            end = min(stop, int(self.ends[index]))
+            yield source, start, source.read(slice(start - offset, end - offset))
+            start, index = end, index + 1
+
+
+# Finding them
+
+
+def open_files(
+    paths: Sequence[Path], vocab_size: int | None, end_of_document: int | None
+) -> tuple[Stream, int]:
+    """All files, none of them read."""
+    files = [file for path in paths for file in _files_of(path)] if paths else _library_files()
+    token_files = [file for file in files if file.suffix in _TOKEN_SUFFIXES]
+    if not token_files:
+        if vocab_size not in (None, TEXT_VOCAB) or end_of_document not in (None, TEXT_END):
+            raise ValueError(
+                f"`vocab_size` and `end_of_document` are for token ids; text is read as bytes, "
+                f"with a vocabulary of {TEXT_VOCAB}. Leave them out."
+            )
+        sizes = [(file, file.stat().st_size) for file in files]
+        return Stream([TextFile(file, size + 1) for file, size in sizes if size]), TEXT_VOCAB
+    if len(token_files) < len(files):
+        raise ValueError(
+            f"`data` must hold text or token ids, not both; got {token_files[0]} among text files."
+        )
+    if vocab_size is None:
+        raise ValueError("`vocab_size` must be given for token ids; got none.")
+    if end_of_document is not None and not 0 <= end_of_document < vocab_size:
+        raise ValueError(
+            f"`end_of_document` must lie in [0, {vocab_size}), the `vocab_size`; got "
+            f"{end_of_document}."
+        )
+    opened = [_token_file(file) for file in files]
+    return Stream([file for file in opened if file.num_tokens]), vocab_size
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"`data`: there is no file or directory {path}.")
+    inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    hidden = [file for file in inside if any(p[0] == "." for p in file.relative_to(path).parts)]
+    return [file for file in inside if file not in set(hidden) and not _is_binary(file)]
+
+
+def _is_binary(file: Path) -> bool:
+    if file.suffix in _TOKEN_SUFFIXES:
+        return False
+    with file.open("rb") as stream:
+        return b"\0" in stream.read(4096)
+
+
+def _library_files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(root.rglob("*.py"))
+    library = [file for file in files if not _NOT_LIBRARY & set(file.relative_to(root).parts)]
+    return [file for file in library if file.is_file()]
+
+
+def _token_file(path: Path) -> TokenFile:
+    array = _map(path)
+    if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"`data`: {path} must hold integer token ids, as one stream or one document a row; got "
+            f"{array.dtype} of shape {array.shape}."
+        )
+    return TokenFile(path, array.size, array.shape[-1])
+
+
+def _map(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"`data`: {path} is not a readable .npy file: {error}") from error
+    size = path.stat().st_size
+    if size % 2:
+        raise ValueError(f"`data`: {path} must hold uint16 token ids; it has an odd size.")
+    return np.memmap(path, np.uint16, "r", shape=(size // 2,)) if size else np.zeros(0, np.uint16)
