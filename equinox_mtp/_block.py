@@ -229,12 +229,15 @@ class MultiTokenPredictionBlock(eqx.Module):
             scanned, constant = eqx.partition(layers, eqx.is_array)
         embedder = _stop_gradient(decoder) if config.stop_gradient_embedding else decoder
 
-        def run_depth(hidden_states: Array, inputs: tuple[Any, MTPTargets, Array | None]):
-            scanned, target, layer_key = inputs
+        # All at once: on several devices its gradient would be summed over them for every depth.
+        embeddings = jax.vmap(embedder.embed)(targets.input_ids, targets.position_ids)
+
+        def run_depth(hidden_states: Array, inputs: tuple[Any, Array, Array | None]):
+            scanned, embedding, layer_key = inputs
             layer = constant if scanned is None else eqx.combine(scanned, constant)
             hidden_states, auxiliary = layer(
                 hidden_states,
-                embedder.embed(target.input_ids, target.position_ids),
+                embedding,
                 position_ids=position_ids,
                 key=layer_key,
                 **arguments,
@@ -252,7 +255,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         keys = None if key is None else jax.random.split(key, config.num_depths)
         # In a scan nothing is merged across iterations: `prevent_cse` would only cost.
         run_depth = jax.checkpoint(run_depth, policy=config.checkpoint_policy, prevent_cse=False)
-        return lax.scan(run_depth, hidden_states, (scanned, targets, keys))[1]
+        return lax.scan(run_depth, hidden_states, (scanned, embeddings, keys))[1]
 
 
 def _num_layers(config: MTPConfig) -> int:

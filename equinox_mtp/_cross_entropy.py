@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
 
+from ._devices import tokens_on_all_devices, with_auto_axes
 from ._fused import TokenLosses, WeightedLosses, sum_by_depth, token_losses, weighted_losses
 from ._head import DEFAULT_TOKEN_TILE, LinearHead
-from ._head_sharding import tokens_on_all_devices, with_auto_axes
 from ._token_tiles import scan_tiles
 from ._types import OutputHead, checked
 

@@ -54,7 +54,7 @@ class AbstractDecoder(eqx.Module):
         """Looks tokens up, in the compute dtype.
 
         `position_ids` are for models that add learned positions to the embedding; others ignore
-        them.
+        them. All depths' tokens are looked up at once, in a `jax.vmap` over depths.
         """
 
     @abc.abstractmethod

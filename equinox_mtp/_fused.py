@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, Integer
 
+from ._devices import on_devices
 from ._head import LinearHead
-from ._head_sharding import on_devices
 from ._token_tiles import scan_tiles
 from ._vocab_tiles import (
     HeadGradient,

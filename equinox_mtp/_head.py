@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ._head_sharding import HeadSharding, tokens_on_all_devices
+from ._devices import tokens_on_all_devices
+from ._head_sharding import HeadSharding
 from ._types import checked
 
 DEFAULT_TOKEN_TILE = 1024

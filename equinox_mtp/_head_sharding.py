@@ -1,14 +1,12 @@
-"""Where the loss runs: on one device, on several, or in a `shard_map` of the user's."""
+"""Where hidden states, embedding and output head lie on a mesh."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import TypeAlias
 
-import equinox as eqx
 import jax
-from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
@@ -17,14 +15,9 @@ MeshAxes: TypeAlias = str | tuple[str, ...] | None
 _HOW_TO_SPLIT: Mapping[str, str] = {
     "batch": "Choose a batch that is a multiple of it, or split it over fewer mesh axes.",
     "seq": "Pad the rows to a multiple of it, or split them over fewer mesh axes.",
+    "embed": "Choose features that are a multiple of it, or split them over fewer mesh axes.",
     "vocab": "Pad the head with rows of a very negative bias, or split it over fewer mesh axes.",
 }
-
-
-_CLOSURE_NOTE = (
-    "On a mesh of explicit axes `head` must not close over arrays: make it an `equinox.Module` "
-    "that holds them, or a `LinearHead`."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +47,8 @@ class HeadSharding:
     - `mesh`: the mesh; `None` takes the one set by `jax.set_mesh`.
     - `batch`, `seq`: mesh axes over which tokens are split.
     - `vocab`: mesh axes over which the head's rows, and so the logits, are split.
+    - `embed`: mesh axes over which the embedding's features are split, for `nn.embed_tokens`. The
+        loss puts a head together that is split so.
 
     **Raises:** `ValueError` if an axis is named twice or is none of the mesh; in the loss, if there
     is no mesh, or another than that set by `jax.set_mesh`, or if a size is no multiple of the
@@ -64,22 +59,30 @@ class HeadSharding:
     batch: MeshAxes = None
     seq: MeshAxes = None
     vocab: MeshAxes = None
+    embed: MeshAxes = None
 
     def __post_init__(self) -> None:
-        names = self._all_axes
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"`batch`, `seq` and `vocab` must be split over different mesh axes; {name!r} "
-                    "is named twice."
-                )
+        for names, words in (
+            ((*self.token_axes, *self.vocab_axes), "`batch`, `seq` and `vocab`"),
+            ((*self.vocab_axes, *self.embed_axes), "`vocab` and `embed`"),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(
+                        f"{words} must be split over different mesh axes; {name!r} is named twice."
+                    )
         if self.mesh is not None:
-            _check_axes(self, self.mesh, "`mesh` has")
+            check_axes(self, self.mesh, "`mesh` has")
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which rows are split."""
+        return _names(self.batch)
 
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The mesh axes over which tokens are split."""
-        return (*_names(self.batch), *_names(self.seq))
+        return (*self.batch_axes, *_names(self.seq))
 
     @property
     def vocab_axes(self) -> tuple[str, ...]:
@@ -87,8 +90,9 @@ class HeadSharding:
         return _names(self.vocab)
 
     @property
-    def _all_axes(self) -> tuple[str, ...]:
-        return (*self.token_axes, *self.vocab_axes)
+    def embed_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which the embedding's features are split."""
+        return _names(self.embed)
 
     def spec(self, axis_words: str) -> P:
         """The partition spec of an array with these axis words."""
@@ -104,117 +108,46 @@ def constrain_hidden_states(
     What XLA would choose follows from the parameters otherwise, and changes with their sharding.
     Inside a `shard_map`, or where no mesh is known, they stay as they are.
     """
-    if sharding is None:
+    mesh = active_mesh(sharding)
+    if sharding is None or mesh is None:
         return hidden_states
+    return constrain(hidden_states, mesh, sharding.spec("batch seq embed"))
+
+
+def active_mesh(sharding: HeadSharding | None) -> Mesh | AbstractMesh | None:
+    """The mesh on which arrays lie; `None` inside a `shard_map`, or if no mesh is known."""
     current = jax.sharding.get_abstract_mesh()
-    mesh = sharding.mesh if current.empty else current
-    if mesh is None or current.manual_axes:
-        return hidden_states
-    placement = NamedSharding(mesh, sharding.spec("batch seq embed"))
+    if sharding is None or current.manual_axes:
+        return None
+    return sharding.mesh if current.empty else current
+
+
+def constrain(array: Array, mesh: Mesh | AbstractMesh, spec: P) -> Array:
+    """An array, laid on the mesh so."""
+    placement = NamedSharding(mesh, spec)
     if mesh.explicit_axes:
-        return jax.sharding.reshard(hidden_states, placement)
-    return jax.lax.with_sharding_constraint(hidden_states, placement)
+        return jax.sharding.reshard(array, placement)
+    return jax.lax.with_sharding_constraint(array, placement)
 
 
 def _names(axes: MeshAxes) -> tuple[str, ...]:
     if axes is None:
         return ()
-    return (axes,) if isinstance(axes, str) else axes
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-# The mesh
-
-
-def on_devices(
-    sharding: HeadSharding | None,
-    function: Callable[..., Any],
-    words: Sequence[str],
-    out_words: Sequence[str],
-) -> Callable[..., Any]:
-    """`function` on every device's part of arrays with these axis words.
-
-    Gradients are never taken through this: each strategy maps its forward and backward pass.
-    """
-    if sharding is None:
-        return lambda *arrays: _whole_heads(function(*_whole_heads(arrays, words)), out_words)
-
-    def on_mesh(*arrays: Array | None) -> Any:
-        mesh = _mesh(sharding)
-        for array, axis_words in zip(arrays, words, strict=True):
-            if array is not None:
-                _check_sizes(
-                    sharding, mesh, dict(zip(axis_words.split(), array.shape, strict=True))
-                )
-        return jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=tuple(map(sharding.spec, words)),
-            out_specs=tuple(map(sharding.spec, out_words)),
-            check_vma=False,
-        )(*arrays)
-
-    return on_mesh
-
-
-def _whole_heads(arrays: Sequence[Array | None], words: Sequence[str]) -> tuple[Array | None, ...]:
-    """Puts split arrays of the head together, where the mesh is known.
-
-    Outside of the loops, that is: XLA would do so for every tile. Outside of `jit` arrays stay
-    where they are.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return tuple(arrays)
-    return tuple(
-        jax.lax.with_sharding_constraint(array, P())
-        if isinstance(array, Tracer) and "vocab" in axis_words
-        else array
-        for array, axis_words in zip(arrays, words, strict=True)
-    )
-
-
-def _mesh(sharding: HeadSharding) -> Mesh | AbstractMesh:
-    """The mesh for a `shard_map`, with automatic axes."""
-    mesh, current = sharding.mesh, jax.sharding.get_abstract_mesh()
-    if current.empty:
-        if mesh is None:
-            raise ValueError(
-                "`sharding` of the head has no `mesh`, and none is set; got `mesh=None`. Run the "
-                "loss in `with jax.set_mesh(mesh):`, or pass `HeadSharding(mesh, ...)`."
-            )
-        return _with_auto_axes(mesh)
-    if mesh is not None and mesh.shape_tuple != current.shape_tuple:
-        raise ValueError(
-            f"`mesh` of `HeadSharding` must be the one set by `jax.set_mesh`, {current.shape}; got "
-            f"{mesh.shape}. Leave `mesh` out to take that one."
-        )
-    _check_axes(sharding, current, "the mesh set by `jax.set_mesh` has")
-    if current.manual_axes:
-        raise ValueError(
-            f"`sharding` of the head does not go with a `shard_map` around the loss; got "
-            f"{sharding} where {current.manual_axes} are mapped already. Leave `sharding` out, and "
-            "sum losses over those axes."
-        )
-    return current
-
-
-def _with_auto_axes(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
-    """Explicit axes would ask that all arrays lie on the mesh as the loss wants them."""
-    if isinstance(mesh, AbstractMesh):
-        return mesh.update_axis_types(dict.fromkeys(mesh.axis_names, AxisType.Auto))
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-
-
-def _check_axes(sharding: HeadSharding, mesh: Mesh | AbstractMesh, whose: str) -> None:
-    for name in sharding._all_axes:
+def check_axes(sharding: HeadSharding, mesh: Mesh | AbstractMesh, whose: str) -> None:
+    """**Raises:** `ValueError` if the mesh lacks an axis."""
+    for name in (*sharding.token_axes, *sharding.vocab_axes, *sharding.embed_axes):
         if name not in mesh.axis_names:
             known = ", ".join(repr(axis) for axis in mesh.axis_names)
             raise ValueError(f"{whose} the axes {known}; {name!r} is none of them.")
 
 
-def _check_sizes(
+def check_sizes(
     sharding: HeadSharding, mesh: Mesh | AbstractMesh, sizes: Mapping[str, int]
 ) -> None:
+    """**Raises:** `ValueError` if a size is no multiple of the devices that share it."""
     for word, mend in _HOW_TO_SPLIT.items():
         axes = _names(getattr(sharding, word))
         devices = math.prod(mesh.shape[axis] for axis in axes)
@@ -223,102 +156,3 @@ def _check_sizes(
                 f"`{word}` must be a multiple of the {devices} devices over which `HeadSharding` "
                 f"splits it, {' · '.join(map(repr, axes))}; got {sizes[word]}. {mend}"
             )
-
-
-def tokens_on_all_devices(tokens: int) -> int:
-    """The size of a tile that has `tokens` tokens on each device.
-
-    Under automatic partitioning shapes are those of all devices of the current mesh together; in a
-    `shard_map` they are those of one.
-    """
-    return tokens * (_num_devices() or 1)
-
-
-def shards_of(seq: int, *, batch: int, tokens: int) -> int:
-    """Into how many equal parts `seq` positions may be split over devices, at most.
-
-    If no mesh is set it may be over all devices; this is left out of account where `tokens` tokens
-    would not be enough for one in each part.
-    """
-    devices = _num_devices()
-    if devices is None:
-        devices = jax.device_count()
-        if batch * math.gcd(seq, devices) > tokens:
-            return 1
-    return math.gcd(seq, devices)
-
-
-def _num_devices() -> int | None:
-    """Of how many devices arrays have the shapes here; `None` if no mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None
-    return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
-
-
-# The types that JAX gives to sharded arrays
-
-
-def with_auto_axes(
-    function: Callable[..., Any], out_specs: Callable[[P], Any], tokens: Array
-) -> Callable[..., Any]:
-    """`function` under automatic partitioning, whatever the axes of the mesh.
-
-    Explicit axes are in the arrays' types, where tiles of split axes have none. `out_specs` makes
-    the outputs' partition specs of that of `tokens`; gradients get the types of what they are
-    gradients of.
-    """
-
-    def run(*arguments: Any) -> Any:
-        arrays, rest = eqx.partition(arguments, eqx.is_array)
-
-        def on_arrays(arrays: Any) -> Any:
-            return function(*_vary_together(eqx.combine(arrays, rest)))
-
-        mesh = _explicit_mesh(arrays)
-        if mesh is None:
-            return on_arrays(arrays)
-        out_sharding = jax.tree.map(
-            lambda spec: NamedSharding(mesh, spec),
-            out_specs(jax.typeof(tokens).sharding.spec),
-            is_leaf=lambda spec: isinstance(spec, P),
-        )
-        axes = mesh.explicit_axes
-        mapped: Any = jax.sharding.auto_axes(on_arrays, axes=axes, out_sharding=out_sharding)
-        if jax.sharding.get_abstract_mesh().empty:
-            # Outside of `jit` nothing else says on which devices to run.
-            mapped = jax.jit(mapped)
-        try:
-            return mapped(arrays)
-        except ValueError as error:
-            if "context mesh" in str(error):
-                error.add_note(_CLOSURE_NOTE)
-            raise
-
-    return run
-
-
-def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
-    """The mesh with explicit axes that is set, or on which one of the arrays lies by its type."""
-    meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
-    current = jax.sharding.get_abstract_mesh()
-    return next((mesh for mesh in (current, *meshes) if mesh.explicit_axes), None)
-
-
-def _vary_together(arguments: Any) -> Any:
-    """In a `shard_map`, marks all arrays as different on the devices where one of them is.
-
-    So loops may carry them together, and a gradient is summed over devices once, at the end, where
-    the array itself is the same on all.
-    """
-    axes = set().union(*map(_varying_axes, filter(eqx.is_array, jax.tree.leaves(arguments))))
-
-    def vary(x: Any) -> Any:
-        missing = tuple(axes - _varying_axes(x)) if eqx.is_array(x) else ()
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, arguments)
-
-
-def _varying_axes(array: Array) -> frozenset[str]:
-    return jax.typeof(array).mat.varying

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ._head_sharding import shards_of
+from ._devices import shards_of
 
 Visit: TypeAlias = Callable[[Any, Any, Array], tuple[Any, Any]]
 PadWith: TypeAlias = Literal["zeros", "last_token"]

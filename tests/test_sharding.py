@@ -27,6 +27,7 @@ TOKEN_TILE, VOCAB_TILE = 8, 40
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
+    "data_fsdp": {"data": 2, "fsdp": 4},
     "data_tensor": {"data": 2, "tensor": 4},
     "data_context": {"data": 2, "context": 4},
     "data_tensor_context": {"data": 2, "context": 2, "tensor": 2},
@@ -188,11 +189,18 @@ def test_a_training_step_is_that_of_one_device(name: str) -> None:
     if shape["fsdp"] > 1:
         # Parameters are put together; but the embedding's features are looked up where they lie,
         # for all tokens, and sent to where the tokens are.
-        allowed |= parameter_sizes(model) | {BATCH * SEQ}
-        assert exchanged == {rows * SEQ * EMBED // shape["fsdp"]}
+        # The depths' tokens are looked up together.
+        ids = {depths * rows * shape["fsdp"] * SEQ for depths in (1, DEPTHS)}
+        allowed |= parameter_sizes(model) | ids
+        features = rows * SEQ * EMBED // shape["fsdp"]
+        assert exchanged == {features, DEPTHS * features}
     else:
         assert exchanged == set()
     assert gathered <= allowed
+    # The embedding's gradient is summed over devices once, not in each depth.
+    embedding = VOCAB * EMBED // (shape["tensor"] * shape["fsdp"])
+    reduced = [c for c in found if c.operation == "all-reduce" and embedding in c.sizes]
+    assert not any(c.in_loop for c in reduced)
     # Each shift moves the tokens that cross from shard to shard: k in each row at depth k.
     shifts = [c.sizes for c in found if c.operation == "collective-permute"]
     if shape["context"] == 1:

@@ -7,6 +7,7 @@ from ._attention import (
     causal_attention as causal_attention,
     causal_attention_by_position as causal_attention_by_position,
 )
+from ._embedding import embed_tokens as embed_tokens
 from ._feed_forward import SwiGLU as SwiGLU
 from ._linear import Linear as Linear
 from ._norm import RMSNorm as RMSNorm

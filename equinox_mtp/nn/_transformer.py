@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .._decoder import AbstractCachedDecoder
 from .._head import LinearHead
-from .._head_sharding import constrain_hidden_states
 from .._types import checked
 from ._attention import KeyValueCache
+from ._embedding import embed_tokens
 from ._init import fan_in_normal
 from ._norm import RMSNorm
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
@@ -54,8 +54,8 @@ class TransformerDecoder(AbstractCachedDecoder):
         self, input_ids: Integer[Array, "batch seq"], position_ids: Integer[Array, "batch seq"]
     ) -> Float[Array, "batch seq embed"]:
         """Looks tokens up, in the compute dtype; positions enter in the attention."""
-        embeddings = self.embedding[input_ids].astype(self.config.dtype)
-        return constrain_hidden_states(embeddings, self.config.sharding)
+        config = self.config
+        return embed_tokens(self.embedding, input_ids, dtype=config.dtype, sharding=config.sharding)
 
     @checked
     def __call__(

@@ -73,8 +73,12 @@ class ShardingRules:
 
     def head_sharding(self, mesh: Mesh | AbstractMesh) -> HeadSharding:
         """Where hidden states and the output head lie: for `TransformerConfig.sharding`."""
-        batch, seq, vocab = (self.mesh_axes(word, mesh) for word in ("batch", "seq", "vocab"))
-        return HeadSharding(batch=batch or None, seq=seq or None, vocab=vocab or None)
+        batch, seq, vocab, embed = (
+            self.mesh_axes(word, mesh) or None for word in ("batch", "seq", "vocab", "embed")
+        )
+        if embed and vocab:
+            embed = tuple(name for name in embed if name not in vocab) or None
+        return HeadSharding(batch=batch, seq=seq, vocab=vocab, embed=embed)
 
     def num_shards(self, word: str, mesh: Mesh | AbstractMesh) -> int:
         """Into how many parts an axis word is split."""
