@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -49,9 +52,9 @@ def _train(options: Sequence[str]) -> None:
     import tyro
 
     from .training import (
+        Interrupted,
         TrainConfig,
-        last_undamaged_checkpoint,
-        load_info,
+        info_of_run,
         newest_run_folder,
         train,
     )
@@ -65,7 +68,7 @@ def _train(options: Sequence[str]) -> None:
                 "`resume`: no run under runs/ has a checkpoint. Name a run with --out."
             )
         # What is not said on the command line stays as it was in the run.
-        stored = load_info(last_undamaged_checkpoint(out / "checkpoints")[0]).config
+        stored = info_of_run(out / "checkpoints").config
         default = dataclasses.replace(stored, out=out)
     prog = "python -m equinox_mtp train"
     config = tyro.cli(TrainConfig, prog=prog, args=options, default=default)
@@ -74,9 +77,16 @@ def _train(options: Sequence[str]) -> None:
         return
     import jax
 
-    jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    jax.distributed.initialize(
+        config.coordinator,
+        config.num_processes,
+        config.process_id,
+        heartbeat_timeout_seconds=config.heartbeat_timeout,
+    )
     try:
         train(config)
+    except Interrupted:
+        raise
     except BaseException as error:
         # The others wait for this process: only its end tells them, and it must not wait for them.
         print(f"error: {error!r}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from equinox_mtp.training import (
     CheckpointInfo,
     Checkpoints,
     TrainConfig,
+    _checkpoint,
     checkpoints,
+    info_of_run,
     last_checkpoint,
     last_undamaged_checkpoint,
     load_info,
     load_state,
     save_checkpoint,
 )
+from equinox_mtp.training._checkpoint_files import damage
 
 STATE = {"w": jnp.arange(300.0), "n": jnp.int32(7), "rate": 0.5}
 
@@ -93,6 +97,37 @@ def test_saving_does_not_wait_for_the_disk(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_digests_are_made_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def slow_seal(checkpoint: Path) -> None:
+        assert go_on.wait(timeout=20)
+        real_seal(checkpoint)
+
+    real_seal = _checkpoint.seal
+    monkeypatch.setattr(_checkpoint, "seal", slow_seal)
+    writer = Checkpoints(tmp_path)
+    writer.save(STATE, info_of(1))
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "step_00000001").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for _ in range(20):
+        writer.poll()
+        time.sleep(0.01)
+    assert checkpoints(tmp_path) == []
+    go_on.set()
+    writer.wait()
+    assert names_of(tmp_path) == ["step_00000001"]
+    # What goes wrong there is said at the next occasion.
+    monkeypatch.setattr(_checkpoint, "seal", lambda checkpoint: (checkpoint / "no" / "no").touch())
+    writer.save(STATE, info_of(2))
+    with pytest.raises(OSError, match="could not be written"):
+        writer.wait()
+    writer.close()
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, STATE, info_of(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -138,6 +173,12 @@ def test_a_damaged_checkpoint_is_refused(which: str, harm: Any, tmp_path: Path) 
         assert last_checkpoint(tmp_path).name == "step_00000001"
     with pytest.raises(ValueError, match=r"step_00000002 is damaged: .*Delete this folder"):
         load_state(path, STATE)
+    assert info_of_run(tmp_path).step == (2 if which == "largest" else 1)
+    if which == "largest":
+        # Several processes read a share of the files each; one of them finds it.
+        found = [damage(path, process=process, num_processes=3) for process in range(3)]
+        assert sum(problem is not None for problem in found) == 1
+        assert damage(path, part="info") is None
     chosen, problems = last_undamaged_checkpoint(tmp_path)
     assert chosen.name == "step_00000001"
     assert len(problems) == (0 if which == "digests.json" and harm is Path.unlink else 1)
@@ -173,7 +214,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    for find in (last_checkpoint, last_undamaged_checkpoint):
+    for find in (last_checkpoint, last_undamaged_checkpoint, info_of_run):
         with pytest.raises(FileNotFoundError, match="no checkpoint"):
             find(tmp_path)
 

@@ -4,21 +4,24 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 import pytest
+from test_sharding import on_one_device
 
 import equinox_mtp.training._train as train_module
 from equinox_mtp.__main__ import main
-from equinox_mtp.training import TrainConfig, checkpoints, last_checkpoint, train
+from equinox_mtp.training import Interrupted, TrainConfig, checkpoints, last_checkpoint, train
 from equinox_mtp.training._placement import parse_mesh
 
 STEPS, MORE_STEPS = 6, 40
@@ -110,7 +113,8 @@ def stop_after(step: int, config: TrainConfig) -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train_module, "train_step", stopping_step)
-        train(config)
+        with pytest.raises(Interrupted):
+            train(config)
 
 
 @pytest.mark.parametrize("damaged", ["state", "info"])
@@ -172,19 +176,25 @@ def command(tokens: Path, out: Path) -> list[str]:
 
 
 class Processes:
-    """One command each, with some devices each, on this machine."""
+    """Two of a command, with four devices each, on this machine."""
 
-    def __init__(self, options: list[str], *, count: int = 2, devices: int = 4) -> None:
+    def __init__(
+        self, options: list[str], *, of_last: Sequence[str] = (), path: Path | None = None
+    ) -> None:
+        count, devices = 2, 4
         flags = f"--xla_force_host_platform_device_count={devices} "
         flags += "--xla_backend_optimization_level=0"
         environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
+        if path is not None:
+            environment["PYTHONPATH"] = f"{path}:{environment.get('PYTHONPATH', '')}"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         bare = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
+        own = [[]] * (count - 1) + [[*of_last]]
         self.all = [
             subprocess.Popen(
-                [*options, "--distributed", *bare, "--process-id", str(index)],
+                [*options, "--distributed", *bare, "--process-id", str(index), *own[index]],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -230,24 +240,81 @@ def test_two_processes(tokens: Path, whole: Path, tmp_path: Path, started: list[
 def test_one_of_two_processes_dies(
     tokens: Path, longer: Path, tmp_path: Path, started: list[Processes]
 ) -> None:
-    """The other ends with an error; and both go on from the last checkpoint."""
+    """The other ends with an error; and both go on from the last checkpoint.
+
+    Then one is told to stop: both save and stop after the same step, and go on again.
+    """
     out = tmp_path / "two"
-    options = [*command(tokens, out), "--mesh", "context=8", "--steps", str(MORE_STEPS)]
+    mesh = ["--mesh", "context=8", "--heartbeat-timeout", "20"]
+    options = [*command(tokens, out), *mesh, "--steps", str(MORE_STEPS)]
     started.append(Processes(options))
     first, second = started[-1].all
     wait_for_checkpoint(out, first)
     second.kill()
-    output = first.communicate(timeout=150)[0]
-    assert first.returncode != 0, output
-    resume = [*options[:4], "--resume", "--out", str(out), "--mesh", "context=8"]
+    output = first.communicate(timeout=70)[0]
+    assert first.returncode not in (0, 130), output
+    before = last_checkpoint(out / "checkpoints").name
+
+    resume = [*options[:4], "--resume", "--out", str(out), *mesh]
+    started.append(Processes(resume))
+    first, second = started[-1].all
+    wait_for_checkpoint(out, first, after=before)
+    second.terminate()
+    outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [130, 130], "\n".join(outputs)
+    stopped = re.search(r"interrupted at step (\d+); continue with --resume", outputs[0])
+    assert stopped, outputs[0]
+    assert last_checkpoint(out / "checkpoints").name == f"step_{int(stopped[1]):08d}"
+
     started.append(Processes(resume))
     started[-1].finish()
     assert_same_losses(out, longer)
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+@pytest.mark.slow
+def test_one_of_two_processes_fails(tokens: Path, tmp_path: Path, started: list[Processes]) -> None:
+    """It says why, and the other ends too."""
+    options = [*command(tokens, tmp_path / "two"), "--mesh", "data=8", "--heartbeat-timeout", "20"]
+    started.append(Processes(options, of_last=["--learning-rate", "1"]))
+    first, second = started[-1].all
+    assert "all options must be the same in every process" in second.communicate(timeout=120)[0]
+    assert second.returncode == 1
+    output = first.communicate(timeout=120)[0]
+    assert first.returncode not in (0, 130), output
+
+
+STEP_OF_TESTS = """
+import json, sys
+import jax
+jax.distributed.initialize(sys.argv[3], int(sys.argv[5]), int(sys.argv[7]))
+import optax
+import test_sharding
+from equinox_mtp.sharding import make_mesh
+mesh = make_mesh({"data": 2, "fsdp": 2, "context": 2})
+step, _ = test_sharding.run_on(mesh, test_sharding.make_model(mesh), test_sharding.make_rows())
+with jax.set_mesh(mesh):
+    norms = jax.jit(lambda *trees: list(map(optax.tree.norm, trees)))(step.grads, step.moments)
+print(json.dumps([float(x) for x in [step.loss, *norms]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_step_of_two_processes(started: list[Processes]) -> None:
+    """`shard_model` and `shard_batch`, of the same values in each."""
+    step = on_one_device()
+    expected = [step.loss, optax.tree.norm(step.grads), optax.tree.norm(step.moments)]
+    started.append(Processes([sys.executable, "-c", STEP_OF_TESTS], path=Path(__file__).parent))
+    for output in started[-1].finish():
+        found = json.loads(output.splitlines()[-1])
+        np.testing.assert_allclose(found, [float(x) for x in expected], rtol=1e-5)
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], after: str = "") -> None:
+    def names() -> list[str]:
+        return [path.name for path in checkpoints(folder / "checkpoints")]
+
     deadline = time.monotonic() + 120
-    while not checkpoints(folder / "checkpoints") and time.monotonic() < deadline:
+    while max(names(), default="") <= after and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
 

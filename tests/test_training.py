@@ -23,6 +23,7 @@ from equinox_mtp.training import (
     ONE_DEVICE,
     CheckpointInfo,
     Corpus,
+    Interrupted,
     PackedRows,
     TrainConfig,
     checkpoints,
@@ -313,7 +314,9 @@ def test_resumed_run_has_the_same_losses(
     assert last[0] == last[1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_and_stops(
+    number: signal.Signals,
     run: tuple[Path, TrainConfig],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -325,12 +328,13 @@ def test_interrupt_saves_and_stops(
 
     def interrupt_in_step_3(inputs: Any, state: Any) -> Any:
         if int(state.step) == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return real_step(inputs, state)
 
     with monkeypatch.context() as patched:
         patched.setattr(train_module, "train_step", interrupt_in_step_3)
-        train(config)
+        with pytest.raises(Interrupted):
+            train(config)
     assert "interrupted at step 3; continue with --resume" in capsys.readouterr().out
     assert last_checkpoint(config.out / "checkpoints").name == "step_00000003"  # type: ignore[operator]
     train(dataclasses.replace(config, resume=True))

@@ -3,12 +3,15 @@
 from ._checkpoint import (
     CheckpointInfo as CheckpointInfo,
     Checkpoints as Checkpoints,
-    checkpoints as checkpoints,
-    last_checkpoint as last_checkpoint,
-    last_undamaged_checkpoint as last_undamaged_checkpoint,
+    info_of_run as info_of_run,
     load_info as load_info,
     load_state as load_state,
     save_checkpoint as save_checkpoint,
+)
+from ._checkpoint_files import (
+    checkpoints as checkpoints,
+    last_checkpoint as last_checkpoint,
+    last_undamaged_checkpoint as last_undamaged_checkpoint,
 )
 from ._compare import (
     Comparison as Comparison,
@@ -46,6 +49,7 @@ from ._step import (
     train_step as train_step,
 )
 from ._train import (
+    Interrupted as Interrupted,
     newest_run_folder as newest_run_folder,
     train as train,
 )

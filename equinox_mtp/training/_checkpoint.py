@@ -1,11 +1,11 @@
 """Checkpoints by orbax: written in the background, whole or not at all, and checked when read."""
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
-import os
-import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,26 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from ._checkpoint_files import (
+    INFO,
+    PREFIX,
+    STATE,
+    checkpoint_of,
+    checkpoints,
+    damage,
+    last_checkpoint,
+    remove_unsealed,
+    seal,
+    set_aside,
+)
 from ._config import TrainConfig
+from ._processes import is_first
 
 _NOISE = ("Metadata file does not exist", "Requested `tracked_metric`")
 logging.getLogger("absl").addFilter(
     # orbax warns of what is as it should be: no metrics at most steps, no metadata of its own.
     lambda record: not record.getMessage().startswith(_NOISE)
 )
-
-_PREFIX = "step_"
-_INFO, _STATE = "info", "state"
-_DIGESTS = "digests.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +51,9 @@ class Checkpoints:
 
     The best is known where an evaluation and a checkpoint fall together. Each is a folder `step_N`.
     Arrays are copied when `save` is called, and written in the background; every process writes its
-    own part. A folder gets its name when all is on disk, and a list of digests after that, by which
-    damage is found. A process that is killed at any moment leaves the checkpoints before as they
-    were.
+    own part. A folder gets its name when all is on disk, and a list of digests after that, in the
+    background too, by which damage is found. A process that is killed at any moment leaves the
+    checkpoints before as they were.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, last_step: int | None = None):
@@ -62,10 +71,12 @@ class Checkpoints:
             )
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.absolute()
-        self._is_pending = False
-        if jax.process_index() == 0:
-            _remove_unsealed(self._folder)
-            _set_aside(self._folder, last_step)
+        self._unsealed: Path | None = None
+        self._sealing: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        if is_first():
+            remove_unsealed(self._folder)
+            set_aside(self._folder, last_step)
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -94,7 +105,7 @@ class Checkpoints:
         **Raises:** `OSError` if that one could not be written.
         """
         self.wait()
-        self._is_pending = True
+        self._unsealed = checkpoint_of(self._folder, info.step)
         self._manager.save(
             info.step,
             args=ocp.args.Composite(
@@ -106,34 +117,49 @@ class Checkpoints:
         )
 
     def poll(self) -> None:
-        """Seals a checkpoint whose writing has ended."""
-        if self._is_pending and not self._manager.is_saving_in_progress():
-            self.wait()
+        """Begins to seal a checkpoint whose writing has ended.
+
+        **Raises:** `OSError` if it could not be written.
+        """
+        if self._unsealed and not self._manager.is_saving_in_progress():
+            self._begin_sealing()
 
     def wait(self) -> None:
         """Waits until everything is on disk.
 
         **Raises:** `OSError` if it could not be written.
         """
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise OSError(
-                f"a checkpoint could not be written to {self._folder}: {error}. Those before it "
-                "are as they were; make room, and continue with --resume."
-            ) from error
-        if self._is_pending and jax.process_index() == 0:
-            for path in _written(self._folder):
-                if not (path / _DIGESTS).exists():
-                    _seal(path)
-        self._is_pending = False
+        self._begin_sealing()
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            with self._as_os_error():
+                sealing.result()
 
     def close(self) -> None:
         """Waits until everything is on disk, and ends the writing."""
         try:
             self.wait()
         finally:
+            self._pool.shutdown()
             self._manager.close()
+
+    def _begin_sealing(self) -> None:
+        """Once all is written."""
+        checkpoint, self._unsealed = self._unsealed, None
+        with self._as_os_error():
+            self._manager.wait_until_finished()
+        if checkpoint is not None and is_first():
+            self._sealing = self._pool.submit(seal, checkpoint)
+
+    @contextlib.contextmanager
+    def _as_os_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"a checkpoint could not be written to {self._folder}: {error}. Those before it "
+                "are as they were; make room, and continue with --resume."
+            ) from error
 
 
 def save_checkpoint(
@@ -148,62 +174,25 @@ def save_checkpoint(
     return checkpoint_of(folder, info.step)
 
 
-def checkpoint_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
-    return folder / f"{_PREFIX}{step:08d}"
+def info_of_run(folder: Path) -> CheckpointInfo:
+    """What the newest checkpoint says of its run: of those that say it as they were written.
 
+    No weights are read.
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    return [path for path in _written(folder) if (path / _DIGESTS).is_file()]
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in a folder.
-
-    **Raises:** `FileNotFoundError` if there is none.
+    **Raises:** `FileNotFoundError` if there is no checkpoint; `ValueError` if all are damaged.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise FileNotFoundError(
-            f"there is no checkpoint in {folder}. Give the folder of a run that has saved one, or "
-            "start a new run without --resume."
-        )
-    return found[-1]
-
-
-def last_undamaged_checkpoint(folder: Path) -> tuple[Path, list[str]]:
-    """The newest checkpoint that is as it was written, and what is wrong with those after it.
-
-    **Raises:** `FileNotFoundError` if there is none; `ValueError` if all are damaged.
-    """
-    problems: list[str] = []
+    problem = None
     for path in [*reversed(checkpoints(folder))] or [last_checkpoint(folder)]:
-        problem = damage(path)
+        problem = damage(path, part=INFO)
         if problem is None:
-            return path, problems
-        problems.append(problem)
-    raise ValueError("; ".join(problems) + ". There is no other: start a new run.")
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or `None` if they are as they were written."""
-    try:
-        stored = json.loads((checkpoint / _DIGESTS).read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        return f"the checkpoint {checkpoint} is damaged: its digests cannot be read: {error!r}"
-    found = _digests(checkpoint)
-    for name in sorted({*stored, *found}):
-        if stored.get(name) != found.get(name):
-            kind = "is missing" if name not in found else "differs from what was written"
-            return f"the checkpoint {checkpoint} is damaged: {name} {kind}"
-    return None
+            return load_info(path)
+    raise ValueError(f"{problem}. There is no other: start a new run.")
 
 
 def load_info(checkpoint: Path) -> CheckpointInfo:
     """Reads what is stored beside the weights; `ValueError` if that is damaged."""
     try:
-        stored = json.loads((checkpoint / _INFO / "metadata").read_text(encoding="utf8"))
+        stored = json.loads((checkpoint / INFO / "metadata").read_text(encoding="utf8"))
         config = stored.pop("config")
         config["data"] = tuple(Path(path) for path in config["data"])
         config["out"] = None if config["out"] is None else Path(config["out"])
@@ -234,7 +223,7 @@ def load_state(checkpoint: Path, like: PyTree[Any], *, is_undamaged: bool = Fals
     if problem is not None:
         raise ValueError(f"{problem}. Delete this folder to continue from the one before it.")
     with ocp.StandardCheckpointer() as reader:
-        path = checkpoint.absolute() / _STATE
+        path = checkpoint.absolute() / STATE
         metadata: Any = reader.metadata(path).item_metadata
         stored = {name: tuple(x.shape) for name, x in metadata.items()}
         shape_of = {name: x.shape for name, x in wanted.items()}
@@ -249,60 +238,17 @@ def load_state(checkpoint: Path, like: PyTree[Any], *, is_undamaged: bool = Fals
     return eqx.combine(loaded, rest)
 
 
-# The files
+# As orbax wants things
 
 
 _NAMES = ocp.path.step.standard_name_format(
-    step_prefix=_PREFIX.rstrip("_"), step_format_fixed_length=8
+    step_prefix=PREFIX.rstrip("_"), step_format_fixed_length=8
 )
-
-
-def _written(folder: Path) -> list[Path]:
-    """What orbax has given its final name, oldest first."""
-    found = sorted(folder.glob(f"{_PREFIX}{'[0-9]' * 8}"))
-    return [path for path in found if (path / _STATE).is_dir() and (path / _INFO).is_dir()]
-
-
-def _remove_unsealed(folder: Path) -> None:
-    """A process was killed before it could say that they were whole."""
-    for path in _written(folder):
-        if not (path / _DIGESTS).exists():
-            shutil.rmtree(path)
-
-
-def _set_aside(folder: Path, last_step: int | None) -> None:
-    """Renames the checkpoints after a step, for people to look at: the run comes there again."""
-    for path in _written(folder):
-        if last_step is not None and int(path.name.removeprefix(_PREFIX)) > last_step:
-            target = folder / f"damaged-{path.name}"
-            shutil.rmtree(target, ignore_errors=True)
-            path.rename(target)
 
 
 def _quality(metrics: Any) -> float:
     """The higher the better."""
     return -metrics["held_out_loss"]
-
-
-def _seal(checkpoint: Path) -> None:
-    """Writes down the digest of every file."""
-    temporary = checkpoint / f".{_DIGESTS}.tmp"
-    with temporary.open("w", encoding="utf8") as stream:
-        json.dump(_digests(checkpoint), stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, checkpoint / _DIGESTS)
-
-
-def _digests(checkpoint: Path) -> dict[str, str]:
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    digests = {}
-    for path in files:
-        if path.name.strip(".").removesuffix(".tmp") != _DIGESTS:
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            digests[path.relative_to(checkpoint).as_posix()] = digest
-    return digests
 
 
 def _is_array(x: Any) -> bool:

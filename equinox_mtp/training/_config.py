@@ -78,6 +78,8 @@ class TrainConfig:
     """Elsewhere: how many processes there are."""
     process_id: int | None = None
     """Elsewhere: which of them this one is, from 0."""
+    heartbeat_timeout: int = 100
+    """Seconds after which a process that is not heard of is taken for dead, and all others end."""
 
     eval_every: int = 100
     """Steps between evaluations on held-out documents."""
@@ -93,7 +95,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "seq_len"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "positive")
-        for name in ("eval_every", "eval_rows", "checkpoint_every"):
+        for name in ("eval_every", "eval_rows", "checkpoint_every", "heartbeat_timeout"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "positive")
         for name in ("depths", "warmup_steps", "compare_prompts"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")

@@ -16,6 +16,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import optax
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import equinox_mtp as emtp
@@ -23,12 +24,10 @@ import equinox_mtp as emtp
 from ._checkpoint import (
     CheckpointInfo,
     Checkpoints,
-    checkpoint_of,
-    checkpoints,
-    last_undamaged_checkpoint,
     load_info,
     load_state,
 )
+from ._checkpoint_files import checkpoints, last_undamaged_checkpoint
 from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig
 from ._corpus import Corpus, load_corpus
@@ -50,11 +49,17 @@ from ._step import (
 RUNS = Path("runs")
 # On other devices the same run goes on.
 DEFAULT = TrainConfig()
-WHERE_IT_RUNS = {"mesh", "distributed", "coordinator", "num_processes", "process_id"}
+WHERE_IT_RUNS = {
+    *("mesh", "distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout"),
+}
 FREE_TO_CHANGE = {
     *("out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts"),
     *WHERE_IT_RUNS,
 }
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was told to stop before its end, and has saved what it had."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -64,7 +69,8 @@ def train(config: TrainConfig) -> Path:
 
     **Raises:** `ValueError`, `FileNotFoundError` or `FileExistsError` for options, data, devices or
     a folder that do not fit, before anything is compiled; `FloatingPointError` if a loss is not
-    finite; `OSError` if a checkpoint cannot be written.
+    finite; `OSError` if a checkpoint cannot be written; `Interrupted` once all is saved, after
+    Ctrl-C or SIGTERM.
     """
     started = time.perf_counter()
     corpus = load_corpus(
@@ -110,7 +116,7 @@ def train(config: TrainConfig) -> Path:
                 bar.set_postfix_str(describe(record))
                 bar.update()
                 writer.poll()
-                last, stop, held_out_loss = step == config.steps, interrupted(), None
+                last, stop, held_out_loss = step == config.steps, interrupted(step), None
                 if last or step % config.eval_every == 0:
                     evaluation = evaluate(
                         state.model,
@@ -124,9 +130,10 @@ def train(config: TrainConfig) -> Path:
                     saved = dataclasses.replace(info, step=step)
                     writer.save(state, saved, held_out_loss=held_out_loss)
                 if stop and not last:
+                    writer.wait()
                     mesh = "" if config.mesh is None else f" --mesh {config.mesh}"
                     say(f"interrupted at step {step}; continue with --resume --out {out}{mesh}")
-                    return out
+                    raise Interrupted
         comparisons = compare_on_held_out(state.model, held_out_corpus, config, placement)
 
     if is_first():
@@ -161,8 +168,7 @@ def start_or_resume(
         state = make_state(config, info.vocab_size, optimizer, placement)
         out.mkdir(parents=True, exist_ok=True)
         return state
-    checkpoint, problems = last_undamaged_checkpoint(folder) if is_first() else (out, [])
-    checkpoint = checkpoint_of(folder, agree(load_info(checkpoint).step if is_first() else 0))
+    checkpoint, problems = last_undamaged_checkpoint(folder)
     for problem in problems:
         say(f"note: {problem}; continuing from {checkpoint.name}")
     stored = load_info(checkpoint)
@@ -297,24 +303,34 @@ def progress_bar(steps: int, first_step: int) -> tqdm:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Lets the step in flight end, and be saved, at the first Ctrl-C; a second one stops at once.
+def interruptible() -> Iterator[Callable[[int], bool]]:
+    """Lets the step in flight end, and be saved, at the first Ctrl-C or SIGTERM.
 
-    Yields a function that says whether there was one. Of several processes none waits: they would
-    not all hear it in the same step.
+    A second one stops at once. Of several processes one that gets a SIGTERM, as clusters send it
+    ahead of time, stops all of them after the same step; a Ctrl-C they would not all hear in the
+    same step, and it ends the run as a kill does. Yields a function that says of a step that is
+    done whether it was the last.
     """
-    seen: list[int] = []
-
-    def on_interrupt(signal_number: int, frame: FrameType | None) -> None:
-        seen.append(signal_number)
-        signal.signal(signal.SIGINT, previous)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or jax.process_count() > 1:
-        yield lambda: False  # only the main thread hears signals
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
         return
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda _: False  # only the main thread hears signals
+        return
+    seen: list[int] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def on_signal(signal_number: int, frame: FrameType | None) -> None:
+        seen.append(signal_number)
+        restore()
+
+    for number in previous:
+        signal.signal(number, on_signal)
     try:
-        yield lambda: bool(seen)
+        yield lambda _: bool(seen)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()
