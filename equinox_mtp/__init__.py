@@ -26,6 +26,10 @@ from ._decoder import (
     AbstractDecoder as AbstractDecoder,
     AbstractDecoderLayer as AbstractDecoderLayer,
 )
+from ._file import (
+    load as load,
+    save as save,
+)
 from ._head import LinearHead as LinearHead
 from ._head_sharding import HeadSharding as HeadSharding
 from ._layer import MultiTokenPredictionLayer as MultiTokenPredictionLayer

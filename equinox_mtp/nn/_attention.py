@@ -78,8 +78,14 @@ class KeyValueCache(eqx.Module):
     key: Float[Array, "batch kv_heads head_dim max_length"]
     value: Float[Array, "batch kv_heads max_length head_dim"]
 
-    def write(self, key: Array, value: Array, position_ids: Array) -> "KeyValueCache":
-        """Puts `[batch seq kv_heads head_dim]` at their positions; drops what is outside."""
+    @checked
+    def write(
+        self,
+        key: Float[Array, "batch seq kv_heads head_dim"],
+        value: Float[Array, "batch seq kv_heads head_dim"],
+        position_ids: Integer[Array, "batch seq"],
+    ) -> "KeyValueCache":
+        """Puts keys and values at their positions; drops what is outside."""
         rows = jnp.arange(position_ids.shape[0])[:, None]
         # A negative index would count from the end.
         places = jnp.where(position_ids < 0, self.value.shape[2], position_ids)
@@ -88,10 +94,16 @@ class KeyValueCache(eqx.Module):
             self.value.at[rows, :, places].set(value, mode="drop"),
         )
 
+    @checked
     def attend(
-        self, query: Array, key: Array, value: Array, position_ids: Array, scale: float | None
-    ) -> Array:
-        """Attention of some positions `[batch seq heads head_dim]`, which follow one another.
+        self,
+        query: Float[Array, "batch seq heads head_dim"],
+        key: Float[Array, "batch seq kv_heads head_dim"],
+        value: Float[Array, "batch seq kv_heads head_dim"],
+        position_ids: Integer[Array, "batch seq"],
+        scale: float | None,
+    ) -> Float[Array, "batch seq heads head_dim"]:
+        """Attention of some positions, which follow one another.
 
         To what is cached of the positions before the first of them, and among each other: they are
         not in the cache yet. The softmax is in float32. A position before the row's first sees

@@ -7,7 +7,10 @@ import equinox as eqx
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from .._types import checked
 
+
+@checked
 def automatic(function: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
     """A training step, or any function, for a mesh of `Explicit` axes.
 

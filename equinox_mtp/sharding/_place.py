@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
-from .._types import AXIS_WORDS
+from .._types import AXIS_WORDS, checked
 from ._rules import DEFAULT_RULES, UNSPLIT, ShardingRules
 
 Tree = TypeVar("Tree")
 
 
+@checked
 def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
     """The sharding of every array of a model, of an optimizer's state, or of both.
 
@@ -74,6 +75,7 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
     return shardings
 
 
+@checked
 def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Tree:
     """Puts a model, an optimizer's state, or a tree of both on a mesh.
 
@@ -92,6 +94,7 @@ def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
     )
 
 
+@checked
 def constrain_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Tree:
     """`shard_model` within `jit`: the arrays are made, or kept, where the rules say.
 
@@ -106,6 +109,7 @@ def constrain_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULE
     )
 
 
+@checked
 def batch_sharding(
     mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, axis_words: str = "batch seq"
 ) -> NamedSharding:
@@ -113,6 +117,7 @@ def batch_sharding(
     return NamedSharding(mesh, rules.spec(axis_words, mesh))
 
 
+@checked
 def shard_batch(
     batch: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, *, split_seq: bool = True
 ) -> Tree:

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
 
 from .._head_sharding import HeadSharding, MeshAxes
+from .._types import checked
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 """The mesh axes of the default rules; a mesh may lack some of them."""
@@ -127,6 +128,7 @@ features, and over `tensor` along heads, feed-forward features and token ids.
 """
 
 
+@checked
 def make_mesh(sizes: Mapping[str, int], *, axis_type: AxisType = AxisType.Auto) -> Mesh:
     """A mesh of all devices with these axes, outermost first: `make_mesh({"data": 2, "fsdp": 4})`.
 

@@ -6,9 +6,12 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from .._types import checked
+
 Tree = TypeVar("Tree")
 
 
+@checked
 def zigzag_order(seq: int, num_shards: int) -> Int[np.ndarray, "seq"]:
     """Which position stands where, if a row lies on `num_shards` devices.
 
@@ -29,6 +32,7 @@ def zigzag_order(seq: int, num_shards: int) -> Int[np.ndarray, "seq"]:
     return np.stack((front, back), axis=1).reshape(seq)
 
 
+@checked
 def reorder(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
     """Puts the last axis of every array in this order; `None` stays.
 
@@ -48,6 +52,7 @@ def reorder(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
     return _along_last_axis(tree, order)
 
 
+@checked
 def restore(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
     """The inverse of `reorder`, with its arguments: puts predictions in the order of the text."""
     return _along_last_axis(tree, np.argsort(order))

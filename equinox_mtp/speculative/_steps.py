@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from .._decoder import Cache
+from .._types import checked
 from ._model import DecodingModel
 from ._sampling import Sampler, accept_best, accept_drafts, committed_mask
 from ._state import DecodingState, Drafts, Verification
@@ -31,6 +32,7 @@ class Sizes:
         return self.num_drafts + 1 if self.num_drafts else 0
 
 
+@checked
 def prefill(
     model: DecodingModel,
     prompt_ids: Int32[Array, "batch prompt"],
@@ -83,6 +85,7 @@ def prefill(
     )
 
 
+@checked
 def draft(
     model: DecodingModel,
     state: DecodingState,
@@ -117,6 +120,7 @@ def draft(
     return Drafts(jnp.stack(ids, axis=1), probabilities), tuple(caches)
 
 
+@checked
 def verify(
     model: DecodingModel,
     state: DecodingState,
@@ -146,6 +150,7 @@ def verify(
     return Verification(verdict.num_accepted, verdict.next_ids, hidden_states), cache
 
 
+@checked
 def commit(
     state: DecodingState,
     drafts: Drafts | None,
@@ -186,6 +191,7 @@ def commit(
     )
 
 
+@checked
 def step(
     model: DecodingModel, state: DecodingState, sizes: Sizes, sampler: Sampler
 ) -> DecodingState:
