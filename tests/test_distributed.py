@@ -84,12 +84,16 @@ def assert_same_losses(folder: Path, expected: Path) -> None:
 # One process
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=2,context=4", "data=2,context=2,tensor=2"])
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"),
+    [("data=8", 1), ("fsdp=2,context=4", 4), ("data=2,context=2,tensor=2", 2)],
+)
 def test_a_run_on_a_mesh_is_that_on_one_device(
-    mesh: str, tokens: Path, whole: Path, tmp_path: Path
+    mesh: str, accumulate: int, tokens: Path, whole: Path, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(CONFIG, data=(tokens,), mesh=mesh, out=tmp_path, steps=STEPS)
-    train(config)
+    """However many microbatches a step is split into."""
+    options = {"mesh": mesh, "accumulate": accumulate}
+    train(dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path, **options))
     assert_same_losses(tmp_path, whole)
 
 

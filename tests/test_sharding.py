@@ -12,7 +12,7 @@ import pytest
 from golden import quick_jit
 from helpers import assert_close
 from hlo import collectives, compile_for, sizes
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
 import equinox_mtp as emtp
@@ -361,8 +361,36 @@ def test_modules_of_others() -> None:
     values = sharding.shard_model({"a": [module]}, mesh, rules)["a"][0]
     assert values.size == 3
     assert values.weights.sharding == placed.weights
-    made = eqx.filter_jit(lambda: sharding.constrain_model(module, mesh, rules))()
-    assert made.weights.sharding.is_equivalent_to(placed.weights, 3)
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        mesh = make_mesh({"fsdp": 2, "expert": 4}, axis_type=axis_type)
+        with jax.set_mesh(mesh):
+            made: Any = eqx.filter_jit(sharding.constrain_model)(module, mesh, rules)
+        assert made.weights.sharding.is_equivalent_to(NamedSharding(mesh, placed.weights.spec), 3)
+        assert made.weights.sharding.mesh.axis_types == (axis_type, axis_type)
+        np.testing.assert_array_equal(made.unnamed, module.unnamed)
+
+
+def test_hidden_states_in_a_shard_map_of_the_users() -> None:
+    """There they stay as they are, and so does a whole decoder that is told of a mesh."""
+    mesh = make_mesh({"data": 8})
+    model, rows = make_model(mesh), make_rows()
+    decoder: Any = model.decoder
+    arrays, static = eqx.partition(decoder, eqx.is_array)
+
+    def run(arrays: Any, rows: Rows) -> Any:
+        return eqx.combine(arrays, static)(
+            rows.input_ids, position_ids=rows.position_ids, segment_ids=rows.segment_ids
+        )
+
+    rows = jax.tree.map(jnp.asarray, rows)
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(run, in_specs=(P(), P("data")), out_specs=P("data"))
+        found = jax.jit(mapped)(arrays, rows)
+    plain: Any = make_model().decoder
+    expected = quick_jit(plain)(
+        rows.input_ids, position_ids=rows.position_ids, segment_ids=rows.segment_ids
+    )
+    assert_close(found, expected)
 
 
 def test_rules_that_do_not_fit() -> None:
