@@ -93,14 +93,14 @@ def test_what_a_step_moves_is_what_its_parameters_take(tmp_path: Path) -> None:
     gradients = data["parameters"] + 2 * vocab * embed + embed
     assert data["moved_bytes"] == only(**{"all-reduce": 7 * (gradients + 6)})
     # Layers are gathered for the forward and for the backward pass, and the head once; so are
-    # the token ids, so that each device finds its features in the embedding, for three lookups.
+    # the token ids, so that each device finds its features in the embedding, for two lookups.
     tokens = 8 * fsdp["seq"]
     assert fsdp["moved_bytes"] == only(
         **{
-            "all-gather": 3.5 * (2 * matrices + vocab * embed + 3 * tokens),
+            "all-gather": 3.5 * (2 * matrices + vocab * embed + 2 * tokens),
             "reduce-scatter": 3.5 * matrices,
             "all-reduce": 7 * (2 * vocab * embed + norms + embed + 6),
-            "all-to-all": 3.5 * 5 * fsdp["seq"] * embed,
+            "all-to-all": 3.5 * 4 * fsdp["seq"] * embed,
         }
     )
     for row in (data, fsdp):

@@ -351,6 +351,14 @@ def test_finished_run_resumes_to_its_summary(
     assert losses(out) == before
 
 
+def test_data_may_move(run: tuple[Path, TrainConfig], tmp_path: Path) -> None:
+    """A run knows its data by the tokens, not by the path."""
+    out, config = run
+    elsewhere = tmp_path / "moved.npy"
+    elsewhere.write_bytes(config.data[0].read_bytes())
+    assert train(dataclasses.replace(config, resume=True, data=(elsewhere,))) == out
+
+
 def test_resume_refuses_another_run(run: tuple[Path, TrainConfig], tmp_path: Path) -> None:
     out, config = run
     with pytest.raises(FileExistsError, match=r"`out`.*holds a run already"):

@@ -28,6 +28,7 @@ from ._generate import (
     generate_text as generate_text,
     load_model as load_model,
 )
+from ._interrupt import Interrupted as Interrupted
 from ._packing import (
     Batch as Batch,
     PackedRows as PackedRows,
@@ -49,7 +50,6 @@ from ._step import (
     train_step as train_step,
 )
 from ._train import (
-    Interrupted as Interrupted,
     newest_run_folder as newest_run_folder,
     train as train,
 )

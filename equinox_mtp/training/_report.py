@@ -1,6 +1,7 @@
 """What a run leaves for people to look at: metrics, curves, a summary."""
 
 import json
+import math
 import os
 import textwrap
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ._compare import Comparison
+from ._step import Evaluation, StepMetrics
 
 Record = dict[str, Any]
 
@@ -149,3 +151,46 @@ def summary(
         f"files: {out}/metrics.jsonl, {out}/curves.png, {out}/checkpoints",
     ]
     return "\n".join(lines)
+
+
+def train_record(step: int, metrics: StepMetrics) -> Record:
+    """One line of metrics; raises `FloatingPointError` if the loss is not finite."""
+    main_loss, mtp_losses = float(metrics.main.mean), metrics.mtp.mean.tolist()
+    grad_norm = float(metrics.grad_norm)
+    if not all(math.isfinite(x) for x in (main_loss, grad_norm, *mtp_losses)):
+        raise FloatingPointError(
+            f"the loss or its gradient is not finite at step {step}: main loss {main_loss}, depths "
+            f"{mtp_losses}, gradient norm {grad_norm}. Checkpoints are of earlier, finite steps. "
+            "Try a lower --learning-rate or more --warmup-steps."
+        )
+    return {
+        "split": "train",
+        "step": step,
+        "main_loss": main_loss,
+        "mtp_losses": mtp_losses,
+        "grad_norm": grad_norm,
+        "scaling_factor": float(metrics.scaling_factor),
+    }
+
+
+def held_out_record(step: int, evaluation: Evaluation) -> Record:
+    """One line of metrics on held-out text."""
+    main_model, ground_truth = evaluation.main_model, evaluation.ground_truth
+    return {
+        "split": "held_out",
+        "step": step,
+        "tokens": int(evaluation.main.weight),
+        "main_loss": float(evaluation.main.mean),
+        "mtp_losses": evaluation.mtp.mean.tolist(),
+        "acceptance": main_model.independent.tolist(),
+        "joint_acceptance": main_model.joint.tolist(),
+        "conditional_acceptance": main_model.conditional.tolist(),
+        "ground_truth_acceptance": ground_truth.independent.tolist(),
+        "expected_accepted_length": float(main_model.expected_accepted_length),
+    }
+
+
+def describe(record: Record) -> str:
+    """A few words for the progress bar."""
+    depths = ", ".join(f"{loss:.3f}" for loss in record["mtp_losses"])
+    return f"main {record['main_loss']:.3f}" + (f", depths {depths}" if depths else "")

@@ -3,20 +3,13 @@
 import contextlib
 import dataclasses
 import hashlib
-import math
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import equinox as eqx
 import jax
 import optax
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import equinox_mtp as emtp
@@ -31,13 +24,19 @@ from ._checkpoint_files import checkpoints, last_undamaged_checkpoint
 from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig
 from ._corpus import Corpus, load_corpus
+from ._interrupt import Interrupted, interruptible
 from ._packing import PackedRows
 from ._placement import Placement
 from ._processes import agree, is_first, say
-from ._report import MetricsFile, plot_curves, summary
+from ._report import (
+    MetricsFile,
+    describe,
+    held_out_record,
+    plot_curves,
+    summary,
+    train_record,
+)
 from ._step import (
-    Evaluation,
-    StepMetrics,
     TrainState,
     evaluate,
     make_model,
@@ -47,19 +46,15 @@ from ._step import (
 )
 
 RUNS = Path("runs")
-# On other devices the same run goes on.
+# On other devices the same run goes on, and from elsewhere with the same data.
 DEFAULT = TrainConfig()
 WHERE_IT_RUNS = {
     *("mesh", "distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout"),
 }
 FREE_TO_CHANGE = {
-    *("out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts"),
+    *("data", "out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts"),
     *WHERE_IT_RUNS,
 }
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was told to stop before its end, and has saved what it had."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -90,50 +85,20 @@ def train(config: TrainConfig) -> Path:
     with placement.active():
         state = start_or_resume(out, info, optimizer, placement)
         first_step = int(state.step)
-        metrics = MetricsFile(out / "metrics.jsonl", last_step=first_step, writes=is_first())
         say(
             f"{corpus.num_tokens:,} tokens in {len(corpus):,} documents, "
             f"{held_out_corpus.num_tokens:,} of them held out\n"
             f"{count_parameters(state.model):,} parameters, {config.depths} prediction depth(s)\n"
             f"writing to {out}"
         )
-        tokens_per_step = config.batch_size * config.seq_len
-        step_seconds: list[float] = []
         with (
-            contextlib.closing(metrics),
+            contextlib.closing(
+                MetricsFile(out / "metrics.jsonl", last_step=first_step, writes=is_first())
+            ) as metrics,
             contextlib.closing(Checkpoints(out / "checkpoints", last_step=first_step)) as writer,
-            progress_bar(config.steps, first_step) as bar,
-            interruptible() as interrupted,
         ):
-            for step in range(first_step + 1, config.steps + 1):
-                step_started = time.perf_counter()
-                rows = train_rows.of_step(step - 1, config.batch_size, config.seed)
-                batch = placement.load(train_rows, rows.reshape(config.accumulate, -1))
-                state, step_metrics = train_step((batch, config, optimizer, placement), state)
-                record = train_record(step, step_metrics)
-                step_seconds.append(time.perf_counter() - step_started)
-                metrics.write({**record, "tokens_per_second": tokens_per_step / step_seconds[-1]})
-                bar.set_postfix_str(describe(record))
-                bar.update()
-                writer.poll()
-                last, stop, held_out_loss = step == config.steps, interrupted(step), None
-                if last or step % config.eval_every == 0:
-                    evaluation = evaluate(
-                        state.model,
-                        held_out_rows,
-                        config.batch_size,
-                        config.eval_rows * (4 if last else 1),
-                        placement,
-                    )
-                    held_out_loss = record_evaluation(step, evaluation, metrics, out)
-                if last or stop or step % config.checkpoint_every == 0:
-                    saved = dataclasses.replace(info, step=step)
-                    writer.save(state, saved, held_out_loss=held_out_loss)
-                if stop and not last:
-                    writer.wait()
-                    mesh = "" if config.mesh is None else f" --mesh {config.mesh}"
-                    say(f"interrupted at step {step}; continue with --resume --out {out}{mesh}")
-                    raise Interrupted
+            run = Run(config, info, optimizer, placement, train_rows, held_out_rows, out)
+            state, step_seconds = run_steps(run, state, metrics, writer)
         comparisons = compare_on_held_out(state.model, held_out_corpus, config, placement)
 
     if is_first():
@@ -144,11 +109,59 @@ def train(config: TrainConfig) -> Path:
                 metrics.of("held_out")[-1],
                 comparisons,
                 time.perf_counter() - started,
-                None if seconds is None else tokens_per_step / seconds,
+                None if seconds is None else config.batch_size * config.seq_len / seconds,
                 out,
             )
         )
     return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same in all steps of a run."""
+
+    config: TrainConfig
+    info: CheckpointInfo
+    optimizer: optax.GradientTransformation
+    placement: Placement
+    train_rows: PackedRows
+    held_out_rows: PackedRows
+    out: Path
+
+
+def run_steps(
+    run: Run, state: TrainState, metrics: MetricsFile, writer: Checkpoints
+) -> tuple[TrainState, list[float]]:
+    """All steps that are left; returns the last state, and the seconds that each step took.
+
+    **Raises:** `Interrupted` once all is saved, if the run is told to stop.
+    """
+    config, first_step, step_seconds = run.config, int(state.step), []
+    with progress_bar(config.steps, first_step) as bar, interruptible() as interrupted:
+        for step in range(first_step + 1, config.steps + 1):
+            step_started = time.perf_counter()
+            rows = run.train_rows.of_step(step - 1, config.batch_size, config.seed)
+            batch = run.placement.load(run.train_rows, rows.reshape(config.accumulate, -1))
+            state, step_metrics = train_step((batch, config, run.optimizer, run.placement), state)
+            record = train_record(step, step_metrics)
+            step_seconds.append(time.perf_counter() - step_started)
+            tokens_per_second = config.batch_size * config.seq_len / step_seconds[-1]
+            metrics.write({**record, "tokens_per_second": tokens_per_second})
+            bar.set_postfix_str(describe(record))
+            bar.update()
+            writer.poll()
+            last, stop, held_out_loss = step == config.steps, interrupted(step), None
+            if last or step % config.eval_every == 0:
+                held_out_loss = record_evaluation(run, state, metrics)
+            if last or stop or step % config.checkpoint_every == 0:
+                saved = dataclasses.replace(run.info, step=step)
+                writer.save(state, saved, held_out_loss=held_out_loss)
+            if stop and not last:
+                writer.wait()
+                mesh = "" if config.mesh is None else f" --mesh {config.mesh}"
+                say(f"interrupted at step {step}; continue with --resume --out {run.out}{mesh}")
+                raise Interrupted
+    return state, step_seconds
 
 
 def start_or_resume(
@@ -219,43 +232,6 @@ def count_parameters(model: emtp.MTPModel) -> int:
     return sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
 
 
-def train_record(step: int, metrics: StepMetrics) -> dict[str, Any]:
-    """One line of metrics; raises `FloatingPointError` if the loss is not finite."""
-    main_loss, mtp_losses = float(metrics.main.mean), metrics.mtp.mean.tolist()
-    grad_norm = float(metrics.grad_norm)
-    if not all(math.isfinite(x) for x in (main_loss, grad_norm, *mtp_losses)):
-        raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {step}: main loss {main_loss}, depths "
-            f"{mtp_losses}, gradient norm {grad_norm}. Checkpoints are of earlier, finite steps. "
-            "Try a lower --learning-rate or more --warmup-steps."
-        )
-    return {
-        "split": "train",
-        "step": step,
-        "main_loss": main_loss,
-        "mtp_losses": mtp_losses,
-        "grad_norm": grad_norm,
-        "scaling_factor": float(metrics.scaling_factor),
-    }
-
-
-def held_out_record(step: int, evaluation: Evaluation) -> dict[str, Any]:
-    """One line of metrics on held-out text."""
-    main_model, ground_truth = evaluation.main_model, evaluation.ground_truth
-    return {
-        "split": "held_out",
-        "step": step,
-        "tokens": int(evaluation.main.weight),
-        "main_loss": float(evaluation.main.mean),
-        "mtp_losses": evaluation.mtp.mean.tolist(),
-        "acceptance": main_model.independent.tolist(),
-        "joint_acceptance": main_model.joint.tolist(),
-        "conditional_acceptance": main_model.conditional.tolist(),
-        "ground_truth_acceptance": ground_truth.independent.tolist(),
-        "expected_accepted_length": float(main_model.expected_accepted_length),
-    }
-
-
 def compare_on_held_out(
     model: emtp.MTPModel, held_out: Corpus, config: TrainConfig, placement: Placement
 ) -> list[Comparison]:
@@ -275,19 +251,21 @@ def compare_on_held_out(
     ]
 
 
-def record_evaluation(step: int, evaluation: Evaluation, metrics: MetricsFile, out: Path) -> float:
-    """Writes an evaluation down, and draws the curves anew; returns the main model's loss."""
+def record_evaluation(run: Run, state: TrainState, metrics: MetricsFile) -> float:
+    """Evaluates, writes it down, and draws the curves anew; returns the main model's loss."""
+    step, config = int(state.step), run.config
+    evaluation = evaluate(
+        state.model,
+        run.held_out_rows,
+        config.batch_size,
+        config.eval_rows * (4 if step == config.steps else 1),
+        run.placement,
+    )
     record = held_out_record(step, evaluation)
     metrics.write(record)
     if is_first():
-        plot_curves(metrics, out / "curves.png")
+        plot_curves(metrics, run.out / "curves.png")
     return record["main_loss"]
-
-
-def describe(record: dict[str, Any]) -> str:
-    """A few words for the progress bar."""
-    depths = ", ".join(f"{loss:.3f}" for loss in record["mtp_losses"])
-    return f"main {record['main_loss']:.3f}" + (f", depths {depths}" if depths else "")
 
 
 def progress_bar(steps: int, first_step: int) -> tqdm:
@@ -300,37 +278,3 @@ def progress_bar(steps: int, first_step: int) -> tqdm:
         mininterval=0.5,
         disable=not is_first(),
     )
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[int], bool]]:
-    """Lets the step in flight end, and be saved, at the first Ctrl-C or SIGTERM.
-
-    A second one stops at once. Of several processes one that gets a SIGTERM, as clusters send it
-    ahead of time, stops all of them after the same step; a Ctrl-C they would not all hear in the
-    same step, and it ends the run as a kill does. Yields a function that says of a step that is
-    done whether it was the last.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda _: False  # only the main thread hears signals
-        return
-    seen: list[int] = []
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def on_signal(signal_number: int, frame: FrameType | None) -> None:
-        seen.append(signal_number)
-        restore()
-
-    for number in previous:
-        signal.signal(number, on_signal)
-    try:
-        yield lambda _: bool(seen)
-    finally:
-        restore()
