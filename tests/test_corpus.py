@@ -203,6 +203,25 @@ def test_rows_read_what_they_hold(paths: list[Path], monkeypatch: pytest.MonkeyP
     assert rows.batch(np.zeros((2, 0), int)).tokens.shape == (2, 0, 17)
 
 
+@pytest.mark.parametrize("name", ["a.npy", "a.bin", "a.txt"])
+def test_files_that_change_under_a_run(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+
+    def write(tokens: np.ndarray) -> None:
+        if name == "a.npy":
+            np.save(path, tokens)
+        else:
+            tokens.astype(np.uint16 if name == "a.bin" else np.uint8).tofile(path)
+
+    write(np.arange(20))
+    rows = PackedRows(load_corpus([path], vocab_size=None if name == "a.txt" else 30), seq_len=8)
+    assert rows.batch(np.array([1])).tokens[0, 0] == 8
+    for tokens in (np.arange(19), np.arange(0)):
+        write(tokens)
+        with pytest.raises(ValueError, match=r"a\.\w+ was changed while a run reads it: 20 tokens"):
+            rows.batch(np.array([1]))
+
+
 def test_documents_in_memory() -> None:
     documents = [np.array([1, 2, 3]), np.array([], int), np.array([4])]
     corpus = Corpus.of_documents(documents, 5)

@@ -28,7 +28,7 @@ class TextFile:
 
     def read(self, where: slice | np.ndarray) -> np.ndarray:
         """Maps the file, for no longer than it is read."""
-        text = np.memmap(self.path, np.uint8, "r", shape=(self.num_tokens - 1,))
+        text = _unchanged(self.path, _map_raw(self.path, np.uint8), self.num_tokens - 1)
         if isinstance(where, slice):
             part = text[where].astype(np.int32)
             return part if where.stop < self.num_tokens else np.append(part, np.int32(TEXT_END))
@@ -46,7 +46,7 @@ class TokenFile:
 
     def read(self, where: slice | np.ndarray) -> np.ndarray:
         """Maps the file, for no longer than it is read."""
-        return _map(self.path).reshape(-1)[where]
+        return _unchanged(self.path, _map(self.path).reshape(-1), self.num_tokens)[where]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,7 +179,20 @@ def _map(path: Path) -> np.ndarray:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"`data`: {path} is not a readable .npy file: {error}") from error
-    size = path.stat().st_size
-    if size % 2:
+    if path.stat().st_size % 2:
         raise ValueError(f"`data`: {path} must hold uint16 token ids; it has an odd size.")
-    return np.memmap(path, np.uint16, "r", shape=(size // 2,)) if size else np.zeros(0, np.uint16)
+    return _map_raw(path, np.uint16)
+
+
+def _map_raw(path: Path, dtype: type[np.unsignedinteger]) -> np.ndarray:
+    # There is no map of nothing.
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def _unchanged(path: Path, array: np.ndarray, size: int) -> np.ndarray:
+    if len(array) != size:
+        raise ValueError(
+            f"`data`: {path} was changed while a run reads it: {size} tokens or bytes have become "
+            f"{len(array)}. Restore it, and continue with --resume."
+        )
+    return array
