@@ -17,6 +17,9 @@ _USAGE = """usage: python -m equinox_mtp COMMAND [options]
 `python -m equinox_mtp COMMAND --help` lists the options.
 """
 
+_EXPECTED = (ValueError, OSError, FloatingPointError)
+"""Errors that say themselves what to do."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a command; returns the exit status."""
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     try:
         commands[command](options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except _EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -77,6 +80,9 @@ def _train(options: Sequence[str]) -> None:
         return
     import jax
 
+    if config.coordinator:
+        waits = f"process {config.process_id} of {config.num_processes} looks for the others at"
+        print(f"{waits} {config.coordinator}", file=sys.stderr, flush=True)
     jax.distributed.initialize(
         config.coordinator,
         config.num_processes,
@@ -89,7 +95,11 @@ def _train(options: Sequence[str]) -> None:
         raise
     except BaseException as error:
         # The others wait for this process: only its end tells them, and it must not wait for them.
-        print(f"error: {error!r}", file=sys.stderr, flush=True)
+        shown = str(error) if isinstance(error, _EXPECTED) else repr(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            shown += "\nIf another process has ended, its output says why; start all again with "
+            shown += "--resume."
+        print(f"error: {shown}", file=sys.stderr, flush=True)
         os._exit(1)
 
 

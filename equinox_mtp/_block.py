@@ -229,7 +229,8 @@ class MultiTokenPredictionBlock(eqx.Module):
             scanned, constant = eqx.partition(layers, eqx.is_array)
         embedder = _stop_gradient(decoder) if config.stop_gradient_embedding else decoder
 
-        # All at once: on several devices its gradient would be summed over them for every depth.
+        # All at once, though it takes one more `[batch seq embed]` a depth: in the scan the
+        # embedding's gradient would be summed over devices for every depth.
         embeddings = jax.vmap(embedder.embed)(targets.input_ids, targets.position_ids)
 
         def run_depth(hidden_states: Array, inputs: tuple[Any, Array, Array | None]):

@@ -1,4 +1,4 @@
-"""The loss on one device, on several, or in a `shard_map` of the user's."""
+"""The loss on one device, on several, or in the user's own `shard_map`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
-from ._head_sharding import HeadSharding, check_axes, check_sizes
+from ._head_sharding import HeadSharding, check_current_mesh, check_sizes
 
 _CLOSURE_NOTE = (
     "On a mesh of explicit axes `head` must not close over arrays: make it an `equinox.Module` "
@@ -73,16 +73,12 @@ def _mesh(sharding: HeadSharding) -> Mesh | AbstractMesh:
     if current.empty:
         if mesh is None:
             raise ValueError(
-                "`sharding` of the head has no `mesh`, and none is set; got `mesh=None`. Run the "
-                "loss in `with jax.set_mesh(mesh):`, or pass `HeadSharding(mesh, ...)`."
+                "`sharding` of the head names axes of a mesh, and no mesh is set; got `mesh=None`, "
+                "as from `ShardingRules.head_sharding`. Run the loss, or the model, in "
+                "`with jax.set_mesh(mesh):`, or pass `HeadSharding(mesh, ...)`."
             )
         return _with_auto_axes(mesh)
-    if mesh is not None and mesh.shape_tuple != current.shape_tuple:
-        raise ValueError(
-            f"`mesh` of `HeadSharding` must be the one set by `jax.set_mesh`, {current.shape}; got "
-            f"{mesh.shape}. Leave `mesh` out to take that one."
-        )
-    check_axes(sharding, current, "the mesh set by `jax.set_mesh` has")
+    check_current_mesh(sharding, current)
     if current.manual_axes:
         raise ValueError(
             f"`sharding` of the head does not go with a `shard_map` around the loss; got "

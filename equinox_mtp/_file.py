@@ -3,14 +3,15 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,24 +29,42 @@ def save(path: str | Path, tree: Any) -> None:
     """Writes a model, or any pytree, into a single file.
 
     The file gets its name when all is on disk: one that was there before is replaced, or stays as
-    it was. It holds the names, dtypes and shapes of arrays and numbers, the leaves as Equinox
-    writes them, and a digest; no code.
+    it was. It holds the names, dtypes, shapes and bytes of arrays, the values of Python's numbers,
+    and a digest; no code. What else there is in a tree, such as functions, is not written.
 
     **Arguments:**
 
     - `path`: the file's name, in a folder that exists.
-    - `tree`: a pytree whose arrays are all on devices of this process. For larger ones, and for
-        those of a training run, see the checkpoints of `equinox_mtp.training`.
+    - `tree`: a pytree; all parts of its arrays are on devices of this process, split over them or
+        not. For larger ones, and for those of a training run, see the checkpoints of
+        `equinox_mtp.training`.
 
-    **Raises:** `ValueError` if there is a random key in the tree; `OSError` if the file cannot be
-    written.
+    **Raises:** `ValueError` if there are random keys or Python objects in its arrays;
+    `FileNotFoundError` if there is no such folder; `OSError` if the file cannot be written.
     """
-    header = json.dumps({"format": _FORMAT, "leaves": _describe(tree, "tree")})
-    with _replacing(Path(path)) as file:
-        writer = _Hashing(file)
-        writer.write(header.encode() + b"\n")
-        eqx.tree_serialise_leaves(writer, tree)
-        file.write(writer.digest.hexdigest().encode())
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"`path` must name a file in a folder that exists; got {path}. Make the folder first."
+        )
+    leaves = _leaves(tree)
+    header = {
+        "format": _FORMAT,
+        "arrays": _described(leaves, "tree"),
+        "numbers": [[name, type(x).__name__, _plain(x)] for name, x in leaves if _is_number(x)],
+    }
+    with _replacing(path) as file:
+        digest = hashlib.sha256()
+
+        def write(data: bytes) -> None:
+            digest.update(data)
+            file.write(data)
+
+        write(json.dumps(header).encode() + b"\n")
+        for _, x in leaves:
+            if _is_array(x):
+                write(np.asarray(x).tobytes())
+        file.write(digest.hexdigest().encode())
 
 
 @checked
@@ -58,77 +77,61 @@ def load(path: str | Path, like: Tree) -> Tree:
 
     - `path`: the file's name.
     - `like`: a tree of the same structure, dtypes and shapes. Its arrays may be
-        `jax.ShapeDtypeStruct`s; those with a sharding are put there.
+        `jax.ShapeDtypeStruct`s; those with a sharding are put there, the others on one device.
 
-    **Returns:** `like`, with the file's arrays and numbers in it.
+    **Returns:** `like`, with the file's arrays and numbers in it. Arrays of NumPy stay on the host.
 
     **Raises:** `FileNotFoundError` if there is no such file; `ValueError` if it is not one of
     `save`'s, is damaged, or does not fit `like`.
     """
     path = Path(path)
     with path.open("rb") as file:
-        stored = _read_header(path, file)
-        wanted = _describe(like, "like")
-        for name in [*wanted, *stored]:
-            if stored.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"`like` does not fit {path}: `{name}` is {_shown(wanted, name)} there, and "
-                    f"{_shown(stored, name)} in the file. Build it as the model was built that was "
-                    "saved."
-                )
-        tree = eqx.tree_deserialise_leaves(file, like)
+        header = _read_header(path, file)
+        leaves = _leaves(like)
+        _check_fit(path, header, leaves)
+        numbers = iter(header["numbers"])
 
-    def place(x: Any, like: Any) -> Any:
-        sharding = like.sharding if isinstance(like, jax.ShapeDtypeStruct) else None
-        return x if sharding is None else jax.device_put(x, sharding)
+        def read(x: Any) -> Any:
+            if _is_number(x):
+                value = next(numbers)[2]
+                return complex(*value) if isinstance(x, complex) else value
+            if not _is_array(x):
+                return x
+            dtype = np.dtype(x.dtype)
+            data = file.read(math.prod(x.shape) * dtype.itemsize)
+            array = np.frombuffer(data, dtype).reshape(x.shape).copy()
+            if isinstance(x, np.ndarray | np.generic):
+                return array if isinstance(x, np.ndarray) else array[()]
+            sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+            return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
 
-    return jax.tree.map(place, tree, like)
-
-
-class _Hashing:
-    """A file that is written to, and hashed."""
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
+        return jax.tree.map(read, like)
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file, which takes the name when all is well, and is gone otherwise."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
-            os.fsync(descriptor)
-        os.chmod(temporary, 0o666 & ~_umask())
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _read_header(path: Path, file: BinaryIO) -> dict[str, Any]:
-    """What the file says that it holds; leaves the file at the first leaf."""
+    """What the file says that it holds; leaves the file at the first array."""
     header: Any = None
     with contextlib.suppress(ValueError):
         header = json.loads(file.readline(1 << 26))
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise ValueError(f"{path} was not written by `save`: its first line does not say so.")
     start = file.tell()
-    file.seek(0, io.SEEK_END)
-    remaining = file.tell() - _DIGEST_LENGTH
+    remaining = file.seek(-_DIGEST_LENGTH, io.SEEK_END) if path.stat().st_size > start else 0
     file.seek(0)
     digest = hashlib.sha256()
     while remaining > 0 and (block := file.read(min(remaining, 1 << 20))):
@@ -137,28 +140,63 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, Any]:
     if file.read() != digest.hexdigest().encode():
         raise ValueError(f"{path} is damaged: it differs from what was written. Use another copy.")
     file.seek(start)
-    return header["leaves"]
+    return header
 
 
-def _describe(tree: Any, argument: str) -> dict[str, Any]:
-    """Kind and shape of all arrays and numbers, by their dotted names."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct | np.ndarray):
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+def _check_fit(path: Path, header: dict[str, Any], leaves: list[tuple[str, Any]]) -> None:
+    arrays = _described(leaves, "like")
+    if header["arrays"] and not arrays:
+        raise ValueError(
+            f"`like` must be a tree with arrays, or with their shapes, as that in {path}; got "
+            "none. `eqx.filter_eval_shape(make_model)` makes one."
+        )
+    numbers = [[name, type(x).__name__, []] for name, x in leaves if _is_number(x)]
+    stored = [[name, kind, []] for name, kind, _ in header["numbers"]]
+    for wanted, found in ((arrays, header["arrays"]), (numbers, stored)):
+        for one, other in itertools.zip_longest(wanted, found):
+            if one != other:
                 raise ValueError(
-                    f"`{argument}` must hold no random keys; got one at `{name}`. Put "
-                    "`jax.random.key_data(key)` in its place."
+                    f"`like` does not fit {path}: it has {_shown(one)} where the file has "
+                    f"{_shown(other)}. Build it as the model was built that was saved."
                 )
-            found[name] = [str(leaf.dtype), list(leaf.shape)]
-        elif isinstance(leaf, bool | int | float | complex | np.generic):
-            found[name] = [type(leaf).__name__, []]
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    """With their dotted names."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in leaves]
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
+
+
+def _is_number(x: Any) -> bool:
+    # NumPy's float64 is a float, too.
+    return isinstance(x, bool | int | float | complex) and not _is_array(x)
+
+
+def _plain(x: Any) -> Any:
+    return [x.real, x.imag] if isinstance(x, complex) else x
+
+
+def _described(leaves: list[tuple[str, Any]], argument: str) -> list[list[Any]]:
+    """Name, dtype and shape of all arrays."""
+    found = []
+    for name, x in leaves:
+        if not _is_array(x):
+            continue
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) or x.dtype == object:
+            raise ValueError(
+                f"`{argument}` must hold arrays of numbers; got one of {x.dtype} at `{name}`. Put "
+                "`jax.random.key_data(key)` in the place of a random key."
+            )
+        found.append([name, str(x.dtype), list(x.shape)])
     return found
 
 
-def _shown(described: dict[str, Any], name: str) -> str:
-    if name not in described:
-        return "missing"
-    dtype, shape = described[name]
-    return f"{dtype}[{','.join(map(str, shape))}]"
+def _shown(described: list[Any] | None) -> str:
+    if described is None:
+        return "nothing more"
+    name, dtype, shape = described
+    return f"`{name}`, {dtype}[{','.join(map(str, shape))}]"

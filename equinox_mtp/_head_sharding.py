@@ -115,11 +115,28 @@ def constrain_hidden_states(
 
 
 def active_mesh(sharding: HeadSharding | None) -> Mesh | AbstractMesh | None:
-    """The mesh on which arrays lie; `None` inside a `shard_map`, or if no mesh is known."""
+    """The mesh on which arrays lie; `None` inside a `shard_map`, or if no mesh is known.
+
+    **Raises:** `ValueError` if the mesh that is set is not that of `sharding`.
+    """
     current = jax.sharding.get_abstract_mesh()
     if sharding is None or current.manual_axes:
         return None
-    return sharding.mesh if current.empty else current
+    if current.empty:
+        return sharding.mesh
+    check_current_mesh(sharding, current)
+    return current
+
+
+def check_current_mesh(sharding: HeadSharding, current: AbstractMesh) -> None:
+    """**Raises:** `ValueError` if the mesh that is set is not that of `sharding`."""
+    mesh = sharding.mesh
+    if mesh is not None and mesh.shape_tuple != current.shape_tuple:
+        raise ValueError(
+            f"`mesh` of `HeadSharding` must be the one set by `jax.set_mesh`, {current.shape}; got "
+            f"{mesh.shape}. Leave `mesh` out to take that one."
+        )
+    check_axes(sharding, current, "the mesh set by `jax.set_mesh` has")
 
 
 def constrain(array: Array, mesh: Mesh | AbstractMesh, spec: P) -> Array:

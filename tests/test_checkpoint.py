@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from equinox_mtp.training import (
     Checkpoints,
     TrainConfig,
     _checkpoint,
+    _checkpoint_files,
     checkpoints,
     info_of_run,
     last_checkpoint,
@@ -186,6 +188,48 @@ def test_a_damaged_checkpoint_is_refused(which: str, harm: Any, tmp_path: Path) 
     flip(tmp_path / "step_00000001" / "info" / "metadata")
     with pytest.raises((ValueError, FileNotFoundError), match="There is no other"):
         last_undamaged_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[1]", "0", "null", "{"])
+def test_digests_that_are_none(content: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, STATE, info_of(step))
+    (tmp_path / "step_00000002" / "digests.json").write_text(content)
+    chosen, problems = last_undamaged_checkpoint(tmp_path)
+    assert chosen.name == "step_00000001"
+    assert "its digests cannot be read" in problems[0]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, STATE, info_of(step))
+    real_digest = _checkpoint_files._digest
+
+    def failing(path: Path) -> str:
+        if "step_00000002" in str(path):
+            raise OSError(5, "Input/output error")
+        return real_digest(path)
+
+    monkeypatch.setattr(_checkpoint_files, "_digest", failing)
+    chosen, problems = last_undamaged_checkpoint(tmp_path)
+    assert chosen.name == "step_00000001"
+    assert "cannot be read: [Errno 5]" in problems[0]
+
+
+@pytest.mark.parametrize("part", ["info", "state"])
+def test_a_checkpoint_that_lacks_a_folder(part: str, tmp_path: Path) -> None:
+    """It is named, set aside, and the run may come there again."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, STATE, info_of(step))
+    shutil.rmtree(tmp_path / "step_00000002" / part)
+    chosen, problems = last_undamaged_checkpoint(tmp_path)
+    assert chosen.name == "step_00000001"
+    assert f"step_00000002 is damaged: {part}/" in problems[0]
+    writer = Checkpoints(tmp_path, last_step=1)
+    writer.save(STATE, info_of(2))
+    writer.close()
+    assert_loads(tmp_path / "step_00000002")
+    assert (tmp_path / "damaged-step_00000002").is_dir()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

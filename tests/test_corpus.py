@@ -1,6 +1,7 @@
 """Documents in files: what several processes read of them, and what they make of it."""
 
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from equinox_mtp.training import Corpus, PackedRows, _corpus, load_corpus
+from equinox_mtp.training import Corpus, PackedRows, _corpus, held_out_prompts, load_corpus
 from equinox_mtp.training._sources import TokenFile
 
 VOCAB, END = 50, 7
@@ -85,8 +86,9 @@ def in_processes(
         return found
 
     def read(file: TokenFile, where: Any) -> np.ndarray:
-        if isinstance(where, slice):
-            me().read += range(where.start, where.stop)
+        process = threading.current_thread()
+        if isinstance(where, slice) and isinstance(process, Process):
+            process.read += range(where.start, where.stop)
         return real_read(file, where)
 
     patched.setattr(jax, "process_index", lambda: me().index)
@@ -163,23 +165,23 @@ def test_what_stops_one_process_stops_all(
         return load_corpus(paths, **{"vocab_size": VOCAB, **options})
 
     found = results(lambda index: load([*paths[: 3 - index], tmp_path / "3.npy"][:3]))
-    assert str(found[0]).startswith("process 1 cannot read its share: `data`: there is no file")
+    assert str(found[0]).startswith("process 1 cannot read its data: `data`: there is no file")
     assert isinstance(found[1], FileNotFoundError)
 
     found = results(lambda index: load(paths[: 3 - index]))
     assert all("`data`, `vocab_size` and `end_of_document` must be the" in str(e) for e in found)
     found = results(lambda index: load(paths, end_of_document=index))
-    assert all("those of process 1 differ from those of the first" in str(e) for e in found)
+    assert all("those of process " in str(e) for e in found)
     other = tmp_path / "other.npy"
     np.save(other, make_streams(seed=1)[0])
     found = results(lambda index: load([[paths[0], other][index], *paths[1:]]))
-    assert all("those of process 1 differ from those of the first" in str(e) for e in found)
+    assert all("those of process " in str(e) for e in found)
 
     stream = make_streams()[0]
     stream[15] = VOCAB  # in the second part, which the second process reads
     np.save(paths[0], stream)
     found = results(lambda index: load(paths))
-    assert f"process 1 cannot read its share: `data`: the token ids of {paths[0]}" in str(found[0])
+    assert f"process 1 cannot read its data: `data`: the token ids of {paths[0]}" in str(found[0])
     assert str(found[1]).startswith(f"`data`: the token ids of {paths[0]} must lie in [0, 50)")
 
 
@@ -200,6 +202,11 @@ def test_rows_read_what_they_hold(paths: list[Path], monkeypatch: pytest.MonkeyP
     assert batch.tokens[0, 0].tolist() == flat[48:65].tolist()
     assert batch.tokens[1, 0].tolist() == flat[:17].tolist()
     assert read == [("0.npy", 13 + 17), ("1.npy", 4)]
+    # And so do prompts.
+    read.clear()
+    prompts = held_out_prompts(corpus, num_prompts=1, length=5)
+    assert read == [("0.npy", 5)]
+    assert prompts[0].tolist() == flat[:5].tolist()
     assert rows.batch(np.zeros((2, 0), int)).tokens.shape == (2, 0, 17)
 
 
@@ -222,6 +229,22 @@ def test_files_that_change_under_a_run(name: str, tmp_path: Path) -> None:
             rows.batch(np.array([1]))
 
 
+def test_columns_first_are_mapped_too(tmp_path: Path) -> None:
+    """Arrays in Fortran's order, of which only what is wanted is read."""
+    array = np.asfortranarray(np.random.default_rng(0).integers(0, VOCAB, (300_000, 7), np.int16))
+    np.save(tmp_path / "a.npy", array)
+    corpus = load_corpus([tmp_path / "a.npy"], vocab_size=VOCAB)
+    assert (len(corpus), set(corpus.lengths.tolist())) == (300_000, {7})
+    rows = PackedRows(corpus, seq_len=20)
+    tracemalloc.start()
+    batch = rows.batch(np.array([5, 100_000]))
+    assert tracemalloc.get_traced_memory()[1] < array.nbytes / 4 + 16 * len(corpus)
+    tracemalloc.stop()
+    flat = np.ascontiguousarray(array).reshape(-1)
+    assert batch.tokens[0].tolist() == flat[100:121].tolist()
+    assert batch.tokens[1].tolist() == flat[2_000_000:2_000_021].tolist()
+
+
 def test_documents_in_memory() -> None:
     documents = [np.array([1, 2, 3]), np.array([], int), np.array([4])]
     corpus = Corpus.of_documents(documents, 5)
@@ -231,3 +254,5 @@ def test_documents_in_memory() -> None:
         Corpus.of_documents(documents, 4)
     with pytest.raises(ValueError, match="no tokens to train on in `documents`"):
         Corpus.of_documents(documents[1:2], 4)
+    with pytest.raises(ValueError, match=r"arrays of integers; got one of float64 and shape \(2,"):
+        Corpus.of_documents([np.array([0.5, 1.5])], 4)

@@ -142,7 +142,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(
     [
         ({"mesh": "data"}, "`mesh` must name each axis once with its size"),
         ({"mesh": "data=2,data=4"}, "`mesh` must name each axis once with its size"),
-        ({"mesh": "data=3"}, r"must multiply to the 8 device\(s\)"),
+        ({"mesh": "data=3"}, r"`mesh` data=3 does not fit: .*must multiply to the 8 device\(s\)"),
         ({"mesh": "model=8"}, "an axis 'model' that no rule"),
         ({"mesh": "data=8", "batch_size": 12}, "`batch_size` must be a multiple of `accumulate`"),
         ({"mesh": "context=8", "seq_len": 24}, "`seq_len` must be a multiple of twice the 8"),
@@ -263,7 +263,7 @@ def test_one_of_two_processes_dies(
     started.append(Processes(resume))
     first, second = started[-1].all
     wait_for_checkpoint(out, first, after=before)
-    second.terminate()
+    second.send_signal(signal.SIGINT)  # which is a SIGTERM for all
     outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
     assert [first.returncode, second.returncode] == [130, 130], "\n".join(outputs)
     stopped = re.search(r"interrupted at step (\d+); continue with --resume", outputs[0])
@@ -279,12 +279,47 @@ def test_one_of_two_processes_dies(
 def test_one_of_two_processes_fails(tokens: Path, tmp_path: Path, started: list[Processes]) -> None:
     """It says why, and the other ends too."""
     options = [*command(tokens, tmp_path / "two"), "--mesh", "data=8", "--heartbeat-timeout", "20"]
-    started.append(Processes(options, of_last=["--learning-rate", "1"]))
+    options[1:3] = ["-c", FAILING]
+    started.append(Processes(options))
     first, second = started[-1].all
-    assert "all options must be the same in every process" in second.communicate(timeout=120)[0]
+    assert "error: RuntimeError('boom')" in second.communicate(timeout=120)[0]
     assert second.returncode == 1
     output = first.communicate(timeout=120)[0]
     assert first.returncode not in (0, 130), output
+
+
+FAILING = """
+import sys
+import jax
+from equinox_mtp.__main__ import main
+from equinox_mtp.training import _train
+real_step = _train.train_step
+def failing(inputs, state):
+    if int(state.step) == 3 and jax.process_index() == 1:
+        raise RuntimeError("boom")
+    return real_step(inputs, state)
+_train.train_step = failing
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_with_other_options(
+    tokens: Path, tmp_path: Path, started: list[Processes]
+) -> None:
+    """Both say which it is."""
+    started.append(
+        Processes(
+            [*command(tokens, tmp_path / "two"), "--mesh", "data=8"], of_last=["--mesh", "fsdp=8"]
+        )
+    )
+    for process in started[-1].all:
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 1
+        assert (
+            "error: `mesh` must be the same in every process; it is data=8 in the first, and "
+            "fsdp=8 in process 1." in output
+        )
 
 
 STEP_OF_TESTS = """

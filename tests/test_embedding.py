@@ -152,5 +152,14 @@ def test_sizes_that_do_not_fit(embedding: Any, ids: Any, message: str) -> None:
 def test_axes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"`vocab` and `embed` must be .*'tensor' is named twice"):
         HeadSharding(vocab="tensor", embed="tensor")
+    for sharding, message in (
+        (HeadSharding(batch="fsdp"), r"set by `jax.set_mesh` has the axes 'data'; 'fsdp' is none"),
+        (HeadSharding(make_mesh(MESH)), r"`mesh` of `HeadSharding` must be the one set by"),
+    ):
+        with (
+            jax.set_mesh(make_mesh({"data": 8})),
+            pytest.raises(ValueError, match=message),
+        ):
+            nn.embed_tokens(jnp.zeros((8, 8)), jnp.zeros((8, 8), int), sharding=sharding)
     with pytest.raises(ValueError, match=r"`mesh` has the axes .*; 'model' is none of them"):
         HeadSharding(make_mesh(MESH), embed="model")

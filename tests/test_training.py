@@ -118,6 +118,7 @@ def test_token_ids_from_npy_and_bin(tmp_path: Path) -> None:
         ({"a.npy": np.zeros((1, 1, 1), int)}, 10, r"\(1, 1, 1\)"),
         ({"a.npy": np.array([{}], dtype=object)}, 10, "not a readable"),
         ({"a.npy": b"nonsense"}, 10, "not a readable"),
+        ({"a.npy": b"PK\3\4 and so on"}, 10, "not a readable"),
         ({"a.npy": np.array([1, 2]), "b.txt": b"text"}, 10, "not both"),
         ({"a.txt": b"text"}, 10, "`vocab_size` and `end_of_document` are for token ids"),
     ],

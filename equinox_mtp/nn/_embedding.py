@@ -36,7 +36,8 @@ def embed_tokens(
 
     **Returns:** one embedding for each token, split as `input_ids` are.
 
-    **Raises:** `ValueError` if a size is no multiple of the devices that share it.
+    **Raises:** `ValueError` if a size is no multiple of the devices that share it, or another mesh
+    is set than that of `sharding`.
     """
     dtype = jnp.dtype(embedding.dtype if dtype is None else dtype)
     mesh = active_mesh(sharding)

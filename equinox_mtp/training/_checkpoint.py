@@ -144,7 +144,7 @@ class Checkpoints:
             self._manager.close()
 
     def _begin_sealing(self) -> None:
-        """Once all is written."""
+        """Waits for the writing to end, and starts the sealing."""
         checkpoint, self._unsealed = self._unsealed, None
         with self._as_os_error():
             self._manager.wait_until_finished()
@@ -165,7 +165,10 @@ class Checkpoints:
 def save_checkpoint(
     folder: Path, state: PyTree[Any], info: CheckpointInfo, *, keep: int = 2
 ) -> Path:
-    """Writes one checkpoint, and returns when it is on disk."""
+    """Writes one checkpoint, and returns when it is on disk.
+
+    **Raises:** `OSError` if it could not be written.
+    """
     writer = Checkpoints(folder, keep=keep)
     try:
         writer.save(state, info)

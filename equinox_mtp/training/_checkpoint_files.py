@@ -72,17 +72,22 @@ def damage(
     - `part`: the folder of those to look at; all if empty.
     - `process`, `num_processes`: of several processes this one reads every `num_processes`-th file.
     """
+    is_damaged = f"the checkpoint {checkpoint} is damaged:"
     try:
-        stored = json.loads((checkpoint / _DIGESTS).read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        return f"the checkpoint {checkpoint} is damaged: its digests cannot be read: {error!r}"
+        stored = dict(json.loads((checkpoint / _DIGESTS).read_text(encoding="utf8")))
+    except (OSError, TypeError, ValueError) as error:
+        return f"{is_damaged} its digests cannot be read: {error!r}"
     files = _files(checkpoint)
     names = [name for name in sorted({*stored, *files}) if name.startswith(part)]
     for name in names[process::num_processes]:
         if name not in files:
-            return f"the checkpoint {checkpoint} is damaged: {name} is missing"
-        if stored.get(name) != _digest(files[name]):
-            return f"the checkpoint {checkpoint} is damaged: {name} differs from what was written"
+            return f"{is_damaged} {name} is missing"
+        try:
+            found = _digest(files[name])
+        except OSError as error:
+            return f"{is_damaged} {name} cannot be read: {error}"
+        if stored.get(name) != found:
+            return f"{is_damaged} {name} differs from what was written"
     return None
 
 
@@ -92,11 +97,11 @@ def damage(
 def written(folder: Path) -> list[Path]:
     """What orbax has given its final name, oldest first."""
     found = sorted(folder.glob(f"{PREFIX}{'[0-9]' * 8}"))
-    return [path for path in found if (path / STATE).is_dir() and (path / INFO).is_dir()]
+    return [path for path in found if path.is_dir()]
 
 
 def remove_unsealed(folder: Path) -> None:
-    """A process was killed before it could say that they were whole."""
+    """Removes checkpoints without digests: their process was killed before it could seal them."""
     for path in written(folder):
         if not (path / _DIGESTS).exists():
             shutil.rmtree(path)

@@ -117,4 +117,4 @@ def describe_acceptance(tokens_per_pass: float, accepted: Sequence[float]) -> st
 def held_out_prompts(corpus: Corpus, *, num_prompts: int, length: int) -> list[np.ndarray]:
     """The beginnings of documents that are longer than `length`, as many as there are."""
     long_enough = np.flatnonzero(corpus.lengths > length)[:num_prompts]
-    return [corpus[int(index)][:length] for index in long_enough]
+    return [corpus.read(np.full(length, index), np.arange(length)) for index in long_enough]

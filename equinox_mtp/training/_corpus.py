@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ._processes import exchange, is_first
-from ._sources import Stream, TokenArray, open_files
+from ._sources import Source, Stream, TokenArray, open_files
 
 _HELD_OUT = 0.05
 _PART = 1 << 22
@@ -41,17 +41,31 @@ class Corpus:
     def of_documents(cls, documents: Sequence[np.ndarray], vocab_size: int) -> "Corpus":
         """A corpus in memory.
 
+        **Arguments:**
+
+        - `documents`: integers `[length]` each.
+        - `vocab_size`: they lie in `[0, vocab_size)`.
+
         **Raises:** `ValueError` if there is nothing in it, or an id is not in the vocabulary.
         """
-        sources = [TokenArray(document) for document in documents if len(document)]
-        return _index(Stream(sources), vocab_size, None, "in `documents`")
+        for document in documents:
+            if document.ndim != 1 or not np.issubdtype(document.dtype, np.integer):
+                raise ValueError(
+                    "`documents` must be one-dimensional arrays of integers; got one of "
+                    f"{document.dtype} and shape {document.shape}."
+                )
+        stream = Stream([TokenArray(document) for document in documents if len(document)])
+        _check_not_empty(stream, "`documents`")
+        layout = _Layout.of(stream, vocab_size, None)
+        return layout.corpus([layout.scan(stream, range(layout.num_parts))], stream)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        start = self.starts[index]
-        return self.stream.read(np.arange(start, start + self.lengths[index]))
+        start = int(self.starts[index])
+        parts = self.stream.stretches(start, start + int(self.lengths[index]))
+        return np.concatenate([tokens.astype(np.int32) for _, _, tokens in parts])
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return map(self.__getitem__, range(len(self)))
@@ -107,97 +121,128 @@ def load_corpus(
     **Raises:** `FileNotFoundError` for a path that does not exist; `ValueError` for data that is
     empty, of mixed kinds, outside the vocabulary, or not the same in every process.
     """
-    shown = ", ".join(str(path) for path in paths)
     problem: Exception | None = None
+    stream = Stream([])
     try:
         stream, vocab_size = open_files(paths, vocab_size, end_of_document)
+        _check_not_empty(stream, ", ".join(str(path) for path in paths))
     except (ValueError, OSError) as error:
-        stream, vocab_size, problem = Stream([]), vocab_size or 0, error
-    return _index(stream, vocab_size, end_of_document, f"in {shown}", problem)
+        problem = error
+    layout = _Layout.of(stream, vocab_size or 0, end_of_document)
+    # Before the scan: processes take longer over it than they may be waited for at the first word.
+    for process, digest in enumerate(_exchange_all(layout.digest, problem)):
+        if digest != layout.digest:
+            raise _differs(process)
+    found, problem = _Found(), None
+    try:
+        parts = share_of(layout.num_parts, jax.process_index(), jax.process_count())
+        found = layout.scan(stream, parts)
+    except (ValueError, OSError) as error:
+        problem = error
+    digests = [json.loads(m) for m in _exchange_all(json.dumps(found.digests), problem)]
+    ends = [np.frombuffer(message, np.int64) for message in exchange(found.ends.tobytes())]
+    for process, of_process in enumerate(digests):
+        if of_process["0"] != found.digests["0"]:
+            raise _differs(process)
+    return layout.corpus(list(map(_Found, digests, ends)), stream)
 
 
 # The index
 
 
-@dataclasses.dataclass
-class _Scan:
-    """What a process knows of the data, and has found in its share of it."""
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What a scan has found: the digest of each part, and the places after an end of document."""
 
-    shape: str
-    error: str = ""
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-def _index(
-    stream: Stream,
-    vocab_size: int,
-    end_of_document: int | None,
-    where: str,
-    problem: Exception | None = None,
-) -> Corpus:
-    """The documents of a stream. What stops one process, its `problem` for one, stops all."""
-    shape = hashlib.sha256(repr((vocab_size, end_of_document)).encode())
-    for source in stream.sources:
-        shape.update(f"{source.num_tokens} {source.row_length};".encode())
-    mine, ends = _Scan(shape.hexdigest()), [np.zeros(0, np.int64)]
-    starts = range(0, len(stream), _PART)
-    parts = share_of(len(starts), jax.process_index(), jax.process_count())
-    try:
-        if problem is not None:
-            raise problem
-        if len(stream) < 2:
-            raise ValueError(f"`data` is empty: there are no tokens to train on {where}.")
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """What is known of data before any token is read, and a digest of it."""
+
+    vocab_size: int
+    end_of_document: int | None
+    num_parts: int
+    digest: str
+
+    @classmethod
+    def of(cls, stream: Stream, vocab_size: int, end_of_document: int | None) -> "_Layout":
+        digest = hashlib.sha256(repr((vocab_size, end_of_document)).encode())
+        for source in stream.sources:
+            digest.update(f"{source.num_tokens} {source.row_length};".encode())
+        num_parts = -(-len(stream) // _PART)
+        return cls(vocab_size, end_of_document, num_parts, digest.hexdigest())
+
+    def scan(self, stream: Stream, parts: Sequence[int]) -> _Found:
+        """Reads some parts, and checks their tokens."""
+        digests, ends = {}, [np.zeros(0, np.int64)]
         for part in tqdm(parts, "reading", delay=2, unit="part", disable=not is_first()):
-            stop = min(starts[part] + _PART, len(stream))
-            digest, found = _scan(stream, starts[part], stop, vocab_size, end_of_document)
-            mine.digests[str(part)] = digest
-            ends.append(found)
-    except (ValueError, OSError) as error:
-        mine.error, problem = str(error), error
-    scans = [_Scan(**json.loads(m)) for m in exchange(json.dumps(vars(mine)).encode())]
-    if problem is not None:
-        raise problem
-    for process, scan in enumerate(scans):
-        if scan.error:
-            raise ValueError(f"process {process} cannot read its share: {scan.error}")
-        if scan.shape != scans[0].shape or scan.digests["0"] != scans[0].digests["0"]:
-            raise ValueError(
-                "`data`, `vocab_size` and `end_of_document` must be the same in every process; "
-                f"those of process {process} differ from those of the first. The default data is "
-                "each machine's own: name files with --data."
-            )
-    everywhere = exchange(np.concatenate(ends).tobytes())
-    cuts = [np.frombuffer(message, np.int64) for message in everywhere]
-    cuts += [
-        first + np.arange(0, source.num_tokens, source.row_length)
-        for source, first in zip(stream.sources, stream.starts, strict=True)
-    ]
-    bounds = np.unique(np.concatenate([*cuts, [len(stream)]]))
-    digests = {int(part): digest for scan in scans for part, digest in scan.digests.items()}
-    for part in starts:
-        shape.update(digests[part // _PART].encode())
-    return Corpus(stream, bounds[:-1], np.diff(bounds), vocab_size, shape.hexdigest())
+            digest = hashlib.sha256()
+            start, stop = part * _PART, min((part + 1) * _PART, len(stream))
+            for source, first, tokens in stream.stretches(start, stop):
+                _check_ids(source, tokens, self.vocab_size)
+                digest.update(tokens.astype("<i4").tobytes())
+                if self.end_of_document is not None:
+                    ends.append(np.flatnonzero(tokens == self.end_of_document) + (first + 1))
+            digests[str(part)] = digest.hexdigest()
+        return _Found(digests, np.concatenate(ends))
+
+    def corpus(self, found: Sequence[_Found], stream: Stream) -> Corpus:
+        """The documents between all ends, of files and of documents."""
+        cuts = [one.ends for one in found]
+        cuts += [
+            first + np.arange(0, source.num_tokens, source.row_length)
+            for source, first in zip(stream.sources, stream.starts, strict=True)
+        ]
+        bounds = np.unique(np.concatenate([*cuts, [len(stream)]]))
+        digests = {part: digest for one in found for part, digest in one.digests.items()}
+        fingerprint = hashlib.sha256(self.digest.encode())
+        for part in range(self.num_parts):
+            fingerprint.update(digests[str(part)].encode())
+        return Corpus(
+            stream, bounds[:-1], np.diff(bounds), self.vocab_size, fingerprint.hexdigest()
+        )
 
 
 def share_of(num_parts: int, process: int, num_processes: int) -> list[int]:
     """The parts that a process reads; the first one is read by all, so that they can compare."""
-    return sorted({*range(min(1, num_parts)), *range(process, num_parts, num_processes)})
+    return sorted({0, *range(process, num_parts, num_processes)})
 
 
-def _scan(
-    stream: Stream, start: int, stop: int, vocab_size: int, end_of_document: int | None
-) -> tuple[str, np.ndarray]:
-    """The digest of a part's tokens, and the places after an end of document."""
-    digest, ends = hashlib.sha256(), [np.zeros(0, np.int64)]
-    for source, first, tokens in stream.stretches(start, stop):
-        low, high = tokens.min(), tokens.max()
-        if not 0 <= low <= high < vocab_size:
-            name = getattr(source, "path", "a document")
-            raise ValueError(
-                f"`data`: the token ids of {name} must lie in [0, {vocab_size}), the "
-                f"`vocab_size`; got {low} … {high}."
-            )
-        digest.update(tokens.astype("<i4").tobytes())
-        if end_of_document is not None:
-            ends.append(np.flatnonzero(tokens == end_of_document) + (first + 1))
-    return digest.hexdigest(), np.concatenate(ends)
+def _exchange_all(text: str, problem: Exception | None) -> list[str]:
+    """Every process's text.
+
+    **Raises:** in all processes, the `problem` of one of them; in the one itself as it is.
+    """
+    message = {"text": text, "problem": None if problem is None else str(problem)}
+    messages = [json.loads(m) for m in exchange(json.dumps(message).encode())]
+    if problem is not None:
+        raise problem
+    for process, of_process in enumerate(messages):
+        if of_process["problem"] is not None:
+            raise ValueError(f"process {process} cannot read its data: {of_process['problem']}")
+    return [of_process["text"] for of_process in messages]
+
+
+def _differs(process: int) -> ValueError:
+    return ValueError(
+        "`data`, `vocab_size` and `end_of_document` must be the same in every process; those of "
+        f"process {process} differ from those of another. The default data is each machine's own: "
+        "name files with --data."
+    )
+
+
+def _check_not_empty(stream: Stream, where: str) -> None:
+    if len(stream) < 2:
+        raise ValueError(f"`data` is empty: there are no tokens to train on in {where}.")
+
+
+def _check_ids(source: Source, tokens: np.ndarray, vocab_size: int) -> None:
+    low, high = tokens.min(), tokens.max()
+    if not 0 <= low <= high < vocab_size:
+        raise ValueError(
+            f"`data`: the token ids of {getattr(source, 'path', 'a document')} must lie in "
+            f"[0, {vocab_size}), the `vocab_size`; got {low} … {high}."
+        )

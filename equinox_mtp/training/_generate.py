@@ -60,6 +60,14 @@ def generate_text(config: GenerateConfig) -> None:
     prompt = np.frombuffer(config.prompt.encode(), np.uint8).astype(np.int32)
     if not len(prompt):
         raise ValueError("`prompt` must hold at least one character; got none.")
+    vocab_size = load_info(_newest(config.checkpoint)).vocab_size
+    if vocab_size != TEXT_VOCAB:
+        raise ValueError(
+            f"`checkpoint` must be of a model of text, with {TEXT_VOCAB} token ids; the one in "
+            f"{config.checkpoint} has {vocab_size}. In Python load it by "
+            "`equinox_mtp.training.load_model`, and continue token ids by "
+            "`equinox_mtp.speculative.generate`."
+        )
     model, info = load_model(config.checkpoint)
     # Padded, so that prompts of about the same length share a compiled program.
     padded = np.zeros((1, -(-len(prompt) // _PADDED_TO) * _PADDED_TO), np.int32)
@@ -100,23 +108,12 @@ def generate_text(config: GenerateConfig) -> None:
 
 
 def load_model(path: Path) -> tuple[emtp.MTPModel, CheckpointInfo]:
-    """The model of text in a checkpoint, or in a run's last one.
+    """The model in a checkpoint, or in a run's last one, on one device.
 
-    **Raises:** `FileNotFoundError` if there is none; `ValueError` if it does not model text.
+    **Raises:** `FileNotFoundError` if there is none; `ValueError` if it is damaged.
     """
-    itself = [path] if path in checkpoints(path.parent) else []
-    found = checkpoints(path / "checkpoints") or checkpoints(path) or itself
-    if not found:
-        raise FileNotFoundError(
-            f"`checkpoint`: there is none in {path}. Give the folder of a run, or of a checkpoint."
-        )
-    checkpoint = found[-1]
+    checkpoint = _newest(path)
     info = load_info(checkpoint)
-    if info.vocab_size != TEXT_VOCAB:
-        raise ValueError(
-            f"`checkpoint` must be of a model of text, with {TEXT_VOCAB} token ids; the one in "
-            f"{path} has {info.vocab_size}. Use `equinox_mtp.speculative.generate` with token ids."
-        )
     like = eqx.filter_eval_shape(
         make_state, info.config, info.vocab_size, make_optimizer(info.config)
     )
@@ -158,3 +155,14 @@ class _Counts:
 
 def _is_colored() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def _newest(path: Path) -> Path:
+    """The checkpoint that a path names, or the last one of the run."""
+    itself = [path] if path in checkpoints(path.parent) else []
+    found = checkpoints(path / "checkpoints") or checkpoints(path) or itself
+    if not found:
+        raise FileNotFoundError(
+            f"`checkpoint`: there is none in {path}. Give the folder of a run, or of a checkpoint."
+        )
+    return found[-1]

@@ -18,31 +18,35 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[Callable[[int], bool]]:
     """Lets the step in flight end, and be saved, at the first Ctrl-C or SIGTERM.
 
-    A second one stops at once. Of several processes one that gets a SIGTERM, as clusters send it
-    ahead of time, stops all of them after the same step; a Ctrl-C they would not all hear in the
-    same step, and it ends the run as a kill does. Yields a function that says of a step that is
-    done whether it was the last.
+    Of several processes one that is told to stop tells the others, and all stop after the same
+    step. A second Ctrl-C stops at once, and in a single process a second SIGTERM. Yields a function
+    that says of a step that is done whether it was the last.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda _: False  # only the main thread hears signals
-        return
+    several = jax.process_count() > 1
     seen: list[int] = []
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(signal_number: int, frame: FrameType | None) -> None:
+        seen.append(signal_number)
+        restore()
+        if several:
+            # JAX listens for this one, by which clusters announce that they take a machine away.
+            signal.raise_signal(signal.SIGTERM)
+
+    ours = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        ours = ()  # only the main thread hears signals
+    previous = {number: signal.getsignal(number) for number in ours}
 
     def restore() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def on_signal(signal_number: int, frame: FrameType | None) -> None:
-        seen.append(signal_number)
-        restore()
-
-    for number in previous:
+    for number in ours:
         signal.signal(number, on_signal)
     try:
-        yield lambda _: bool(seen)
+        yield multihost_utils.reached_preemption_sync_point if several else lambda _: bool(seen)
     finally:
         restore()
+        if several and ours:
+            # JAX goes on listening, but nobody asks it any more.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

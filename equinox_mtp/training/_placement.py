@@ -50,7 +50,11 @@ class Placement:
                     f"--mesh data={jax.device_count()}, for instance."
                 )
             return cls(None, DEFAULT_RULES)
-        mesh = make_mesh(parse_mesh(config.mesh))
+        try:
+            mesh = make_mesh(parse_mesh(config.mesh))
+            DEFAULT_RULES.head_sharding(mesh)
+        except ValueError as error:
+            raise ValueError(f"`mesh` {config.mesh} does not fit: {error}") from error
         rules = DEFAULT_RULES
         if vocab_size % rules.num_shards("vocab", mesh):
             rules = rules.replace(vocab=None)

@@ -7,9 +7,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from ._compare import Comparison
+from ._corpus import Corpus
 from ._step import Evaluation, StepMetrics
 
 Record = dict[str, Any]
@@ -188,6 +190,22 @@ def held_out_record(step: int, evaluation: Evaluation) -> Record:
         "ground_truth_acceptance": ground_truth.independent.tolist(),
         "expected_accepted_length": float(main_model.expected_accepted_length),
     }
+
+
+def describe_corpus(corpus: Corpus, held_out: Corpus, depths: int) -> str:
+    """What there is to learn from, and a note if it is too short for the depths."""
+    text = (
+        f"{corpus.num_tokens:,} tokens in {len(corpus):,} document(s), {held_out.num_tokens:,} of "
+        "them held out"
+    )
+    # Position i has a target at depth k if i + k + 1 is in its document.
+    too_short = float(np.mean(corpus.lengths < depths + 2))
+    if depths and too_short > 0.25:
+        text += (
+            f"\nnote: {too_short:.0%} of the documents have no target at depth {depths}: they have "
+            f"fewer than {depths + 2} tokens. Are dtype and end of document those of the data?"
+        )
+    return text
 
 
 def describe(record: Record) -> str:

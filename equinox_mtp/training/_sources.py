@@ -46,7 +46,13 @@ class TokenFile:
 
     def read(self, where: slice | np.ndarray) -> np.ndarray:
         """Maps the file, for no longer than it is read."""
-        return _unchanged(self.path, _map(self.path).reshape(-1), self.num_tokens)[where]
+        array = _map(self.path)
+        if array.flags.c_contiguous:
+            return _unchanged(self.path, array.reshape(-1), self.num_tokens)[where]
+        # `reshape` would copy all of it.
+        _unchanged(self.path, array, self.num_tokens // self.row_length)
+        places = np.arange(where.start, where.stop) if isinstance(where, slice) else where
+        return array[np.divmod(places, self.row_length)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +63,7 @@ class TokenArray:
 
     @property
     def num_tokens(self) -> int:
-        """All of the array's."""
+        """The length of the array."""
         return len(self.array)
 
     @property
@@ -176,7 +182,7 @@ def _token_file(path: Path) -> TokenFile:
 def _map(path: Path) -> np.ndarray:
     if path.suffix == ".npy":
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.lib.format.open_memmap(path, "r")
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"`data`: {path} is not a readable .npy file: {error}") from error
     if path.stat().st_size % 2:

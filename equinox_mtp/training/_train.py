@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import hashlib
+import json
 import statistics
 import time
 from pathlib import Path
@@ -27,10 +27,11 @@ from ._corpus import Corpus, load_corpus
 from ._interrupt import Interrupted, interruptible
 from ._packing import PackedRows
 from ._placement import Placement
-from ._processes import agree, is_first, say
+from ._processes import agree, exchange, is_first, say
 from ._report import (
     MetricsFile,
     describe,
+    describe_corpus,
     held_out_record,
     plot_curves,
     summary,
@@ -51,6 +52,7 @@ DEFAULT = TrainConfig()
 WHERE_IT_RUNS = {
     *("mesh", "distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout"),
 }
+OWN_OF_A_PROCESS = {"data", "out", "coordinator", "process_id"}
 FREE_TO_CHANGE = {
     *("data", "out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts"),
     *WHERE_IT_RUNS,
@@ -68,6 +70,10 @@ def train(config: TrainConfig) -> Path:
     Ctrl-C or SIGTERM.
     """
     started = time.perf_counter()
+    # Where a run goes on is said anew.
+    here = {name: getattr(DEFAULT, name) for name in WHERE_IT_RUNS}
+    anywhere = dataclasses.replace(config, **here)
+    check_agreement(config)
     corpus = load_corpus(
         config.data, vocab_size=config.vocab_size, end_of_document=config.end_of_document
     )
@@ -77,19 +83,14 @@ def train(config: TrainConfig) -> Path:
     optimizer = make_optimizer(config)
     placement = Placement.of(config, corpus.vocab_size)
     out = config.out or new_run_folder()
-    # Where a run goes on is said anew.
-    here = {name: getattr(DEFAULT, name) for name in WHERE_IT_RUNS}
-    anywhere = dataclasses.replace(config, **here)
     info = CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, anywhere)
-    check_agreement(info)
     with placement.active():
         state = start_or_resume(out, info, optimizer, placement)
         first_step = int(state.step)
         say(
-            f"{corpus.num_tokens:,} tokens in {len(corpus):,} documents, "
-            f"{held_out_corpus.num_tokens:,} of them held out\n"
+            f"{describe_corpus(corpus, held_out_corpus, config.depths)}\n"
             f"{count_parameters(state.model):,} parameters, {config.depths} prediction depth(s)\n"
-            f"writing to {out}"
+            f"writing to {out}" + (f", from step {first_step} on" if first_step else "")
         )
         with (
             contextlib.closing(
@@ -158,8 +159,10 @@ def run_steps(
                 writer.save(state, saved, held_out_loss=held_out_loss)
             if stop and not last:
                 writer.wait()
+                bar.close()
                 mesh = "" if config.mesh is None else f" --mesh {config.mesh}"
-                say(f"interrupted at step {step}; continue with --resume --out {run.out}{mesh}")
+                flags = f"{mesh} --distributed …" if config.distributed else mesh
+                say(f"interrupted at step {step}; continue with --resume --out {run.out}{flags}")
                 raise Interrupted
     return state, step_seconds
 
@@ -201,15 +204,17 @@ def start_or_resume(
     return load_state(checkpoint, placement.place(like), is_undamaged=True)
 
 
-def check_agreement(info: CheckpointInfo) -> None:
-    """**Raises:** `ValueError` if processes have other options, or read other data."""
-    text = f"{info.data_fingerprint} {dataclasses.replace(info.config, out=None)}"
-    number = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
-    if agree(number) != number:
-        raise ValueError(
-            "`data` and all options must be the same in every process; they differ from those of "
-            "the first. The default data is each machine's own: name files with --data."
-        )
+def check_agreement(config: TrainConfig) -> None:
+    """**Raises:** in all processes, `ValueError` if one of them has other options."""
+    values = {field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    of_first, *others = [json.loads(m) for m in exchange(json.dumps(values).encode())]
+    for process, of_process in enumerate(others, start=1):
+        for name, value in of_process.items():
+            if value != of_first[name] and name not in OWN_OF_A_PROCESS:
+                raise ValueError(
+                    f"`{name}` must be the same in every process; it is {of_first[name]} in the "
+                    f"first, and {value} in process {process}."
+                )
 
 
 def new_run_folder() -> Path:
