@@ -1,5 +1,6 @@
 """README's examples run as they stand, and show what it says they show."""
 
+import contextlib
 import dataclasses
 import re
 from functools import partial
@@ -18,13 +19,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def namespaces() -> list[dict[str, Any]]:
+def namespaces(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What is defined after each block."""
     names: dict[str, Any] = {}
     snapshots = []
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), names)
-        snapshots.append(dict(names))
+    with contextlib.chdir(tmp_path_factory.mktemp("readme")):
+        for block in BLOCKS:
+            exec(compile(block, "README.md", "exec"), names)
+            snapshots.append(dict(names))
     return snapshots
 
 
@@ -117,3 +119,9 @@ def test_generation_is_plain_decoding(namespaces: list[dict[str, Any]]) -> None:
     )
     np.testing.assert_array_equal(generation.tokens, plain.tokens)
     np.testing.assert_array_equal(generation.num_generated, [12, 12])
+
+
+def test_saved_model_comes_back(namespaces: list[dict[str, Any]]) -> None:
+    saved, loaded = namespaces[-1]["sharded_model"], namespaces[-1]["loaded_model"]
+    assert eqx.tree_equal(jax.device_get(loaded), jax.device_get(saved))
+    assert loaded.decoder.embedding.devices() == {jax.devices()[0]}
