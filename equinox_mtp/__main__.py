@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 _USAGE = """usage: python -m equinox_mtp COMMAND [options]
 
@@ -54,13 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 def _train(options: Sequence[str]) -> None:
     import tyro
 
-    from .training import (
-        Interrupted,
-        TrainConfig,
-        info_of_run,
-        newest_run_folder,
-        train,
-    )
+    from .training import TrainConfig, info_of_run, newest_run_folder, train
 
     default = TrainConfig()
     run = _named_run(options)
@@ -75,10 +70,17 @@ def _train(options: Sequence[str]) -> None:
         default = dataclasses.replace(stored, out=out)
     prog = "python -m equinox_mtp train"
     config = tyro.cli(TrainConfig, prog=prog, args=options, default=default)
-    if not config.distributed:
+    if config.distributed:
+        _train_in_several_processes(config)
+    else:
         train(config)
-        return
+
+
+def _train_in_several_processes(config: Any) -> None:
+    """The part of this process; it ends at once if it fails."""
     import jax
+
+    from .training import Interrupted, train
 
     if config.coordinator:
         waits = f"process {config.process_id} of {config.num_processes} looks for the others at"

@@ -60,14 +60,7 @@ def generate_text(config: GenerateConfig) -> None:
     prompt = np.frombuffer(config.prompt.encode(), np.uint8).astype(np.int32)
     if not len(prompt):
         raise ValueError("`prompt` must hold at least one character; got none.")
-    vocab_size = load_info(_newest(config.checkpoint)).vocab_size
-    if vocab_size != TEXT_VOCAB:
-        raise ValueError(
-            f"`checkpoint` must be of a model of text, with {TEXT_VOCAB} token ids; the one in "
-            f"{config.checkpoint} has {vocab_size}. In Python load it by "
-            "`equinox_mtp.training.load_model`, and continue token ids by "
-            "`equinox_mtp.speculative.generate`."
-        )
+    _require_text(config.checkpoint)
     model, info = load_model(config.checkpoint)
     # Padded, so that prompts of about the same length share a compiled program.
     padded = np.zeros((1, -(-len(prompt) // _PADDED_TO) * _PADDED_TO), np.int32)
@@ -166,3 +159,13 @@ def _newest(path: Path) -> Path:
             f"`checkpoint`: there is none in {path}. Give the folder of a run, or of a checkpoint."
         )
     return found[-1]
+
+
+def _require_text(path: Path) -> None:
+    vocab_size = load_info(_newest(path)).vocab_size
+    if vocab_size != TEXT_VOCAB:
+        raise ValueError(
+            f"`checkpoint` must be of a model of text, with {TEXT_VOCAB} token ids; the one in "
+            f"{path} has {vocab_size}. In Python load it by `equinox_mtp.training.load_model`, and "
+            "continue token ids by `equinox_mtp.speculative.generate`."
+        )
