@@ -462,7 +462,9 @@ def loss_under(sharding: HeadSharding) -> jax.Array:
 def test_meshes_that_do_not_fit() -> None:
     mesh = mesh_of(Placement(TENSOR_MESH, P()), AUTO)
     other = mesh_of(PLACEMENTS["data"], AUTO)
-    with pytest.raises(ValueError, match=r"no `mesh`.*`mesh=None`.*`with jax.set_mesh\(mesh\):`"):
+    with pytest.raises(
+        ValueError, match=r"no mesh is set; got `mesh=None`.*`with jax.set_mesh\(mesh\):`"
+    ):
         loss_under(HeadSharding(batch="data"))
     with jax.set_mesh(other):
         with pytest.raises(
