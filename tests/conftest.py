@@ -22,9 +22,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+import gc  # noqa: E402
 import itertools  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 
+import equinox as eqx  # noqa: E402
 import hypothesis  # noqa: E402
 import jax.random as jr  # noqa: E402
 import pytest  # noqa: E402
@@ -33,6 +36,23 @@ from jaxtyping import PRNGKeyArray  # noqa: E402
 # The first example of a shape compiles, and takes far longer than the next: no deadline holds.
 hypothesis.settings.register_profile("equinox_mtp", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("equinox_mtp")
+
+
+_MAPS = Path("/proc/self/maps")
+_MANY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Every compiled program maps memory, of which Linux lets a process have 65,530 pieces.
+
+    At the next one LLVM ends the process by a segmentation fault. A module of tests adds up to a
+    few thousand.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        eqx.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
