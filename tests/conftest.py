@@ -26,9 +26,11 @@ import gc  # noqa: E402
 import itertools  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import equinox as eqx  # noqa: E402
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 import jax.random as jr  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import PRNGKeyArray  # noqa: E402
@@ -40,6 +42,7 @@ hypothesis.settings.load_profile("equinox_mtp")
 
 _MAPS = Path("/proc/self/maps")
 _MANY_MAPS = 20_000
+_JITTED: Any = type(jax.jit(lambda: None))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,6 +55,10 @@ def forget_programs() -> Iterator[None]:
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
         eqx.clear_caches()
+        for thing in gc.get_objects():
+            # Functions of a module live on, with what was compiled for them.
+            if type(thing) is _JITTED:
+                thing.clear_cache()
         gc.collect()
 
 
