@@ -22,7 +22,7 @@ _HOW_TO_SPLIT: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class HeadSharding:
-    """Where hidden states and output head lie on a mesh, for the loss.
+    """Where hidden states, embedding and output head lie on a mesh.
 
     With it the loss runs in a `shard_map`: every device works on its own tokens and its own part of
     the vocabulary, and devices exchange results once, outside of all loops: the head, if it lies
@@ -111,7 +111,7 @@ def constrain_hidden_states(
     mesh = active_mesh(sharding)
     if sharding is None or mesh is None:
         return hidden_states
-    return constrain(hidden_states, mesh, sharding.spec("batch seq embed"))
+    return constrain(hidden_states, NamedSharding(mesh, sharding.spec("batch seq embed")))
 
 
 def active_mesh(sharding: HeadSharding | None) -> Mesh | AbstractMesh | None:
@@ -139,12 +139,11 @@ def check_current_mesh(sharding: HeadSharding, current: AbstractMesh) -> None:
     check_axes(sharding, current, "the mesh set by `jax.set_mesh` has")
 
 
-def constrain(array: Array, mesh: Mesh | AbstractMesh, spec: P) -> Array:
-    """An array, laid on the mesh so."""
-    placement = NamedSharding(mesh, spec)
-    if mesh.explicit_axes:
-        return jax.sharding.reshard(array, placement)
-    return jax.lax.with_sharding_constraint(array, placement)
+def constrain(array: Array, sharding: NamedSharding) -> Array:
+    """An array, laid on a mesh so, whatever the type of its axes."""
+    if sharding.mesh.explicit_axes:
+        return jax.sharding.reshard(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def _names(axes: MeshAxes) -> tuple[str, ...]:

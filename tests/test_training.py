@@ -37,6 +37,7 @@ from equinox_mtp.training import (
     train,
     train_step,
 )
+from equinox_mtp.training._report import describe_corpus
 from equinox_mtp.training._step import is_decayed
 
 TINY = TrainConfig(
@@ -143,6 +144,16 @@ def test_bad_token_files_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(9))
     with pytest.raises(ValueError, match=r"`end_of_document` must lie in \[0, 10\)"):
         load_corpus([tmp_path / "a.npy"], vocab_size=10, end_of_document=10)
+
+
+def test_documents_too_short_for_the_depths_are_said() -> None:
+    """A wrong dtype looks like that: every other id is 0, and may end a document."""
+    corpus = Corpus.of_documents([np.zeros(n, np.int32) for n in (4, 3, 3, 20)], 1)
+    held_out = Corpus.of_documents([np.zeros(4, np.int32)], 1)
+    first, *note = describe_corpus(corpus, held_out, depths=2).splitlines()
+    assert first == "30 tokens in 4 document(s), 4 of them held out"
+    assert note[0].startswith("note: 50% of the documents have no target at depth 2: they")
+    assert "note" not in describe_corpus(corpus, held_out, depths=1)
 
 
 def test_split_holds_documents_out() -> None:

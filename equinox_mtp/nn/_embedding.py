@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, DTypeLike, Float, Integer
 
 from .._head_sharding import HeadSharding, active_mesh, check_sizes, constrain
@@ -60,7 +60,7 @@ def embed_tokens(
 
     specs = P(sharding.vocab, exchanged or None), sharding.spec("batch seq")
     arrays = (
-        constrain(array, mesh, spec)
+        constrain(array, NamedSharding(mesh, spec))
         for array, spec in zip((embedding, input_ids), specs, strict=True)
     )
     out_specs = sharding.spec("batch seq embed")

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
+from .._head_sharding import constrain
 from .._types import AXIS_WORDS, checked
 from ._rules import DEFAULT_RULES, UNSPLIT, ShardingRules
 
@@ -102,7 +103,7 @@ def constrain_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULE
     """
     shardings = parameter_shardings(model, mesh, rules)
     return jax.tree.map(
-        lambda x, sharding: x if sharding is None else _constrain(x, sharding),
+        lambda x, sharding: x if sharding is None else constrain(x, sharding),
         model,
         shardings,
         is_leaf=lambda x: x is None,
@@ -265,9 +266,3 @@ def _check_rule(
             f"has shape {shape}, each by one of {', '.join(sorted(known))}; got "
             f"{' '.join(words)!r}."
         )
-
-
-def _constrain(x: Any, sharding: NamedSharding) -> Any:
-    if sharding.mesh.explicit_axes:
-        return jax.sharding.reshard(x, sharding)
-    return jax.lax.with_sharding_constraint(x, sharding)
