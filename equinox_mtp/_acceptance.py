@@ -5,23 +5,38 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, Integer
 
+from ._losses import add_counts, check_same_depths
 from ._shift import roll_and_mask
-from ._types import checked
+from ._types import HostOrDeviceArray, checked
 
 
 class MTPAcceptance(eqx.Module):
     """Per depth: what was predicted, what the truth was, and whether it is scored.
 
-    Depth k at position i predicts token t(i+k+1).
+    Depth k at position i predicts token t(i+k+1). A prediction of -1 is none: the logits were not
+    finite.
+
+    **Raises:** `ValueError` if the fields differ in shape.
     """
 
     predictions: Int32[Array, "depth batch seq"]
     target_ids: Integer[Array, "depth batch seq"]
     mask: Bool[Array, "depth batch seq"]
 
+    def __check_init__(self) -> None:
+        shapes = [x.shape for x in (self.predictions, self.target_ids, self.mask)]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 3:
+            raise ValueError(
+                "`predictions`, `target_ids` and `mask` must have one shape (depth, batch, seq); "
+                f"got {', '.join(map(str, shapes))}."
+            )
+
 
 class MTPAcceptanceRate(eqx.Module):
     """Acceptance as integer counts; `+` joins batches, the rates are properties.
+
+    Outside of `jit`, `+` adds in 64 bits on the host, and waits for the arrays; while tracing it
+    adds in 32 bits, which hold 2^31 - 1 positions.
 
     A depth is accepted where it predicts the reference token. Depths 1 … k are **jointly** accepted
     where all of them are: what happens to a draft of k tokens in speculative decoding.
@@ -34,14 +49,15 @@ class MTPAcceptanceRate(eqx.Module):
     - `joint_reached`: of the latter, those where depths 1 … k-1 are all accepted.
     """
 
-    accepted: Int32[Array, "depth"]
-    scored: Int32[Array, "depth"]
-    joint_accepted: Int32[Array, "depth"]
-    joint_scored: Int32[Array, "depth"]
-    joint_reached: Int32[Array, "depth"]
+    accepted: Integer[HostOrDeviceArray, "depth"]
+    scored: Integer[HostOrDeviceArray, "depth"]
+    joint_accepted: Integer[HostOrDeviceArray, "depth"]
+    joint_scored: Integer[HostOrDeviceArray, "depth"]
+    joint_reached: Integer[HostOrDeviceArray, "depth"]
 
     def __add__(self, other: "MTPAcceptanceRate") -> "MTPAcceptanceRate":
-        return jax.tree.map(jnp.add, self, other)
+        check_same_depths(self.scored, other.scored, "MTPAcceptanceRate")
+        return jax.tree.map(add_counts, self, other)
 
     @property
     def independent(self) -> Float32[Array, "depth"]:
@@ -76,6 +92,8 @@ def calculate_mtp_acceptance_rate(
 ) -> MTPAcceptanceRate:
     """Compares every depth's predictions with the main model's, or with the ground truth.
 
+    A prediction of -1, from logits that are not finite, is never accepted.
+
     Depth k at position i is accepted where its prediction equals `main_predictions[i+k]`: both are
     about token t(i+k+1). Teacher-forced: both saw the true tokens before it.
 
@@ -105,7 +123,7 @@ def calculate_mtp_acceptance_rate(
     else:
         depths = range(num_depths + 1)
         reference = jnp.stack([roll_and_mask(main_predictions, -k) for k in depths])[1:]
-    accepted = acceptance.predictions == reference
+    accepted = (acceptance.predictions == reference) & (acceptance.predictions >= 0)
     joint_accepted = jnp.logical_and.accumulate(accepted, axis=0)
     joint_mask = jnp.logical_and.accumulate(acceptance.mask, axis=0)
     reached = jnp.concatenate([jnp.ones_like(accepted[:1]), joint_accepted])[:num_depths]
@@ -122,5 +140,9 @@ def calculate_mtp_acceptance_rate(
     )
 
 
-def _rate(numerator: Int32[Array, "depth"], denominator: Int32[Array, "depth"]) -> Array:
-    return numerator.astype(jnp.float32) / jnp.maximum(denominator, 1).astype(jnp.float32)
+def _rate(
+    numerator: Integer[HostOrDeviceArray, "depth"], denominator: Integer[HostOrDeviceArray, "depth"]
+) -> Array:
+    # By way of `asarray`: counts of 64 bits, on the host, must not be cut to 32.
+    denominator = jnp.maximum(jnp.asarray(denominator, jnp.float32), 1)
+    return jnp.asarray(numerator, jnp.float32) / denominator

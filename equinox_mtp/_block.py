@@ -16,7 +16,7 @@ from ._decoder import AbstractDecoder
 from ._layer import MultiTokenPredictionLayer
 from ._losses import MTPLosses, Objective, calculate_mtp_loss, loss_weights
 from ._shift import MTPTargets, default_position_ids
-from ._types import MakeLayer, checked
+from ._types import MakeLayer, Scalar, checked
 
 
 class MTPOutput(eqx.Module):
@@ -143,7 +143,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         position_ids: Integer[Array, "batch seq"] | None = None,
         segment_ids: Integer[Array, "batch seq"] | None = None,
         predictions: bool = True,
-        z_loss_weight: float | Float[Array, ""] | None = None,
+        z_loss_weight: Scalar | None = None,
         objective: Objective = calculate_mtp_loss,
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
@@ -233,13 +233,14 @@ class MultiTokenPredictionBlock(eqx.Module):
         # embedding's gradient would be summed over devices for every depth.
         embeddings = jax.vmap(embedder.embed)(targets.input_ids, targets.position_ids)
 
-        def run_depth(hidden_states: Array, inputs: tuple[Any, Array, Array | None]):
-            scanned, embedding, layer_key = inputs
+        def run_depth(hidden_states: Array, inputs: tuple[Any, Array, Array | None, Array | None]):
+            scanned, embedding, token_mask, layer_key = inputs
             layer = constant if scanned is None else eqx.combine(scanned, constant)
             hidden_states, auxiliary = layer(
                 hidden_states,
                 embedding,
                 position_ids=position_ids,
+                token_mask=token_mask,
                 key=layer_key,
                 **arguments,
             )
@@ -256,7 +257,8 @@ class MultiTokenPredictionBlock(eqx.Module):
         keys = None if key is None else jax.random.split(key, config.num_depths)
         # In a scan nothing is merged across iterations: `prevent_cse` would only cost.
         run_depth = jax.checkpoint(run_depth, policy=config.checkpoint_policy, prevent_cse=False)
-        return lax.scan(run_depth, hidden_states, (scanned, embeddings, keys))[1]
+        inputs = (scanned, embeddings, targets.token_mask, keys)
+        return lax.scan(run_depth, hidden_states, inputs)[1]
 
 
 def _num_layers(config: MTPConfig) -> int:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
+from ._checks import check_choice, check_flag, check_integer
+
 ConcatOrder: TypeAlias = Literal["embedding_first", "hidden_first"]
 NormPlacement: TypeAlias = Literal["before_norm", "after_norm"]
 OutputNorm: TypeAlias = Literal["shared", "own"]
@@ -85,18 +87,14 @@ class MTPConfig:
     checkpoint_policy: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_depths, bool) or not isinstance(self.num_depths, int):
-            raise ValueError(f"`num_depths` must be an integer; got {self.num_depths!r}.")
-        if self.num_depths < 0:
-            raise ValueError(f"`num_depths` must be zero or positive; got {self.num_depths}.")
+        num_depths = check_integer("num_depths", self.num_depths, at_least=0)
+        object.__setattr__(self, "num_depths", num_depths)
         for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                wanted = " or ".join(repr(choice) for choice in choices)
-                raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+            check_choice(name, getattr(self, name), choices)
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"`{field.name}` must be True or False; got {value!r}.")
+            if isinstance(field.default, bool):
+                value = check_flag(field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
         if not (self.checkpoint_policy is None or callable(self.checkpoint_policy)):
             raise ValueError(
                 "`checkpoint_policy` must be a function, such as those of "

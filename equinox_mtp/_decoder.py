@@ -1,7 +1,7 @@
 """The two small interfaces through which any language model is plugged in."""
 
 import abc
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import equinox as eqx
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
@@ -15,7 +15,21 @@ HiddenStates: TypeAlias = (
 
 
 class AbstractDecoderLayer(eqx.Module):
-    """One transformer layer: from hidden states to hidden states of the same shape."""
+    """One transformer layer: from hidden states to hidden states of the same shape.
+
+    A layer that has statistics over tokens, such as a router's load or balance loss, should leave
+    out positions that carry no token: padding, where `segment_ids` is 0, and at prediction depth k
+    the last k positions of each document. It is told which if it sets `takes_token_mask` in its
+    class, and has the keyword argument `token_mask: Bool[Array, "batch seq"] | None = None` more:
+
+        class Layer(AbstractDecoderLayer):
+            takes_token_mask = True
+
+            def __call__(self, hidden_states, *, position_ids, segment_ids=None,
+                         token_mask=None, key=None, inference=None): ...
+    """
+
+    takes_token_mask: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(

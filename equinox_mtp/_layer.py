@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from ._config import ConcatOrder, MTPConfig
 from ._decoder import (
@@ -83,6 +83,7 @@ class MultiTokenPredictionLayer(eqx.Module):
         *,
         position_ids: Integer[Array, "batch seq"],
         segment_ids: Integer[Array, "batch seq"] | None = None,
+        token_mask: Bool[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Any]:
@@ -93,17 +94,21 @@ class MultiTokenPredictionLayer(eqx.Module):
         - `hidden_states`: of the depth before; at depth 1, of the main model.
         - `token_embeddings`: of the tokens k places later, `[batch seq embed]`.
         - `position_ids`, `segment_ids`: of the query positions, **not** shifted.
+        - `token_mask`: where `token_embeddings` are of a token, and not of fill; passed to a
+            transformer layer that takes it.
         - `key`, `inference`: passed to the transformer layer.
 
         **Returns:** `(hidden_states, auxiliary)`: the transformer layer's raw output, before any
         norm, and its auxiliary outputs or `None`.
         """
-        output = self.transformer_layer(
+        layer: Any = self.transformer_layer
+        output = layer(
             self._combine(hidden_states, token_embeddings),
             position_ids=position_ids,
             segment_ids=segment_ids,
             key=key,
             inference=inference,
+            **({"token_mask": token_mask} if layer.takes_token_mask else {}),
         )
         return split_auxiliary(output)
 

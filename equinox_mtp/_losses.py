@@ -1,16 +1,25 @@
 """Losses as sums and counts, divided once, at the end."""
 
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Integer
 
-from ._types import checked
+from ._checks import check_integer
+from ._types import HostOrDeviceArray, Scalar, checked, on_host
 
 Reduction: TypeAlias = Literal["pooled", "mean_of_depths"]
+
+DepthWeights: TypeAlias = (
+    Float[HostOrDeviceArray, "_"]
+    | Integer[HostOrDeviceArray, "_"]
+    | Sequence[float | int | np.floating | np.integer]
+)
+"""One number for each depth."""
 
 Objective: TypeAlias = Callable[["MTPLosses"], Array]
 """From the depths' losses to a scalar, as `functools.partial(calculate_mtp_loss, ...)`."""
@@ -19,18 +28,23 @@ Objective: TypeAlias = Callable[["MTPLosses"], Array]
 class TokenLoss(eqx.Module):
     """A cross-entropy summed over tokens, and the number of tokens; `+` joins batches.
 
+    Outside of `jit`, `+` is exact to 2^53 tokens: it adds on the host, in 64 bits, and waits for
+    the arrays. While tracing it adds in float32, where a count is exact to 2^24.
+
     `z_loss` is the part of `loss` that is a z-loss, for reports, without gradient.
     """
 
-    loss: Float32[Array, ""]
-    weight: Float32[Array, ""]
-    z_loss: Float32[Array, ""] = eqx.field(default_factory=lambda: jnp.zeros((), jnp.float32))
+    loss: Float[HostOrDeviceArray, ""]
+    weight: Float[HostOrDeviceArray, ""]
+    z_loss: Float[HostOrDeviceArray, ""] = eqx.field(
+        default_factory=lambda: jnp.zeros((), jnp.float32)
+    )
 
     def __add__(self, other: "TokenLoss") -> "TokenLoss":
-        return jax.tree.map(jnp.add, self, other)
+        return jax.tree.map(add_counts, self, other)
 
     @property
-    def mean(self) -> Float32[Array, ""]:
+    def mean(self) -> Float[Array, ""]:
         """The loss per token in nats; 0 if there are no tokens."""
         return _safe_divide(self.loss, self.weight)
 
@@ -38,30 +52,40 @@ class TokenLoss(eqx.Module):
 class MTPLosses(eqx.Module):
     """Per depth, the summed cross-entropy and the number of scored tokens; `+` joins batches.
 
-    `z_losses` are the part of `losses` that is a z-loss, for reports, without gradient.
+    Outside of `jit`, `+` is exact to 2^53 tokens, as for `TokenLoss`. `z_losses` are the part of
+    `losses` that is a z-loss, for reports, without gradient.
+
+    **Raises:** `ValueError` if the fields, or the terms of a sum, are of different depths.
     """
 
-    losses: Float32[Array, "depth"]
-    weights: Float32[Array, "depth"]
-    z_losses: Float32[Array, "depth"]
+    losses: Float[HostOrDeviceArray, "depth"]
+    weights: Float[HostOrDeviceArray, "depth"]
+    z_losses: Float[HostOrDeviceArray, "depth"]
 
     def __init__(
         self,
-        losses: Float32[Array, "depth"],
-        weights: Float32[Array, "depth"],
+        losses: Float[HostOrDeviceArray, "depth"],
+        weights: Float[HostOrDeviceArray, "depth"],
         *,
-        z_losses: Float32[Array, "depth"] | None = None,
+        z_losses: Float[HostOrDeviceArray, "depth"] | None = None,
     ):
         """`z_losses` are zero if `None`."""
         self.losses = losses
         self.weights = weights
         self.z_losses = jnp.zeros_like(losses) if z_losses is None else z_losses
+        shapes = [jnp.shape(x) for x in (self.losses, self.weights, self.z_losses)]
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                "`losses`, `weights` and `z_losses` must hold one number a depth; got shapes "
+                f"{', '.join(map(str, shapes))}."
+            )
 
     def __add__(self, other: "MTPLosses") -> "MTPLosses":
-        return jax.tree.map(jnp.add, self, other)
+        check_same_depths(self.losses, other.losses, "MTPLosses")
+        return jax.tree.map(add_counts, self, other)
 
     @property
-    def mean(self) -> Float32[Array, "depth"]:
+    def mean(self) -> Float[Array, "depth"]:
         """The loss per token in nats at each depth; 0 where no token is scored."""
         return _safe_divide(self.losses, self.weights)
 
@@ -70,8 +94,12 @@ class MTPLosses(eqx.Module):
 def sum_token_losses(
     negative_log_likelihood: Float[Array, "batch seq"], mask: Bool[Array, "batch seq"]
 ) -> TokenLoss:
-    """Sums the losses of the tokens that count, in float32; the others have no gradient."""
-    loss = jnp.sum(jnp.where(mask, negative_log_likelihood.astype(jnp.float32), 0.0))
+    """Sums the losses of the tokens that count, in float32 (float64 for float64).
+
+    The others have no gradient.
+    """
+    dtype = jnp.promote_types(negative_log_likelihood.dtype, jnp.float32)
+    loss = jnp.sum(jnp.where(mask, negative_log_likelihood.astype(dtype), 0.0))
     return TokenLoss(loss=loss, weight=jnp.sum(mask, dtype=jnp.float32))
 
 
@@ -79,11 +107,11 @@ def sum_token_losses(
 def calculate_mtp_loss(
     losses: MTPLosses,
     *,
-    scaling_factor: float | int | Float[Array, ""] = 0.1,
-    depth_weights: Float[Array, "_"] | None = None,
+    scaling_factor: Scalar = 0.1,
+    depth_weights: DepthWeights | None = None,
     reduction: Reduction = "pooled",
-    total_weights: Float[Array, "_"] | None = None,
-) -> Float32[Array, ""]:
+    total_weights: DepthWeights | None = None,
+) -> Float[Array, ""]:
     """The loss that Multi-Token Prediction adds to the main model's.
 
     With the sums S_k and counts C_k of depth k, and normalised depth weights w_k (Σ w_k = 1; by
@@ -96,8 +124,8 @@ def calculate_mtp_loss(
     **Arguments:**
 
     - `losses`: of one batch, or the sum of several.
-    - `scaling_factor`: λ. Pass an array into a compiled function, so that a schedule does not
-        compile anew.
+    - `scaling_factor`: λ, not negative. Pass an array into a compiled function, so that a schedule
+        does not compile anew.
     - `depth_weights`: one weight for each depth, not negative; need not add up to 1. May be traced.
         `exponential_depth_weights` gives those of FastMTP.
     - `reduction`: see above.
@@ -106,25 +134,59 @@ def calculate_mtp_loss(
 
     **Returns:** the loss, in nats a token; 0, with gradient 0, where nothing is scored.
 
-    **Raises:** `ValueError` if weights are not one a depth.
+    **Raises:** `ValueError` if weights are not one a depth, or if λ or a weight is negative or not
+    finite. What is traced is not looked at: a negative or non-finite one enters the formula.
     """
     num_depths = losses.losses.shape[0]
-    for name, array in (("depth_weights", depth_weights), ("total_weights", total_weights)):
-        if array is not None and array.shape != (num_depths,):
-            raise ValueError(
-                f"`{name}` must hold one number for each of the {num_depths} depths in `losses`; "
-                f"got shape {array.shape}."
-            )
-    counts = losses.weights if total_weights is None else total_weights.astype(jnp.float32)
-    if depth_weights is None:
-        depth_weights = jnp.ones(num_depths, jnp.float32)
-    depth_weights = depth_weights.astype(jnp.float32)
-    weights = _safe_divide(depth_weights, jnp.sum(depth_weights))
+    check_not_negative("scaling_factor", scaling_factor)
+    counts = jnp.asarray(losses.weights)
+    if total_weights is not None:
+        counts = _one_a_depth("total_weights", total_weights, num_depths)
+    weights = jnp.ones(num_depths, jnp.float32)
+    if depth_weights is not None:
+        weights = _one_a_depth("depth_weights", depth_weights, num_depths)
+    weights = _safe_divide(weights, jnp.sum(weights))
     if reduction == "pooled":
         mean = _safe_divide(jnp.sum(weights * losses.losses), jnp.sum(weights * counts))
     else:
         mean = jnp.sum(weights * _safe_divide(losses.losses, counts))
-    return (scaling_factor * mean).astype(jnp.float32)
+    return jnp.asarray(scaling_factor, mean.dtype) * mean
+
+
+def _one_a_depth(name: str, weights: DepthWeights, num_depths: int) -> Array:
+    check_not_negative(name, weights)
+    array = jnp.asarray(weights)
+    if array.shape != (num_depths,):
+        raise ValueError(
+            f"`{name}` must hold one number for each of the {num_depths} depths in `losses`; got "
+            f"shape {array.shape}."
+        )
+    return array.astype(jnp.float32)
+
+
+def check_not_negative(name: str, numbers: Any) -> None:
+    """**Raises:** `ValueError` if a number at hand is negative or not finite."""
+    values = on_host(numbers)
+    if values is not None and not np.all(np.isfinite(values) & (values >= 0)):
+        raise ValueError(f"`{name}` must be finite and not negative; got {values.tolist()}.")
+
+
+def check_same_depths(one: HostOrDeviceArray, other: HostOrDeviceArray, what: str) -> None:
+    """**Raises:** `ValueError` if two sums are not of the same depths."""
+    if one.shape != other.shape:
+        raise ValueError(
+            f"`{what}` to be added must have the same number of depths; got {one.shape[0]} and "
+            f"{other.shape[0]}."
+        )
+
+
+def add_counts(one: Any, other: Any) -> Any:
+    """Adds sums or counts: in 64 bits on the host where they are at hand, as they are otherwise."""
+    values = on_host(one), on_host(other)
+    if values[0] is None or values[1] is None:
+        return one + other
+    dtype = np.int64 if np.issubdtype(values[0].dtype, np.integer) else np.float64
+    return values[0].astype(dtype) + values[1].astype(dtype)
 
 
 def loss_weights(objective: Objective, counts: Float32[Array, "depth"]) -> Float32[Array, "depth"]:
@@ -133,28 +195,43 @@ def loss_weights(objective: Objective, counts: Float32[Array, "depth"]) -> Float
     They are its derivative at losses of 0; constants for `calculate_mtp_loss`, which is linear.
     """
     counts = jax.lax.stop_gradient(counts)
+    shape = jax.eval_shape(lambda losses: objective(MTPLosses(losses, counts)), counts)
+    if getattr(shape, "shape", None) != ():
+        raise ValueError(
+            "`objective` must reduce `MTPLosses` to one number; it made "
+            f"{getattr(shape, 'shape', type(shape).__name__)}. Pass `calculate_mtp_loss`, or a "
+            "`functools.partial` of it."
+        )
     weights = jax.grad(lambda losses: objective(MTPLosses(losses, counts)))(jnp.zeros_like(counts))
     return jax.lax.stop_gradient(_safe_divide(weights, jnp.max(jnp.abs(weights))))
 
 
 @checked
-def exponential_depth_weights(
-    num_depths: int, decay: float | int | Float[Array, ""]
-) -> Float32[Array, "depth"]:
+def exponential_depth_weights(num_depths: int, decay: Scalar) -> Float32[Array, "depth"]:
     """Depth weights β^(k-1) / Σ_j β^(j-1), as in FastMTP (arXiv 2509.18362, eq. 2).
 
     **Arguments:**
 
     - `num_depths`: the number of depths D.
-    - `decay`: β; 1 weighs all depths the same.
+    - `decay`: β, not negative; 1 weighs all depths the same.
+
+    **Raises:** `ValueError` if there are fewer than 0 depths, or β is negative or not finite.
     """
-    weights = jnp.asarray(decay, jnp.float32) ** jnp.arange(num_depths, dtype=jnp.float32)
+    num_depths = check_integer("num_depths", num_depths, at_least=0)
+    check_not_negative("decay", decay)
+    decay = jnp.asarray(decay, jnp.float32)
+    # The largest weight is 1: β^(k-1), or for β above 1 the same over β^(D-1), which may overflow.
+    index = jnp.arange(num_depths, dtype=jnp.float32)
+    falls = decay <= 1
+    base = jnp.where(falls, decay, 1 / jnp.where(falls, 1.0, decay))
+    weights = base ** jnp.where(falls, index, num_depths - 1 - index)
     return _safe_divide(weights, jnp.sum(weights))
 
 
 def _safe_divide(
-    numerator: Float[Array, "*shape"], denominator: Float[Array, "*shape2"]
+    numerator: Float[HostOrDeviceArray, "*shape"], denominator: Float[HostOrDeviceArray, "*shape2"]
 ) -> Float[Array, "*shape"]:
     """A quotient that is 0, with gradient 0, where the denominator is 0."""
+    numerator, denominator = jnp.asarray(numerator), jnp.asarray(denominator)
     is_zero = denominator == 0
     return jnp.where(is_zero, 0.0, numerator / jnp.where(is_zero, 1.0, denominator))

@@ -5,14 +5,17 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, Integer, PRNGKeyArray, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray, PyTree
 
 from ._block import MTPOutput, MultiTokenPredictionBlock
+from ._checks import check_ids
 from ._cross_entropy import summed_linear_cross_entropy
 from ._decoder import AbstractDecoder, split_auxiliary
+from ._head import LinearHead
 from ._losses import Objective, TokenLoss, calculate_mtp_loss
 from ._shift import MTPTargets, align_targets, default_position_ids, scored_targets
-from ._types import HostOrDeviceArray, checked
+from ._types import HostOrDeviceArray, Scalar, checked
 
 
 class ModelOutput(eqx.Module):
@@ -68,7 +71,7 @@ class MTPModel(eqx.Module):
         targets: MTPTargets | None = None,
         chain_mask: bool = False,
         predictions: bool = True,
-        z_loss_weight: float | Float[Array, ""] | None = None,
+        z_loss_weight: Scalar | None = None,
         objective: Objective = calculate_mtp_loss,
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
@@ -82,7 +85,8 @@ class MTPModel(eqx.Module):
             `inputs_and_targets` does.
         - `position_ids`: count from 0 in each row if `None`.
         - `segment_ids`: which document each position belongs to; 0 is padding. `None` means that
-            every row is one document.
+            every row is one document. No depth predicts beyond a run of one id, but attention goes
+            by the ids alone: give the documents of a row different ones.
         - `targets`: the depths' targets, if they were made before: of `align_targets`, and in the
             order of the other arrays. Needed if positions are not in the order of the text, as
             `sharding.reorder` puts them; the decoder must find what precedes what from
@@ -94,11 +98,23 @@ class MTPModel(eqx.Module):
         - `key`, `inference`: for dropout.
 
         **Returns:** `ModelOutput`.
+
+        **Raises:** `ValueError` for ids in NumPy arrays that do not fit 32 bits, and for targets
+        there that count and are not in the vocabulary of a head that is a matrix. Ids on the device
+        are not looked at: an input id outside is embedded as the decoder does, and a target outside
+        has the log-sum-exp for a loss.
         """
-        input_ids, target_ids = jnp.asarray(input_ids), jnp.asarray(target_ids)
-        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        scored = scored_targets(target_ids, target_mask, segment_ids)
+        counts = _on_host_mask(target_ids, target_mask, segment_ids)
+        vocab_size = _vocab_size(self.decoder)
+        target_ids = jnp.asarray(check_ids("target_ids", target_ids, vocab_size, counts))
+        input_ids = jnp.asarray(check_ids("input_ids", input_ids))
+        if segment_ids is not None:
+            segment_ids = jnp.asarray(check_ids("segment_ids", segment_ids))
         position_ids = (
-            default_position_ids(input_ids) if position_ids is None else jnp.asarray(position_ids)
+            default_position_ids(input_ids)
+            if position_ids is None
+            else jnp.asarray(check_ids("position_ids", position_ids))
         )
         decoder_key, block_key = (None, None) if key is None else jax.random.split(key)
         if targets is None:
@@ -120,7 +136,6 @@ class MTPModel(eqx.Module):
                 inference=inference,
             )
         )
-        scored = scored_targets(target_ids, target_mask, segment_ids)
         main = summed_linear_cross_entropy(
             self.decoder.final_norm(hidden_states),
             self.decoder.output_head(),
@@ -148,3 +163,20 @@ class MTPModel(eqx.Module):
             predictions=main.predictions,
             auxiliary=auxiliary,
         )
+
+
+def _on_host_mask(target_ids: Any, target_mask: Any, segment_ids: Any) -> Any:
+    """Which targets count, if all of it is on the host; an array of JAX otherwise."""
+    masks = [mask for mask in (target_mask, segment_ids) if mask is not None]
+    on_device = [mask for mask in masks if isinstance(mask, jax.Array)]
+    if on_device:
+        return on_device[0]
+    return np.logical_and.reduce([np.ones(target_ids.shape, bool), *(mask != 0 for mask in masks)])
+
+
+def _vocab_size(decoder: AbstractDecoder) -> int | None:
+    """The number of ids that the output head knows, if it is a matrix."""
+    head = decoder.output_head()
+    if isinstance(head, LinearHead):
+        return head.weight.shape[0]
+    return None if callable(head) else head.shape[0]

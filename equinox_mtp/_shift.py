@@ -1,10 +1,13 @@
 """Shifting sequences to the left, and aligning all prediction depths at once."""
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Integer, Shaped
 
+from ._checks import check_ids, check_integer
 from ._types import HostOrDeviceArray, checked
 
 # Positions beyond a document take these values. None of them is ever scored: the mask is `False`
@@ -24,12 +27,30 @@ class MTPTargets(eqx.Module):
     - `position_ids`: the position of that token;
     - `target_ids`: the token to predict, t(i+k+1);
     - `mask`: whether the prediction is scored. Where it is `False` the other fields may hold fill.
+    - `token_mask`: whether t(i+k) is a token of the document of position i. Where it is `False`,
+        at the last k positions of a document and in padding, `input_ids` and `position_ids` are
+        fill. `None` if it is not known.
+
+    **Raises:** `ValueError` if the fields differ in shape.
     """
 
     input_ids: Integer[Array, "depth batch seq"]
     position_ids: Integer[Array, "depth batch seq"]
     target_ids: Integer[Array, "depth batch seq"]
     mask: Bool[Array, "depth batch seq"]
+    token_mask: Bool[Array, "depth batch seq"] | None = None
+
+    def __check_init__(self) -> None:
+        shapes = {
+            field.name: getattr(self, field.name).shape
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is not None
+        }
+        if len(set(shapes.values())) > 1 or len(shapes["mask"]) != 3:
+            raise ValueError(
+                "`MTPTargets` must have fields of one shape (depth, batch, seq); got "
+                f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())}."
+            )
 
     @property
     def num_depths(self) -> int:
@@ -116,8 +137,9 @@ def roll_and_mask_by_segment(
 ) -> Shaped[Array, "batch seq *rest"]:
     """Shifts to the left within documents: nothing crosses from one document into another.
 
-    `out[b, i] = x[b, i - shift]` where that position exists and belongs to the same document
-    (`segment_ids[b, i] == segment_ids[b, i - shift] != 0`), `fill_value` elsewhere.
+    `out[b, i] = x[b, i - shift]` where that position exists and belongs to the same document,
+    `fill_value` elsewhere. A document is a run of equal ids that are not 0: an id may come again
+    later in the row, for another document.
 
     **Arguments:**
 
@@ -132,15 +154,45 @@ def roll_and_mask_by_segment(
     rolled = roll_and_mask(x, shift, fill_value=fill_value, axis_name=axis_name)
     if segment_ids is None:
         return rolled
-    same_document = _same_document(jnp.asarray(segment_ids), shift, axis_name)
+    segments = jnp.asarray(check_ids("segment_ids", segment_ids))
+    same_document = _same_document(segments, -shift, axis_name)
     same_document = same_document.reshape(*same_document.shape, *(1,) * (rolled.ndim - 2))
     return jnp.where(same_document, rolled, jnp.asarray(fill_value, rolled.dtype))
 
 
-def _same_document(segment_ids: Array, shift: int, axis_name: str | None) -> Array:
-    """Whether positions i and i - shift lie in one document; `[batch seq]`, boolean."""
-    rolled = roll_and_mask(segment_ids, shift, fill_value=_PADDING_SEGMENT, axis_name=axis_name)
+def _next_is_same(segment_ids: Array, axis_name: str | None = None) -> Array:
+    """Whether positions i and i + 1 lie in one document; `[batch seq]`, boolean."""
+    rolled = roll_and_mask(segment_ids, -1, fill_value=_PADDING_SEGMENT, axis_name=axis_name)
     return (segment_ids == rolled) & (segment_ids != _PADDING_SEGMENT)
+
+
+def _same_document(segment_ids: Array, distance: int, axis_name: str | None) -> Array:
+    """Whether positions i … i + distance lie in one document; `[batch seq]`, boolean.
+
+    By doubling: `same` holds for 1, 2, 4, … positions ahead, and `out` for the bits of `distance`
+    so far.
+    """
+    shards = 1 if axis_name is None else lax.axis_size(axis_name)
+    distance = min(distance, shards * segment_ids.shape[1])
+    out = segment_ids != _PADDING_SEGMENT
+    same, ahead, done = _next_is_same(segment_ids, axis_name), 1, 0
+    while done < distance:
+        if distance & ahead:
+            out &= roll_and_mask(same, -done, fill_value=False, axis_name=axis_name)
+            done += ahead
+        if done < distance:
+            same &= roll_and_mask(same, -ahead, fill_value=False, axis_name=axis_name)
+        ahead *= 2
+    return out
+
+
+def _same_document_by_depth(segment_ids: Array, num_depths: int) -> list[Array]:
+    """`_same_document` for distances 0 … `num_depths`, one shift each."""
+    next_is_same = _next_is_same(segment_ids)
+    same = [segment_ids != _PADDING_SEGMENT]
+    for k in range(num_depths):
+        same.append(same[k] & roll_and_mask(next_is_same, -k, fill_value=False))
+    return same
 
 
 @checked
@@ -159,8 +211,9 @@ def align_targets(
     """Shifts a batch for all prediction depths at once.
 
     With `input_ids[i]` the token t(i) and `target_ids[i]` the token t(i+1), depth k at position i
-    embeds `input_ids[i+k]` and predicts `target_ids[i+k]`. It is scored where i+k is in the row,
-    `segment_ids[i] == segment_ids[i+k] != 0`, and `target_mask[i+k]` is set. This is the alignment
+    embeds `input_ids[i+k]` and predicts `target_ids[i+k]`. It is scored where positions i … i+k are
+    in the row, all of one id in `segment_ids` that is not 0, and `target_mask[i+k]` is set: so an
+    id may come again in a row, and padding may stand inside of a text. This is the alignment
     of Multi-Token Prediction (DeepSeek-V3, arXiv 2412.19437, §2.2, eq. 21–24), right for packed
     documents at every depth. It is a pure function of integers: call it on the global batch, before
     the sequence is reordered or split over devices.
@@ -179,23 +232,29 @@ def align_targets(
 
     **Returns:** `MTPTargets` of shape `[depth batch seq]`.
 
-    **Raises:** `ValueError` if `num_depths` is negative.
+    **Raises:** `ValueError` if `num_depths` is negative, or ids on the host do not fit 32 bits.
     """
-    if num_depths < 0:
-        raise ValueError(f"`num_depths` must be zero or positive; got {num_depths}.")
-    inputs, targets = jnp.asarray(input_ids), jnp.asarray(target_ids)
-    segments = jnp.ones_like(inputs) if segment_ids is None else jnp.asarray(segment_ids)
-    positions = jnp.asarray(default_position_ids(inputs) if position_ids is None else position_ids)
-    scored = scored_targets(targets, target_mask, segments)
+    num_depths = check_integer("num_depths", num_depths, at_least=0)
+    inputs = jnp.asarray(check_ids("input_ids", input_ids))
+    targets = jnp.asarray(check_ids("target_ids", target_ids))
+    segments = (
+        jnp.ones_like(inputs)
+        if segment_ids is None
+        else jnp.asarray(check_ids("segment_ids", segment_ids))
+    )
+    positions = (
+        default_position_ids(inputs)
+        if position_ids is None
+        else jnp.asarray(check_ids("position_ids", position_ids))
+    )
+    # Depth 0 is the main model's own alignment: the start of every chain, dropped at the end.
+    token_mask = jnp.stack(_same_document_by_depth(segments, num_depths))
 
     def roll(x: Array, fill_value: bool | int) -> Shaped[Array, "depths_from_zero batch seq"]:
-        # Depth 0 is the main model's own alignment: the start of every chain, dropped at the end.
-        depths = range(num_depths + 1)
-        return jnp.stack(
-            [roll_and_mask_by_segment(x, segments, -k, fill_value=fill_value) for k in depths]
-        )
+        rolled = [roll_and_mask(x, -k, fill_value=fill_value) for k in range(num_depths + 1)]
+        return jnp.where(token_mask, jnp.stack(rolled), jnp.asarray(fill_value, x.dtype))
 
-    mask = roll(scored, fill_value=False)
+    mask = roll(scored_targets(targets, target_mask, segments), fill_value=False)
     if chain_mask:
         mask = jnp.logical_and.accumulate(mask, axis=0)
     return MTPTargets(
@@ -203,6 +262,7 @@ def align_targets(
         position_ids=roll(positions, _FILL_POSITION_ID)[1:],
         target_ids=roll(targets, _FILL_TARGET_ID)[1:],
         mask=mask[1:],
+        token_mask=token_mask[1:],
     )
 
 
@@ -230,19 +290,20 @@ def inputs_and_targets(
     **Returns:** `(input_ids, target_ids, target_mask)`, each `[batch seq]`. The segment and
     position ids that go with them are `segment_ids[:, :-1]` and `position_ids[:, :-1]`.
 
-    **Raises:** `ValueError` if a row has fewer than two tokens.
+    **Raises:** `ValueError` if a row has fewer than two tokens, or ids on the host do not fit 32
+    bits.
     """
     if tokens.shape[1] < 2:
         raise ValueError(
             f"`tokens` must have at least two tokens a row, an input and its target; got shape "
             f"{tokens.shape}. Make rows of `seq + 1` tokens."
         )
-    array = jnp.asarray(tokens)
+    array = jnp.asarray(check_ids("tokens", tokens))
     input_ids, target_ids = array[:, :-1], array[:, 1:]
     if segment_ids is None:
         return input_ids, target_ids, jnp.ones(input_ids.shape, bool)
-    mask = _same_document(jnp.asarray(segment_ids), -1, None)[:, :-1]
-    return input_ids, target_ids, mask
+    segments = jnp.asarray(check_ids("segment_ids", segment_ids))
+    return input_ids, target_ids, _next_is_same(segments)[:, :-1]
 
 
 @checked
@@ -256,9 +317,11 @@ def scored_targets(
     """Which targets of the main model count: those in `target_mask`, outside padding."""
     scored = jnp.ones(target_ids.shape, bool)
     if target_mask is not None:
-        scored &= jnp.asarray(target_mask) != 0
+        # On the host, if it is there: an id may be nothing but zeros in its lower 32 bits.
+        scored &= jnp.asarray(target_mask != 0)
     if segment_ids is not None:
-        scored &= jnp.asarray(segment_ids) != _PADDING_SEGMENT
+        segments = jnp.asarray(check_ids("segment_ids", segment_ids))
+        scored &= segments != _PADDING_SEGMENT
     return scored
 
 

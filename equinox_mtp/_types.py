@@ -13,24 +13,93 @@
 | `mlp` | features inside the feed-forward network |
 """
 
+import functools
+import re
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+import jax
 import numpy as np
 from beartype import beartype
 from jax import Array
-from jaxtyping import Float, jaxtyped
+from jax.core import Tracer
+from jaxtyping import Float, Integer, TypeCheckError, jaxtyped
 
 AXIS_WORDS = frozenset(
     ("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp")
 )
 """Those of the table above."""
 
-checked = jaxtyped(typechecker=beartype)
-"""Checks the annotated shapes, dtypes and types of every call; free inside a cached jit."""
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def checked(function: _Function) -> _Function:
+    """Checks the annotated shapes, dtypes and types of every call; free inside a cached jit.
+
+    **Raises:** `jaxtyping.TypeCheckError`, in a few lines that begin with the argument: jaxtyping's
+    own prints every argument, and with it a whole model.
+    """
+    inner: Any = jaxtyped(typechecker=beartype)(function)
+    name = f"{function.__module__}.{function.__qualname__}"
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(*args, **kwargs)
+        except TypeCheckError as error:
+            message = _first_lines(str(error), name)
+            if message is None:
+                raise
+        raise TypeCheckError(message)
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+_PROBLEM = re.compile(
+    r"whilst checking the (?P<what>parameters|return value) of (?P<name>[^\n]*?)\.\n"
+    r"(?:The problem arose whilst typechecking parameter '(?P<argument>\w+)'\.\n)?"
+    r"(?:Actual value: (?P<value>.*?)\n)?"
+    r"(?:Expected type: (?P<type>.*?)\.?\n)?",
+    re.DOTALL,
+)
+
+
+def _first_lines(message: str, name: str) -> str | None:
+    """A check's message, shortened; `None` if it is about another function than `name`."""
+    problem = _PROBLEM.search(message)
+    if problem is None or problem["name"] != name:
+        return None
+    what = f"`{problem['argument']}`" if problem["argument"] else f"the {problem['what']}"
+    value = " ".join((problem["value"] or "another value").split())
+    wanted = " ".join((problem["type"] or "of the types and shapes in its signature").split())
+    _, _, axes = message.partition("The current values for each jaxtyping axis")
+    axes = ", ".join(axes.splitlines()[1:])
+    axes = f"\nAxes so far: {_cut(axes, 100)}." if axes else ""
+    return (
+        f"{what} must be {_cut(wanted, 120)}; got {_cut(value, 80)}.\n"
+        f"In a call of `{name.removeprefix('equinox_mtp.')}`.{axes}"
+    )
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
 
 HostOrDeviceArray: TypeAlias = Array | np.ndarray
 """Integer batches come from data pipelines, where they are often NumPy arrays still."""
+
+Scalar: TypeAlias = float | int | np.floating | np.integer | Float[Array, ""] | Integer[Array, ""]
+"""A number of Python, of NumPy, or an array without axes, which may be traced."""
+
+
+def on_host(x: Any) -> np.ndarray | None:
+    """The values of a number or an array, if they are at hand; `None` for what is traced."""
+    if isinstance(x, Tracer):
+        return None
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return None
+    return np.asarray(x)
+
 
 OutputHead: TypeAlias = Float[Array, "vocab embed"] | Callable[[Array], Array]
 """From final hidden states to logits: a matrix, a `LinearHead`, or a callable

@@ -30,7 +30,7 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-5, atol: float = 1
 
 def assert_rejects(argument: str, function: Callable[..., object], *args: Any, **kw: Any) -> None:
     """The shape and dtype check at the public boundary stops the call, and names `argument`."""
-    with pytest.raises(TypeCheckError, match=f"typechecking parameter '{argument}'"):
+    with pytest.raises(TypeCheckError, match=f"^`{argument}` must be"):
         function(*args, **kw)
 
 
@@ -48,9 +48,14 @@ def shift_oracle(
             source = i - shift
             if source >= seq:
                 continue
-            if segment_ids is None or segment_ids[b, i] == segment_ids[b, source] != 0:
+            if segment_ids is None or is_one_document(segment_ids[b], i, source):
                 out[b, i] = x[b, source]
     return out
+
+
+def is_one_document(segment_ids: np.ndarray, first: int, last: int) -> bool:
+    """Whether all positions from the first to the last have one id, which is not 0."""
+    return all(segment_ids[j] == segment_ids[first] != 0 for j in range(first, last + 1))
 
 
 def align_oracle(
@@ -75,19 +80,19 @@ def align_oracle(
         "position_ids": np.zeros(shape, position_ids.dtype),
         "target_ids": np.zeros(shape, target_ids.dtype),
         "mask": np.zeros(shape, bool),
+        "token_mask": np.zeros(shape, bool),
     }
     for k in range(1, num_depths + 1):
         for b in range(batch):
             for i in range(seq):
-                if i + k >= seq or not segments[b, i] == segments[b, i + k] != 0:
+                if i + k >= seq or not is_one_document(segments[b], i, i + k):
                     continue
+                out["token_mask"][k - 1, b, i] = True
                 out["input_ids"][k - 1, b, i] = input_ids[b, i + k]
                 out["position_ids"][k - 1, b, i] = position_ids[b, i + k]
                 out["target_ids"][k - 1, b, i] = target_ids[b, i + k]
                 chain = range(i, i + k + 1) if chain_mask else [i + k]
-                out["mask"][k - 1, b, i] = all(
-                    counts[b, j] and segments[b, j] == segments[b, i] for j in chain
-                )
+                out["mask"][k - 1, b, i] = all(counts[b, j] for j in chain)
     return out
 
 

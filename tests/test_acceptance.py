@@ -71,7 +71,8 @@ def test_batches_add_up(first: dict[str, Any], second: dict[str, Any]) -> None:
             case[field] = case[field][:num_depths]
     summed = rate_of(first) + rate_of(second)
     counts = [acceptance_oracle(**case) for case in (first, second)]
-    assert_rates(summed, {name: counts[0][name] + counts[1][name] for name in COUNTS})
+    added = {name: counts[0][name].astype(np.int64) + counts[1][name] for name in COUNTS}
+    assert_rates(summed, added)
 
 
 def test_acceptance_by_hand() -> None:
@@ -169,3 +170,41 @@ def test_main_predictions_of_another_batch_raise(shape: tuple[int, int]) -> None
 def test_no_acceptance_raises() -> None:
     with pytest.raises(ValueError, match=r"`acceptance` is `None`.*`predictions=True`"):
         calculate_mtp_acceptance_rate(None, None)
+
+
+def test_counts_of_many_batches_are_not_cut_to_32_bits() -> None:
+    case = {
+        "predictions": np.zeros((1, 1, 4), np.int32),
+        "target_ids": np.zeros((1, 1, 4), np.int32),
+        "mask": np.ones((1, 1, 4), bool),
+        "main_predictions": None,
+    }
+    rate = rate_of(case)
+    many = jax.tree.map(lambda x: x + jnp.int32(2**31 - 5), rate)
+    total = many + rate + rate
+    assert_equal(total.scored, np.array([2**31 + 7]))
+    assert_equal(total.independent, np.array([1], np.float32))
+
+
+def test_what_is_not_finite_is_never_accepted() -> None:
+    # All predictions of a model of NaN are -1, the main model's and the depths'.
+    case = {
+        "predictions": np.full((2, 1, 4), -1, np.int32),
+        "target_ids": np.zeros((2, 1, 4), np.int32),
+        "mask": np.ones((2, 1, 4), bool),
+        "main_predictions": np.full((1, 4), -1, np.int32),
+    }
+    rate = rate_of(case)
+    assert_equal(rate.joint, np.zeros(2, np.float32))
+    assert_equal(rate.expected_accepted_length, np.float32(1))
+
+
+def test_fields_and_sums_of_different_shapes_are_errors() -> None:
+    ids = jnp.zeros((2, 1, 4), jnp.int32)
+    with pytest.raises((ValueError, TypeCheckError)):
+        MTPAcceptance(ids, ids, jnp.ones((1, 1, 4), bool))
+    rates = [
+        calculate_mtp_acceptance_rate(MTPAcceptance(x, x, x == 0), None) for x in (ids, ids[:1])
+    ]
+    with pytest.raises(ValueError, match="same number of depths; got 2 and 1"):
+        _ = rates[0] + rates[1]

@@ -838,3 +838,38 @@ def test_make_layer_must_make_a_decoder_layer():
         MultiTokenPredictionBlock(
             MTPConfig(2), make_layer, embed_size=_EMBED, key=jax.random.key(0)
         )
+
+
+class _CountingLayer(AbstractDecoderLayer):
+    """As a router does, it has statistics over tokens."""
+
+    takes_token_mask = True
+    router: Array
+
+    def __init__(self, *, key: PRNGKeyArray):
+        self.router = jax.random.normal(key, (_EMBED,))
+
+    def __call__(
+        self, hidden_states: Array, *, token_mask: Array | None = None, **_: Any
+    ) -> tuple[Array, Array]:
+        assert token_mask is not None
+        load = jax.nn.sigmoid(hidden_states @ self.router)
+        return hidden_states, jnp.sum(jnp.where(token_mask, load, 0)) / jnp.sum(token_mask)
+
+
+def test_a_router_is_told_which_positions_carry_fill(batch: _Batch) -> None:
+    parts = _make_parts(MTPConfig(3), _CountingLayer)
+    targets = batch.targets(3)
+    segment_ids = jnp.asarray(_SEGMENTS)
+    output = parts.block(parts.decoder, parts.hidden_states, targets, segment_ids=segment_ids)
+    hidden_states = np.asarray(output.hidden_states)
+    for k in range(1, 4):
+        router = np.asarray(parts.block.layer(k).transformer_layer.router)  # pyright: ignore
+        combined = hidden_states[k - 1]  # the layer returns what it was given
+        loads = [
+            1 / (1 + np.exp(-combined[b, i] @ router))
+            for b in range(2)
+            for i in range(_SEQ - k)
+            if len(set(_SEGMENTS[b, i : i + k + 1])) == 1 and _SEGMENTS[b, i] != 0
+        ]
+        assert_close(output.auxiliary[k - 1], np.mean(loads))

@@ -1,5 +1,5 @@
 import dataclasses
-import runpy
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +10,9 @@ from equinox_mtp import MTPConfig, _config
 
 # What a user has who does not run under the import hook of the tests: the hook would stop wrong
 # values before the class itself could say what is wrong with them.
-UnhookedConfig = runpy.run_path(_config.__file__)["MTPConfig"]
+_NAMESPACE: dict[str, Any] = {"__name__": _config.__name__, "__package__": "equinox_mtp"}
+exec(compile(Path(_config.__file__).read_text(), _config.__file__, "exec"), _NAMESPACE)
+UnhookedConfig = _NAMESPACE["MTPConfig"]
 
 DEFAULTS = {
     "num_depths": 1,

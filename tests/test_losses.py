@@ -235,7 +235,7 @@ def test_no_depths_give_zero(reduction: Any) -> None:
     nothing = mtp_losses(np.zeros(0, np.float32), np.zeros(0, np.float32))
     assert_equal(calculate_mtp_loss(nothing, reduction=reduction), np.float32(0))
     assert_equal(nothing.mean, np.zeros(0, np.float32))
-    assert_equal((nothing + nothing).losses, np.zeros(0, np.float32))
+    assert (nothing + nothing).losses.shape == (0,)
 
 
 # Sums that add up
@@ -264,7 +264,7 @@ def test_batches_add_up(reduction: Any) -> None:
     sums = np.where(mask, token_losses, 0).sum(axis=(1, 2), dtype=np.float64)
     counts = mask.sum(axis=(1, 2))
     assert_close(whole.losses, sums)
-    assert_equal(whole.weights, counts.astype(np.float32))
+    assert_equal(whole.weights, counts.astype(np.float64))
     assert_close(whole.mean, sums / counts)
 
     expected = loss_oracle(sums, counts, depth_weights=DEPTH_WEIGHTS, reduction=reduction)
@@ -290,8 +290,8 @@ def test_token_losses_add_up() -> None:
     assert_equal(first.mean, np.float32(1.75))
     both = first + second
     assert isinstance(both, TokenLoss)
-    assert_equal(both.loss, np.float32(7.5))
-    assert_equal(both.weight, np.float32(3))
+    assert_equal(both.loss, np.float64(7.5))
+    assert_equal(both.weight, np.float64(3))
     assert_equal(both.mean, np.float32(2.5))
 
 
@@ -334,7 +334,7 @@ def weighted(losses: MTPLosses, **arguments: Any) -> jax.Array:
     ("objective", "expected"),
     [
         (calculate_mtp_loss, [1, 1, 1]),
-        (partial(calculate_mtp_loss, scaling_factor=-3), [-1, -1, -1]),
+        (lambda losses: -3 * calculate_mtp_loss(losses), [-1, -1, -1]),
         (partial(calculate_mtp_loss, scaling_factor=0), [0, 0, 0]),
         (partial(calculate_mtp_loss, reduction="mean_of_depths"), 2 / COUNTS),
         (weighted, DEPTH_WEIGHTS / 4),
@@ -376,7 +376,7 @@ def test_z_losses_add_up() -> None:
     assert_close(both.z_losses, SUMS / 10)
     assert_close(both.losses, 2 * SUMS)
     token = TokenLoss(jnp.asarray(3.0), jnp.asarray(2.0), z_loss=jnp.asarray(0.5))
-    assert_equal((token + token).z_loss, np.float32(1))
+    assert_equal((token + token).z_loss, np.float64(1))
     assert_equal(TokenLoss(jnp.asarray(3.0), jnp.asarray(2.0)).z_loss, np.float32(0))
 
 
@@ -397,12 +397,12 @@ def test_unknown_reduction_raises() -> None:
         ("losses", calculate_mtp_loss, (SUMS,), {}),
         ("scaling_factor", calculate_mtp_loss, (LOSSES,), {"scaling_factor": jnp.ones(1)}),
         ("depth_weights", calculate_mtp_loss, (LOSSES,), {"depth_weights": jnp.ones((3, 1))}),
-        ("depth_weights", calculate_mtp_loss, (LOSSES,), {"depth_weights": jnp.ones(3, int)}),
+        ("depth_weights", calculate_mtp_loss, (LOSSES,), {"depth_weights": jnp.ones(3, bool)}),
         ("total_weights", calculate_mtp_loss, (LOSSES,), {"total_weights": 3.0}),
         ("mask", sum_token_losses, (jnp.ones((2, 3)), jnp.ones((2, 4), bool)), {}),
         ("mask", sum_token_losses, (jnp.ones((2, 3)), jnp.ones((2, 3))), {}),
         ("negative_log_likelihood", sum_token_losses, (jnp.ones(3), jnp.ones((2, 3), bool)), {}),
-        ("num_depths", exponential_depth_weights, (2.0, 0.5), {}),
+        ("num_depths", exponential_depth_weights, ("2", 0.5), {}),
         ("decay", exponential_depth_weights, (2, jnp.ones(2)), {}),
     ],
 )
@@ -426,3 +426,71 @@ def test_whole_numbers_are_numbers() -> None:
         calculate_mtp_loss(LOSSES, scaling_factor=1), calculate_mtp_loss(LOSSES, scaling_factor=1.0)
     )
     assert_close(exponential_depth_weights(3, 1), np.full(3, 1 / 3))
+
+
+# Numbers at the edges
+
+
+def test_counts_do_not_stall_where_float32_has_no_odd_numbers() -> None:
+    many, one = (mtp_losses(np.ones(3, np.float32), np.full(3, n, np.float32)) for n in (2**24, 1))
+    assert_equal((many + one + one + one).weights, np.full(3, 2.0**24 + 3))
+    token = TokenLoss(jnp.asarray(1.0), jnp.asarray(2.0**24))
+    assert_equal((token + TokenLoss(jnp.asarray(1.0), jnp.asarray(1.0))).weight, 2.0**24 + 1)
+
+
+def test_sums_are_traced_in_a_compiled_function() -> None:
+    losses = mtp_losses(SUMS, COUNTS)
+    both = jax.jit(lambda x, y: x + y)(losses, losses)
+    assert_equal(both.losses, 2 * SUMS)
+    assert isinstance(both.losses, jax.Array)
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(0.5), np.float64(0.5), np.array(0.5), 0.5, jnp.asarray(0.5)]
+)
+def test_numbers_of_numpy_are_numbers(number: Any) -> None:
+    if isinstance(number, np.ndarray):
+        number = jnp.asarray(number)
+    half = calculate_mtp_loss(LOSSES, scaling_factor=number)
+    assert_close(half, 5 * np.asarray(calculate_mtp_loss(LOSSES)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weights", [[1, 0, 2], (1.0, 0.0, 2.0), np.array([1, 0, 2]), jnp.asarray([1, 0, 2])]
+)
+def test_weights_of_lists_and_of_integers(weights: Any) -> None:
+    expected = loss_oracle(SUMS, COUNTS, depth_weights=np.array([1.0, 0, 2]))
+    assert_close(calculate_mtp_loss(LOSSES, depth_weights=weights), expected)
+    assert calculate_mtp_loss(LOSSES, depth_weights=weights).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_weights_and_factors_that_are_negative_or_not_finite_are_errors(bad: float) -> None:
+    for name in ("depth_weights", "total_weights"):
+        wrong: dict[str, Any] = {name: jnp.asarray([1.0, bad, 1.0])}
+        with pytest.raises(ValueError, match=f"`{name}` must be finite and not negative"):
+            calculate_mtp_loss(LOSSES, **wrong)
+    with pytest.raises(ValueError, match="`scaling_factor` must be finite and not negative"):
+        calculate_mtp_loss(LOSSES, scaling_factor=bad)
+    with pytest.raises(ValueError, match="`decay` must be finite and not negative"):
+        exponential_depth_weights(3, bad)
+
+
+@pytest.mark.parametrize("decay", [1e30, 3.0, 1e-30, 0.0])
+def test_depth_weights_of_a_steep_decay(decay: float) -> None:
+    exact = [float(decay) ** k if k else 1.0 for k in range(5)]
+    assert_close(exponential_depth_weights(5, decay), np.array(exact) / sum(exact), atol=1e-7)
+    last = exponential_depth_weights(200, 1e30)
+    assert_close(last, np.eye(200)[-1], atol=1e-29)
+
+
+def test_losses_of_different_depths_do_not_add_up() -> None:
+    with pytest.raises(ValueError, match="same number of depths; got 3 and 1"):
+        _ = LOSSES + mtp_losses(SUMS[:1], COUNTS[:1])
+    with pytest.raises((ValueError, TypeCheckError), match=r"one number a depth|'weights'"):
+        MTPLosses(jnp.ones(3), jnp.ones(1))
+
+
+def test_an_objective_must_be_a_number() -> None:
+    with pytest.raises(ValueError, match="`objective` must reduce"):
+        loss_weights(lambda losses: jnp.asarray(losses.losses), jnp.asarray(COUNTS))

@@ -1,8 +1,13 @@
 """The whole model: its output by hand, on eight devices, and the gradient of shared weights."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -387,3 +392,69 @@ def test_parts_of_another_kind_are_named() -> None:
     object.__setattr__(model, "block", model.decoder)
     with pytest.raises(TypeError, match="`block` must be a `MultiTokenPredictionBlock`"):
         model.__check_init__()
+
+
+def test_ids_on_the_host_that_are_not_in_the_vocabulary(batch: _Batch) -> None:
+    model = _make_model(MTPConfig(0))
+    ids = np.asarray(batch.input_ids)
+    for dtype in (np.int64, np.uint32, np.uint8):
+        output = model(ids.astype(dtype), ids.astype(dtype))
+        assert_close(output.main.loss, model(ids, ids).main.loss)
+    wrong = ids.copy()
+    wrong[0, 1] = -100
+    with pytest.raises(ValueError, match=r"`target_ids` must lie in 0 … 22"):
+        model(ids, wrong)
+    masked = model(ids, wrong, wrong != -100)
+    assert_close(masked.main.weight, ids.size - 1)
+    padded = np.ones_like(ids)
+    padded[0, :2] = 0
+    assert_close(model(ids, wrong, segment_ids=padded).main.weight, ids.size - 2)
+    with pytest.raises(ValueError, match="`segment_ids` must lie in"):
+        model(ids, ids, segment_ids=padded.astype(np.int64) * 2**32)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0), (3, 1)])
+def test_batches_that_are_empty_or_of_one_position(shape: tuple[int, int]) -> None:
+    model = _make_model()
+    ids = jnp.zeros(shape, jnp.int32)
+
+    def loss(model: MTPModel) -> Array:
+        output = model(ids, ids, jnp.zeros(shape, bool))
+        return output.main.mean + calculate_mtp_loss(output.mtp.losses)
+
+    value, gradients = quick_jit(eqx.filter_value_and_grad(loss))(model)
+    assert value == 0
+    for gradient in jax.tree.leaves(gradients):
+        assert not np.any(gradient)
+
+
+def test_a_model_under_x64() -> None:
+    # In a process of its own, as the switch is for all of it; against the default's numbers.
+    code = """
+        import jax, jax.numpy as jnp, numpy as np, equinox as eqx
+        import test_model
+        batch = test_model.batch.__wrapped__()
+        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.float64, 1e-5)):
+            model = jax.tree.map(
+                lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x,
+                test_model._make_model(test_model.MTPConfig(2, output_norm="own")),
+            )
+            (loss, output), gradients = test_model._value_and_grad(model, batch)
+            print(float(loss), *(float(jnp.sum(x * x)) for x in jax.tree.leaves(gradients)))
+    """
+    script = textwrap.dedent(code)
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent)])
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "JAX_ENABLE_X64": x64},
+        ).stdout.splitlines()[:lines]
+        for x64, lines in (("1", 2), ("0", 1))
+    ]
+    expected = np.array(printed[1][0].split(), float)
+    for line in printed[0]:
+        np.testing.assert_allclose(np.array(line.split(), float), expected, rtol=1e-4)

@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis.extra.numpy import arrays
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxtyping import TypeCheckError
 
 from equinox_mtp import (
     MTPTargets,
@@ -24,7 +25,7 @@ from equinox_mtp import (
 
 BATCH, SEQ = 2, 7
 NUM_SHARDS = 8
-FIELDS = ("input_ids", "position_ids", "target_ids", "mask")
+FIELDS = ("input_ids", "position_ids", "target_ids", "mask", "token_mask")
 
 # Left padding, two documents that meet, one that comes back, padding between and after.
 SEGMENT_IDS = np.array([[0, 1, 1, 2, 2, 2, 1], [3, 3, 0, 0, 4, 4, 0]], np.int32)
@@ -290,6 +291,45 @@ def test_align_targets(case: dict[str, Any], on_device: bool) -> None:
         k: to_array(v) if isinstance(v, np.ndarray) else v for k, v in case.items()
     }
     assert_aligned(align_targets(**given_case), align_oracle(**case))
+
+
+@pytest.mark.parametrize(
+    ("segment_ids", "counts"), [([1, 2, 1, 1, 1], [2, 1]), ([1, 0, 1, 1, 1], [2, 1])]
+)
+def test_no_depth_is_scored_across_a_gap(segment_ids: list[int], counts: list[int]) -> None:
+    # The first document has one token: no depth can be scored from it, whatever id comes again.
+    segments = np.array([segment_ids], np.int32)
+    tokens = np.arange(5, dtype=np.int32)[None]
+    targets = align_targets(tokens, tokens + 1, num_depths=2, segment_ids=segments)
+    assert_equal(targets.mask.sum(axis=(1, 2)), np.array(counts, np.int32))
+    assert not np.any(targets.mask[:, 0, 0])
+    assert_equal(targets.token_mask, targets.mask)
+
+
+def test_ids_that_32_bits_cannot_hold() -> None:
+    tokens = np.arange(6)[None]
+    for dtype in (np.int64, np.uint8, np.uint16, np.uint32, np.uint64):
+        inputs, targets, _ = inputs_and_targets(tokens.astype(dtype))
+        np.testing.assert_array_equal(inputs, tokens[:, :-1])
+        np.testing.assert_array_equal(targets, tokens[:, 1:])
+    for bad in (2**32 + 3, 2**31, -(2**31) - 1):
+        wrong = tokens.copy()
+        wrong[0, 2] = bad
+        with pytest.raises(ValueError, match=r"`tokens` must lie in .* 32 bits"):
+            inputs_and_targets(wrong)
+        for name in ("input_ids", "target_ids", "segment_ids", "position_ids"):
+            arguments: dict[str, Any] = dict.fromkeys(("input_ids", "target_ids"), tokens)
+            arguments[name] = wrong
+            with pytest.raises(ValueError, match=f"`{name}` must lie in"):
+                align_targets(num_depths=1, **arguments)
+    with pytest.raises(ValueError, match="`segment_ids` must lie in"):
+        inputs_and_targets(tokens, segment_ids=tokens * 2**32)
+
+
+def test_targets_whose_fields_differ_are_an_error() -> None:
+    ids = jnp.zeros((2, 1, 4), jnp.int32)
+    with pytest.raises((ValueError, TypeCheckError)):
+        MTPTargets(ids, ids, ids, jnp.ones((1, 1, 4), bool))
 
 
 def test_align_targets_by_hand() -> None:

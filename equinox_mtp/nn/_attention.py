@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
+from .._checks import check_integer, check_number
 from .._types import checked
 from ._init import fan_in_normal
 from ._rotary import rotary_embedding
@@ -112,20 +113,22 @@ class KeyValueCache(eqx.Module):
         batch, seq, heads, head_dim = query.shape
         kv_heads, max_length = self.value.shape[1:3]
         scale = 1 / math.sqrt(head_dim) if scale is None else scale
-        query = query.reshape(batch, seq, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+        groups = heads // kv_heads
+        query = query.reshape(batch, seq, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         places, offsets = jnp.arange(max_length), jnp.arange(seq)
         is_before = jnp.broadcast_to(places < position_ids[:, :1, None], (batch, seq, max_length))
         is_causal = (offsets <= offsets[:, None]) & (position_ids >= 0)[:, None]
 
         def logits(keys: Array, visible: Array) -> Array:
-            rows = query.reshape(batch, kv_heads, -1, head_dim)
+            rows = query.reshape(batch, kv_heads, groups * seq, head_dim)
             products = jnp.einsum("bkqd,bkdl->bkql", rows, keys, preferred_element_type=jnp.float32)
-            products = products.reshape(batch, kv_heads, -1, seq, keys.shape[-1])
+            products = products.reshape(batch, kv_heads, groups, seq, keys.shape[-1])
             return jnp.where(visible[:, None, None], scale * products, jnp.finfo(jnp.float32).min)
 
         def weighted(weights: Array, values: Array) -> Array:
-            rows = weights.reshape(batch, kv_heads, -1, values.shape[2]).astype(values.dtype)
+            rows = weights.reshape(batch, kv_heads, groups * seq, values.shape[2])
+            rows = rows.astype(values.dtype)
             products = jnp.einsum(
                 "bkql,bkld->bkqd", rows, values, preferred_element_type=jnp.float32
             )
@@ -180,12 +183,20 @@ class GroupedQueryAttention(eqx.Module):
         - `attention`: the attention function, with the arguments of `causal_attention`.
         - `key`: for the initial values.
         """
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        for name, size in (
+            ("embed_size", embed_size),
+            ("num_heads", num_heads),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+        ):
+            check_integer(name, size, at_least=1)
+        if num_heads % num_kv_heads:
             raise ValueError(
                 f"`num_kv_heads` must divide `num_heads`; got {num_kv_heads} and {num_heads}."
             )
-        if scale is not None and not scale > 0:
-            raise ValueError(f"`scale` must be positive, or `None`; got {scale}.")
+        check_number("rope_theta", rope_theta, above=0)
+        if scale is not None:
+            check_number("scale", scale, above=0)
         query_key, key_key, value_key, out_key = jax.random.split(key, 4)
         query_scale = 1.0 if scale is None else 1 / (scale * math.sqrt(head_dim))
         self.query_kernel = fan_in_normal(
@@ -257,4 +268,4 @@ class GroupedQueryAttention(eqx.Module):
     def _project_out(self, attended: Array) -> Array:
         # As one matrix: an `einsum` over two axes would transpose the kernel, in every step.
         kernel = self.out_kernel.astype(attended.dtype).reshape(-1, self.out_kernel.shape[-1])
-        return attended.reshape(*attended.shape[:-2], -1) @ kernel
+        return attended.reshape(*attended.shape[:-2], kernel.shape[0]) @ kernel

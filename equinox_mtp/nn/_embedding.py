@@ -29,7 +29,8 @@ def embed_tokens(
 
     - `embedding`: one row for each token id; rows are split over `sharding.vocab`, and features
         over `sharding.embed`.
-    - `input_ids`: in `[0, vocab)`.
+    - `input_ids`: in `[0, vocab)`. An id outside is looked up as the nearest that is inside,
+        however the embedding is split: inside `jit` nothing can be raised.
     - `dtype`: of the result; that of `embedding` if `None`.
     - `sharding`: where things lie on a mesh. Inside a `shard_map`, or where no mesh is known, it is
         as if it were `None`.
@@ -40,6 +41,8 @@ def embed_tokens(
     is set than that of `sharding`.
     """
     dtype = jnp.dtype(embedding.dtype if dtype is None else dtype)
+    wide = input_ids.astype(jnp.promote_types(input_ids.dtype, jnp.int32))
+    input_ids = jnp.clip(wide, 0, embedding.shape[0] - 1).astype(jnp.int32)
     mesh = active_mesh(sharding)
     if sharding is None or mesh is None:
         return embedding[input_ids].astype(dtype)

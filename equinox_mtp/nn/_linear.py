@@ -2,6 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_integer
 from .._types import checked
 from ._init import fan_in_normal
 
@@ -22,12 +23,29 @@ class Linear(eqx.Module):
         - `in_features`, `out_features`: sizes of the last axis.
         - `scale`: initial values have standard deviation `scale / sqrt(in_features)`.
         - `key`: for the initial values.
+
+        **Raises:** `ValueError` for a size below 1.
         """
+        in_features = check_integer("in_features", in_features, at_least=1)
+        out_features = check_integer("out_features", out_features, at_least=1)
         self.kernel = fan_in_normal(key, (in_features, out_features), in_features, scale)
 
     @checked
     def __call__(
         self, x: Float[Array, "*batch in_features"]
     ) -> Float[Array, "*batch out_features"]:
-        """Maps `[*batch in_features]` to `[*batch out_features]`."""
+        """Maps `[*batch in_features]` to `[*batch out_features]`.
+
+        **Raises:** `ValueError` if `x` has not `in_features` features.
+        """
+        check_features(x, self.kernel.shape[0], "the linear map")
         return jnp.matmul(x, self.kernel.astype(x.dtype))
+
+
+def check_features(x: Array, wanted: int, whose: str) -> None:
+    """**Raises:** `ValueError` if the last axis of `x` is of another size."""
+    if x.shape[-1] != wanted:
+        raise ValueError(
+            f"`x` must have the {wanted} features of {whose} in its last axis; got an array "
+            f"{x.shape}."
+        )

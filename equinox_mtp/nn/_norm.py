@@ -3,7 +3,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._checks import check_integer, check_number
 from .._types import checked
+from ._linear import check_features
 
 
 class RMSNorm(eqx.Module):
@@ -20,13 +22,19 @@ class RMSNorm(eqx.Module):
 
         - `embed_size`: size of the last axis.
         - `epsilon`: added to the mean square.
+
+        **Raises:** `ValueError` for a size below 1, or an epsilon that is negative or not finite.
         """
-        self.scale = jnp.ones(embed_size, jnp.float32)
-        self.epsilon = epsilon
+        self.scale = jnp.ones(check_integer("embed_size", embed_size, at_least=1), jnp.float32)
+        self.epsilon = check_number("epsilon", epsilon, at_least=0)
 
     @checked
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        """Normalises the last axis."""
+        """Normalises the last axis.
+
+        **Raises:** `ValueError` if it has not as many features as `scale`.
+        """
+        check_features(x, self.scale.shape[0], "the norm")
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         return (x32 * lax.rsqrt(mean_square + self.epsilon) * self.scale).astype(x.dtype)

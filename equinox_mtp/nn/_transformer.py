@@ -7,6 +7,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
+from .._checks import check_integer
 from .._decoder import AbstractCachedDecoder
 from .._head import LinearHead
 from .._types import checked
@@ -112,7 +113,11 @@ class TransformerDecoder(AbstractCachedDecoder):
         return UnrolledDecoder(self, tuple(map(self.layer, range(self.config.num_layers))))
 
     def layer(self, index: int) -> TransformerDecoderLayer:
-        """One layer; they count from 0."""
+        """One layer; they count from 0.
+
+        **Raises:** `ValueError` if there is no such layer.
+        """
+        index = check_integer("index", index, at_least=0, at_most=self.config.num_layers - 1)
         return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, self.layers)
 
     @checked

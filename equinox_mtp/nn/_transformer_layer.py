@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
+from .._checks import check_choice, check_flag, check_integer, check_number
 from .._decoder import AbstractCachedDecoderLayer
 from .._head_sharding import HeadSharding, constrain_hidden_states
 from .._types import checked
@@ -66,11 +67,19 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_size", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be positive; got {getattr(self, name)}.")
+            self._set(name, check_integer(name, getattr(self, name), at_least=1))
         for name in ("num_kv_heads", "head_dim", "mlp_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"`{name}` must be positive, or `None`; got {value}.")
+            if (value := getattr(self, name)) is not None:
+                self._set(name, check_integer(name, value, at_least=1))
+        for name in ("tie_embeddings", "remat"):
+            self._set(name, check_flag(name, getattr(self, name)))
+        self._set("rope_theta", check_number("rope_theta", self.rope_theta, above=0))
+        self._set("norm_epsilon", check_number("norm_epsilon", self.norm_epsilon, at_least=0))
+        rate = check_number("dropout_rate", self.dropout_rate, at_least=0, below=1)
+        self._set("dropout_rate", rate)
+        if self.attention_scale is not None:
+            scale = check_number("attention_scale", self.attention_scale, above=0)
+            self._set("attention_scale", scale)
         if self.head_dim is None and self.embed_size % self.num_heads:
             raise ValueError(
                 f"`num_heads` must divide `embed_size` if `head_dim` is not given; got "
@@ -85,10 +94,21 @@ class TransformerConfig:
                 f"`num_kv_heads` must divide `num_heads`; got {self.num_kv_heads} and "
                 f"{self.num_heads}."
             )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"`dropout_rate` must lie in [0, 1); got {self.dropout_rate}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"`dtype` must be 'float32' or 'bfloat16'; got {self.dtype!r}.")
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        if not callable(self.attention):
+            raise ValueError(
+                "`attention` must be a function with the arguments of `nn.causal_attention`; got "
+                f"{self.attention!r:.60}."
+            )
+        if not (self.sharding is None or isinstance(self.sharding, HeadSharding)):
+            raise ValueError(
+                "`sharding` must be a `HeadSharding`, as of `ShardingRules.head_sharding`, or "
+                f"`None`; got {self.sharding!r:.60}."
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        # As a plain Python number: equal configurations are to compile to one program.
+        object.__setattr__(self, name, value)
 
     @property
     def resolved_num_kv_heads(self) -> int:

@@ -47,7 +47,8 @@ def reorder(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
 
     **Returns:** the same tree, with `x[..., order]` in place of each `x`.
 
-    **Raises:** `ValueError` if a last axis has another length than `order`.
+    **Raises:** `ValueError` if a last axis has another length than `order`, or `order` is not a
+    permutation.
     """
     return _along_last_axis(tree, order)
 
@@ -55,10 +56,17 @@ def reorder(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
 @checked
 def restore(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
     """The inverse of `reorder`, with its arguments: puts predictions in the order of the text."""
+    _along_last_axis((), order)  # for its check
     return _along_last_axis(tree, np.argsort(order))
 
 
 def _along_last_axis(tree: Any, order: np.ndarray) -> Any:
+    if not np.array_equal(np.sort(order), np.arange(len(order))):
+        raise ValueError(
+            f"`order` must hold each of 0 … {len(order) - 1} once; got {order.tolist()!s:.80}. "
+            "Make it with `zigzag_order`."
+        )
+
     def take(x: Any) -> Any:
         if x.shape[-1] != len(order):
             raise ValueError(

@@ -167,6 +167,12 @@ def count_targets(batch: Batch, num_depths: int) -> tuple[Float32[Array, ""], Ar
     return jnp.sum(main).astype(jnp.float32), jnp.sum(mtp, axis=0).astype(jnp.float32)
 
 
+def scaling_switch_step(config: TrainConfig) -> int:
+    """The first step with the second λ."""
+    # Rounded first, as 0.29 · 100 is 28.999… in floating point.
+    return math.floor(round(config.mtp_scaling_switch * config.steps, 6))
+
+
 @eqx.filter_jit(donate="all-except-first")
 def train_step(
     inputs: tuple[Batch, TrainConfig, optax.GradientTransformation, Placement], state: TrainState
@@ -178,8 +184,8 @@ def train_step(
     """
     batch, config, optimizer, placement = inputs
     first, then = config.mtp_scaling
-    switch_step = math.floor(config.mtp_scaling_switch * config.steps)
-    scaling_factor = jnp.where(state.step < switch_step, first, then).astype(jnp.float32)
+    is_first = state.step < scaling_switch_step(config)
+    scaling_factor = jnp.where(is_first, first, then).astype(jnp.float32)
     main_count, mtp_counts = count_targets(batch, config.depths)
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
