@@ -16,21 +16,22 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from ._devices import tokens_on_all_devices, with_auto_axes
 from ._fused import TokenLosses, WeightedLosses, sum_by_depth, token_losses, weighted_losses
-from ._head import DEFAULT_TOKEN_TILE, LinearHead
+from ._head import LinearHead, accumulation_dtype, default_token_tile
 from ._token_tiles import scan_tiles
-from ._types import OutputHead, checked
+from ._types import OutputHead, Scalar, checked
 
 
 class CrossEntropy(eqx.Module):
     """What the output head says about each token; made by `linear_cross_entropy`."""
 
-    negative_log_likelihood: Float32[Array, "*batch"]
-    log_sum_exp: Float32[Array, "*batch"]
+    negative_log_likelihood: Float[Array, "*batch"]
+    log_sum_exp: Float[Array, "*batch"]
     predictions: Int32[Array, "*batch"] | None
 
 
@@ -44,8 +45,8 @@ class SummedCrossEntropy(eqx.Module):
     - `predictions`: the best id at each token, if asked for.
     """
 
-    loss: Float32[Array, ""]
-    z_loss: Float32[Array, ""]
+    loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
     predictions: Int32[Array, "*batch"] | None
 
 
@@ -64,8 +65,9 @@ def linear_cross_entropy(
         negative_log_likelihood = log_sum_exp - logits[target]
         predictions = argmax_v logits[v]
 
-    Both losses are differentiable: weights, a z-loss `log_sum_exp²` (PaLM, arXiv 2204.02311, §5)
-    and label smoothing, `log_sum_exp - hidden_states · mean_v head[v]`, need nothing else.
+    An offset that all logits share does not round the likelihood away. Both losses are
+    differentiable: weights, a z-loss `log_sum_exp²` (PaLM, arXiv 2204.02311, §5) and label
+    smoothing, `log_sum_exp - hidden_states · mean_v head[v]`, need nothing else.
 
     **Arguments:**
 
@@ -77,8 +79,10 @@ def linear_cross_entropy(
         `log_sum_exp` for a loss.
     - `predictions`: whether to find the best ids, which takes up to 5 % of the time.
 
-    **Returns:** `CrossEntropy`, in nats and float32 (predictions: int32, the first id on ties, or
-    `None`).
+    **Returns:** `CrossEntropy`, in nats and float32, or float64 for hidden states of float64.
+    Predictions are int32: the first id on ties, -1 where logits are not finite; or `None`.
+
+    **Raises:** `ValueError` if a callable head does not return `[batch seq vocab]`.
     """
 
     def compute(hidden_states: Array, head: OutputHead, target_ids: Array) -> tuple[Any, ...]:
@@ -95,9 +99,9 @@ def summed_linear_cross_entropy(
     hidden_states: Float[Array, "*batch embed"],
     head: OutputHead,
     target_ids: Integer[Array, "*batch"],
-    weights: Float[Array, "*batch"] | Bool[Array, "*batch"],
+    weights: Float[Array, "*batch"] | Bool[Array, "*batch"] | Integer[Array, "*batch"],
     *,
-    z_loss_weight: float | Float[Array, ""] | None = None,
+    z_loss_weight: Scalar | None = None,
     predictions: bool = True,
 ) -> SummedCrossEntropy:
     """The weighted sum of token losses, with its gradient computed in the same pass.
@@ -112,11 +116,13 @@ def summed_linear_cross_entropy(
     **Arguments:**
 
     - `hidden_states`, `head`, `target_ids`, `predictions`: as in `linear_cross_entropy`.
-    - `weights`: of the tokens, a mask for instance. A token of weight 0 adds nothing, whatever its
-        loss.
+    - `weights`: of the tokens, a mask for instance. A token of weight 0 adds nothing, neither to
+        the loss nor to gradients, even if its hidden states are not finite.
     - `z_loss_weight`: of the z-loss; `None` for none.
 
-    **Returns:** `SummedCrossEntropy`, in nats and float32.
+    **Returns:** `SummedCrossEntropy`, in nats and float32, or float64 for hidden states of float64.
+
+    **Raises:** `ValueError` if a callable head does not return `[batch seq vocab]`.
     """
 
     def compute(hidden_states: Array, head: OutputHead, *tokens: Array) -> tuple[Any, ...]:
@@ -138,21 +144,24 @@ def depth_sums(
     hidden_states: Float[Array, "depth batch seq embed"],
     head: OutputHead,
     target_ids: Integer[Array, "depth batch seq"],
-    weights: Float[Array, "depth batch seq"] | Bool[Array, "depth batch seq"],
+    weights: Float[Array, "depth batch seq"]
+    | Bool[Array, "depth batch seq"]
+    | Integer[Array, "depth batch seq"],
     *,
-    z_loss_weight: float | Float[Array, ""] | None = None,
+    z_loss_weight: Scalar | None = None,
     predictions: bool = True,
-    expected: Float32[Array, "depth"] | None = None,
+    expected: Float[Array, "depth"] | None = None,
 ) -> WeightedLosses:
     """`summed_linear_cross_entropy` for each depth.
 
     `expected`: with what cotangents the sums will come back, up to a common factor; all the same if
     `None`. Otherwise the head's gradient takes two more matrix products.
     """
-    z_loss_weight = jnp.asarray(0.0 if z_loss_weight is None else z_loss_weight, jnp.float32)
+    dtype = accumulation_dtype(hidden_states)
+    z_loss_weight = jnp.asarray(0.0 if z_loss_weight is None else z_loss_weight, dtype)
     # A single depth's are proportional to 1, even if none or NaN were expected.
     if expected is None or expected.shape == (1,):
-        expected = jnp.ones(hidden_states.shape[0], jnp.float32)
+        expected = jnp.ones(hidden_states.shape[0], dtype)
     sums = with_auto_axes(
         partial(_depth_sums, predictions),
         lambda tokens: (P(), P(), tokens),
@@ -171,7 +180,10 @@ def _depth_sums(
     z_loss_weight: Array,
     expected: Array,
 ) -> tuple[Array, Array, Array | None]:
-    weights = weights.astype(jnp.float32)
+    weights = weights.astype(accumulation_dtype(hidden_states))
+    # 0 · NaN is NaN: what is not finite must not reach a product.
+    counts_for_nothing = (weights == 0)[..., None] & ~jnp.isfinite(hidden_states)
+    hidden_states = jnp.where(counts_for_nothing, 0, hidden_states)
     linear = _as_linear_head(head)
     if linear is None or linear.defers_gradients:
         token = _token_losses(head, hidden_states, target_ids, predictions)
@@ -206,19 +218,39 @@ def _token_losses(
 
     @jax.checkpoint
     def losses_of_tile(hidden_states: Array, target_ids: Array) -> TokenLosses:
-        logits = head(hidden_states).astype(jnp.float32)
-        log_sum_exp = jax.nn.logsumexp(logits, axis=-1)
-        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        logits = head(hidden_states)
+        logits = logits.astype(accumulation_dtype(logits))
+        max_logit = lax.stop_gradient(jnp.max(logits, axis=-1))
+        max_logit = jnp.where(jnp.isfinite(max_logit), max_logit, 0)
+        log_sum = jnp.log(jnp.sum(jnp.exp(logits - max_logit[..., None]), axis=-1))
+        ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         is_target = ids == target_ids[..., None]
-        target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        best_id = jnp.argmax(logits, axis=-1).astype(jnp.int32) if predictions else None
-        return TokenLosses(log_sum_exp - target_logits, log_sum_exp, best_id)
+        target_logit = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        best_id = None
+        if predictions:
+            best_id = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            best_id = jnp.where(jnp.isfinite(log_sum), best_id, -1)
+        return TokenLosses(log_sum - (target_logit - max_logit), max_logit + log_sum, best_id)
 
     return scan_tiles(
         lambda carry, tile, depth: (carry, losses_of_tile(*tile)),
         None,
         (hidden_states, target_ids),
-        tokens=tokens_on_all_devices(DEFAULT_TOKEN_TILE),
+        tokens=tokens_on_all_devices(default_token_tile(_vocab_size(head, hidden_states))),
         # The gradient of a head may be NaN at zeros, if it normalises.
         pad_with="last_token",
     )[1]
+
+
+def _vocab_size(head: Any, hidden_states: Array) -> int:
+    """How many logits a callable makes of a token."""
+    one_token = jax.ShapeDtypeStruct((1, 1, hidden_states.shape[-1]), hidden_states.dtype)
+    logits = eqx.filter_eval_shape(head, one_token)
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 3 or shape[:2] != (1, 1) or shape[2] == 0:
+        came = type(logits).__name__ if shape is None else f"an array {shape}"
+        raise ValueError(
+            "`head` must make logits [batch seq vocab] of hidden states [batch seq embed]; of an "
+            f"array {one_token.shape} it made {came}. Wrap it in a function that does."
+        )
+    return shape[2]

@@ -126,6 +126,14 @@ def _num_devices() -> int | None:
     return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
 
 
+def default_platform() -> str:
+    """The platform that JAX compiles for unless it is told otherwise: cpu, gpu or tpu."""
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
 # The types that JAX gives to sharded arrays
 
 

@@ -13,32 +13,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, Integer
+from jaxtyping import Array, Float, Int32, Integer
 
 from ._devices import on_devices
-from ._head import LinearHead
+from ._head import LinearHead, accumulation_dtype
 from ._token_tiles import scan_tiles
 from ._vocab_tiles import (
     HeadGradient,
+    Normalizer,
     VocabSums,
     backward_over_vocabulary,
     sum_over_vocabulary,
+    unscaled_dtype,
 )
 
 
 class TokenLosses(NamedTuple):
     """Each token's negative log-likelihood, log-sum-exp and, if asked for, best id."""
 
-    negative_log_likelihood: Float32[Array, "depth batch seq"]
-    log_sum_exp: Float32[Array, "depth batch seq"]
+    negative_log_likelihood: Float[Array, "depth batch seq"]
+    log_sum_exp: Float[Array, "depth batch seq"]
     predictions: Int32[Array, "depth batch seq"] | None
 
 
 class WeightedLosses(NamedTuple):
     """Per depth, Σ weight · (nll + z · lse²), the second part of it and, if asked for, best ids."""
 
-    losses: Float32[Array, "depth"]
-    z_losses: Float32[Array, "depth"]
+    losses: Float[Array, "depth"]
+    z_losses: Float[Array, "depth"]
     predictions: Int32[Array, "depth batch seq"] | None
 
 
@@ -53,19 +55,25 @@ def token_losses(
     target_ids: Integer[Array, "depth batch seq"],
 ) -> TokenLosses:
     """Every token's loss; differentiable in both of its parts."""
+    return _token_losses_and_normalizer(predictions, head, hidden_states, target_ids)[0]
+
+
+def _token_losses_and_normalizer(
+    predictions: bool, head: LinearHead, hidden_states: Array, target_ids: Array
+) -> tuple[TokenLosses, Normalizer]:
+    """For both rules: a forward rule that called `token_losses` had no derivative of its own."""
     local = partial(_local_token_losses, head, predictions)
     words = ("vocab embed", "vocab", "depth batch seq embed", "depth batch seq")
-    tokens = "depth batch seq"
-    return TokenLosses(
-        *on_devices(head.sharding, local, words, (tokens, tokens, tokens))(
-            head.weight, head.bias, hidden_states, target_ids
-        )
-    )
+    losses, best_ids, *normalizer = on_devices(
+        head.sharding, local, words, ("depth batch seq",) * 4
+    )(head.weight, head.bias, hidden_states, target_ids)
+    normalizer = Normalizer(*normalizer)
+    return TokenLosses(losses, normalizer.log_sum_exp, best_ids), normalizer
 
 
 def _local_token_losses(
     head: LinearHead, predictions: bool, weight: Array, bias: Array | None, *tokens: Array
-) -> tuple[Array, Array, Array | None]:
+) -> tuple[Array, Array | None, Array, Array]:
     head = head.with_arrays(weight, bias)
     first_id = head.first_id
 
@@ -78,25 +86,24 @@ def _local_token_losses(
     _, sums = scan_tiles(visit, None, tokens, tokens=head.tokens_at_a_time)
     if head.vocab_axes:
         sums = sums.over_devices(head.vocab_axes, first_id)
-    log_sum_exp = sums.log_sum_exp
-    return log_sum_exp - sums.target_logit, log_sum_exp, sums.best_id
+    return sums.negative_log_likelihood, sums.predictions, *sums.normalizer
 
 
 def _token_losses_forward(
     predictions: bool, head: LinearHead, hidden_states: Array, target_ids: Array
 ) -> tuple[TokenLosses, Any]:
-    out: Any = token_losses(predictions, head, hidden_states, target_ids)
-    return out, (head, hidden_states, target_ids, out.log_sum_exp)
+    out, normalizer = _token_losses_and_normalizer(predictions, head, hidden_states, target_ids)
+    return out, (head, hidden_states, target_ids, normalizer)
 
 
 def _token_losses_backward(predictions: bool, residuals: Any, cotangents: TokenLosses) -> Any:
-    head, hidden_states, target_ids, log_sum_exp = residuals
+    head, hidden_states, target_ids, normalizer = residuals
     target_weight = cotangents.negative_log_likelihood
     hidden_gradient, head_gradient = _token_gradients(
         head,
         hidden_states,
         target_ids,
-        log_sum_exp,
+        normalizer,
         softmax_weight=target_weight + cotangents.log_sum_exp,
         target_weight=target_weight,
     )
@@ -110,14 +117,14 @@ def _token_gradients(
     head: LinearHead,
     hidden_states: Array,
     target_ids: Array,
-    log_sum_exp: Array,
+    normalizer: Normalizer,
     *,
     softmax_weight: Array,
     target_weight: Array,
 ) -> tuple[Array, LinearHead]:
     """The gradients of hidden states and head, from each token's cotangents."""
     tokens = "depth batch seq"
-    words = ("vocab embed", "vocab", "depth batch seq embed", *[tokens] * 4)
+    words = ("vocab embed", "vocab", "depth batch seq embed", *[tokens] * 5)
     out_words = ("depth batch seq embed", "vocab embed", "vocab")
     local = partial(_local_token_gradients, head)
     hidden_gradient, weight, bias = on_devices(head.sharding, local, words, out_words)(
@@ -125,11 +132,18 @@ def _token_gradients(
         head.bias,
         hidden_states,
         target_ids,
-        log_sum_exp,
+        *normalizer,
         softmax_weight,
         target_weight,
     )
-    return hidden_gradient, head.with_arrays(weight, bias)
+    return hidden_gradient, _of_dtypes(head, weight, bias)
+
+
+def _of_dtypes(head: LinearHead, weight: Array, bias: Array | None) -> LinearHead:
+    """A gradient of the head, in the dtypes of its parameters."""
+    if head.bias is not None and bias is not None:
+        bias = bias.astype(head.bias.dtype)
+    return head.with_arrays(weight.astype(head.weight.dtype), bias)
 
 
 def _local_token_gradients(
@@ -141,12 +155,12 @@ def _local_token_gradients(
     def visit(
         gradient: HeadGradient, tile: tuple[Array, ...], depth: Array
     ) -> tuple[HeadGradient, Array]:
-        hidden, target_ids, log_sum_exp, softmax_weight, target_weight = tile
+        hidden, target_ids, max_logit, log_sum, softmax_weight, target_weight = tile
         hidden_gradient, gradient = backward_over_vocabulary(
             head,
             hidden,
             target_ids - first_id,
-            log_sum_exp,
+            Normalizer(max_logit, log_sum),
             softmax_weight=softmax_weight,
             target_weight=target_weight,
             head_gradient=gradient,
@@ -156,7 +170,10 @@ def _local_token_gradients(
         )
 
     gradient, hidden_gradient = scan_tiles(
-        visit, HeadGradient.zeros(head), (hidden_states, *rest), tokens=head.tokens_at_a_time
+        visit,
+        HeadGradient.zeros(head, accumulation_dtype(hidden_states)),
+        (hidden_states, *rest),
+        tokens=head.tokens_at_a_time,
     )
     if head.vocab_axes:
         hidden_gradient = lax.psum(hidden_gradient, head.vocab_axes).astype(hidden_states.dtype)
@@ -172,9 +189,9 @@ def weighted_losses(
     head: LinearHead,
     hidden_states: Float[Array, "depth batch seq embed"],
     target_ids: Integer[Array, "depth batch seq"],
-    weights: Float32[Array, "depth batch seq"],
-    z_loss_weight: Float32[Array, ""],
-    expected: Float32[Array, "depth"],
+    weights: Float[Array, "depth batch seq"],
+    z_loss_weight: Float[Array, ""],
+    expected: Float[Array, "depth"],
 ) -> WeightedLosses:
     """Weighted sums of token losses, one for each depth.
 
@@ -190,18 +207,24 @@ def weighted_losses(
 def sum_by_depth(token: TokenLosses, weights: Array, z_loss_weight: Array) -> WeightedLosses:
     """The weighted sums of each depth's token losses."""
 
-    def total(values: Array) -> Array:
-        return jnp.sum(weights * _counted(values, weights), axis=(1, 2))
+    nll, square = _counted(token, weights, z_loss_weight)
+    z_losses = z_loss_weight * jnp.sum(weights * square, axis=(1, 2))
+    losses = jnp.sum(weights * nll, axis=(1, 2)) + z_losses
+    return WeightedLosses(losses, z_losses, token.predictions)
 
-    z_losses = z_loss_weight * total(jnp.square(token.log_sum_exp))
-    return WeightedLosses(
-        total(token.negative_log_likelihood) + z_losses, z_losses, token.predictions
+
+def _counted(token: TokenLosses, weights: Array, z_loss_weight: Any) -> tuple[Array, Array]:
+    """Each token's negative log-likelihood and squared log-sum-exp, 0 where 0 · inf is to be 0."""
+
+    def counted(values: Array, is_left_out: Array) -> Array:
+        return jnp.where(is_left_out & ~jnp.isfinite(values), 0.0, values)
+
+    square = jnp.square(token.log_sum_exp)
+    no_weight = weights == 0
+    return (
+        counted(token.negative_log_likelihood, no_weight),
+        counted(square, no_weight | (z_loss_weight == 0)),
     )
-
-
-def _counted(values: Array, weights: Array) -> Array:
-    """Of a token that weighs nothing an infinite loss is 0: it must not turn a sum into NaN."""
-    return jnp.where((weights == 0) & ~jnp.isfinite(values), 0.0, values)
 
 
 def _weighted_losses_forward(
@@ -215,15 +238,16 @@ def _weighted_losses_forward(
 ) -> tuple[WeightedLosses, Any]:
     tokens, hidden = "depth batch seq", "depth batch seq embed"
     words = ("vocab embed", "vocab", hidden, tokens, tokens, "", "depth")
-    out_words = (tokens, tokens, tokens, hidden, "vocab embed", "vocab")
+    out_words = (*[tokens] * 4, hidden, "vocab embed", "vocab")
     local = partial(_local_losses_and_gradients, head, predictions)
-    *token, hidden_gradient, weight, bias = on_devices(head.sharding, local, words, out_words)(
-        head.weight, head.bias, hidden_states, target_ids, weights, z_loss_weight, expected
-    )
-    token = TokenLosses(*token)
-    gradients = (hidden_gradient, head.with_arrays(weight, bias))
+    losses, best_ids, *normalizer, hidden_gradient, weight, bias = on_devices(
+        head.sharding, local, words, out_words
+    )(head.weight, head.bias, hidden_states, target_ids, weights, z_loss_weight, expected)
+    normalizer = Normalizer(*normalizer)
+    token = TokenLosses(losses, normalizer.log_sum_exp, best_ids)
     arguments = (head, hidden_states, target_ids, weights, z_loss_weight, expected)
-    return sum_by_depth(token, weights, z_loss_weight), (arguments, token, gradients)
+    residuals = (arguments, token, normalizer, (hidden_gradient, weight, bias))
+    return sum_by_depth(token, weights, z_loss_weight), residuals
 
 
 def _local_losses_and_gradients(
@@ -246,55 +270,53 @@ def _local_losses_and_gradients(
         sums, kept_tiles = sum_over_vocabulary(
             head, hidden, target_ids, predictions=predictions, keep_tiles=True
         )
-        log_sum_exp = sums.log_sum_exp
+        normalizer = sums.normalizer
         hidden_gradient, gradient = backward_over_vocabulary(
             head,
             hidden,
             target_ids,
-            log_sum_exp,
-            softmax_weight=weights * (1 + 2 * z_loss_weight * log_sum_exp),
+            normalizer,
+            softmax_weight=weights * (1 + 2 * z_loss_weight * normalizer.log_sum_exp),
             target_weight=weights,
             head_gradient=gradient,
             head_weight=expected[depth],
             kept_tiles=kept_tiles,
         )
-        token = TokenLosses(log_sum_exp - sums.target_logit, log_sum_exp, sums.best_id)
-        return gradient, (token, hidden_gradient.astype(hidden.dtype))
+        token = (sums.negative_log_likelihood, sums.predictions, *normalizer)
+        return gradient, (*token, hidden_gradient.astype(unscaled_dtype(hidden.dtype)))
 
-    gradient, (token, hidden_gradient) = scan_tiles(
+    gradient, outputs = scan_tiles(
         visit,
-        HeadGradient.zeros(head),
+        HeadGradient.zeros(head, accumulation_dtype(hidden_states)),
         (hidden_states, target_ids, weights),
         tokens=head.tokens_at_a_time,
     )
-    return *token, hidden_gradient, *gradient.over_devices(head)
+    return *outputs, *gradient.over_devices(head)
 
 
 def _weighted_losses_backward(
     predictions: bool, residuals: Any, cotangents: WeightedLosses
 ) -> tuple[Any, ...]:
-    arguments, token, gradients = residuals
+    arguments, token, normalizer, gradients = residuals
     head, hidden_states, target_ids, weights, z_loss_weight, expected = arguments
     by_depth = cotangents.losses
     by_token = by_depth[:, None, None]
-    nll = _counted(token.negative_log_likelihood, weights)
-    square = _counted(jnp.square(token.log_sum_exp), weights)
+    nll, square = _counted(token, weights, z_loss_weight)
     factor, is_as_expected = _proportion(by_depth, expected)
 
-    def scale(gradients: tuple[Array, LinearHead]) -> tuple[Array, LinearHead]:
-        hidden_gradient, head_gradient = gradients
-        return (
-            (hidden_gradient * by_token[..., None]).astype(hidden_gradient.dtype),
-            jax.tree.map(lambda x: (x * factor).astype(x.dtype), head_gradient),
-        )
+    def scale(gradients: tuple[Array, Array, Array | None]) -> tuple[Array, LinearHead]:
+        hidden_gradient, *head_gradient = gradients
+        hidden_gradient = (hidden_gradient * by_token[..., None]).astype(hidden_states.dtype)
+        weight, bias = jax.tree.map(lambda x: x * factor, tuple(head_gradient))
+        return hidden_gradient, _of_dtypes(head, weight, bias)
 
-    def compute_anew(gradients: tuple[Array, LinearHead]) -> tuple[Array, LinearHead]:
+    def compute_anew(gradients: tuple[Array, Array, Array | None]) -> tuple[Array, LinearHead]:
         scaled = weights * by_token
         _, head_gradient = _token_gradients(
             head,
             hidden_states,
             target_ids,
-            token.log_sum_exp,
+            normalizer,
             softmax_weight=scaled * (1 + 2 * z_loss_weight * token.log_sum_exp),
             target_weight=scaled,
         )
@@ -320,8 +342,8 @@ weighted_losses.defvjp(_weighted_losses_forward, _weighted_losses_backward)
 
 
 def _proportion(actual: Array, expected: Array) -> tuple[Array, Array]:
-    """The factor between two vectors, and whether there is one, up to float32's rounding."""
+    """The factor between two vectors, and whether there is one, up to rounding."""
     square = jnp.sum(jnp.square(expected))
     factor = jnp.sum(actual * expected) / jnp.where(square == 0, 1.0, square)
-    tolerance = 8 * jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(actual))
+    tolerance = 8 * jnp.finfo(actual.dtype).eps * jnp.max(jnp.abs(actual))
     return factor, jnp.all(jnp.abs(actual - factor * expected) <= tolerance)

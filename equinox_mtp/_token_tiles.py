@@ -101,7 +101,9 @@ def _join(x: Array, tiling: _Tiling) -> Array:
 
 
 def _starts(index: Array, ndim: int, tiling: _Tiling) -> tuple[Any, ...]:
-    return (index // tiling.num_tiles, 0, 0, 0, index % tiling.num_tiles, *[0] * (ndim - 5))
+    zero = jnp.zeros_like(index)  # All of one dtype, which Python's 0 is not under x64.
+    depth, tile = index // tiling.num_tiles, index % tiling.num_tiles
+    return (depth, zero, zero, zero, tile, *[zero] * (ndim - 5))
 
 
 def _read(split: Any, index: Array, tiling: _Tiling) -> Any:

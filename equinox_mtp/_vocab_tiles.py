@@ -1,77 +1,114 @@
 """The loops over the vocabulary, for one tile of tokens on one device."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, Integer
+from jaxtyping import Array, DTypeLike, Float, Int32, Integer
 
-from ._head import LinearHead
+from ._head import LinearHead, accumulation_dtype
 
 
 class VocabSums(NamedTuple):
     """What a pass over (a part of) the vocabulary knows of each token.
 
-    `highest` is the highest logit and `scaled_sum` Σ_v exp(logits[v] - highest); `best_id` is the
+    `max_logit` is the highest logit and `sum_exp` Σ_v exp(logits[v] - max_logit); `best_id` is the
     first id with the highest logit, or `None` if it was not asked for.
     """
 
-    highest: Float32[Array, "*tokens"]
-    scaled_sum: Float32[Array, "*tokens"]
-    target_logit: Float32[Array, "*tokens"]
+    max_logit: Float[Array, "*tokens"]
+    sum_exp: Float[Array, "*tokens"]
+    target_logit: Float[Array, "*tokens"]
     best_id: Int32[Array, "*tokens"] | None
 
     @property
-    def log_sum_exp(self) -> Float32[Array, "*tokens"]:
-        """log Σ_v exp(logits[v])."""
-        return self.highest + jnp.log(self.scaled_sum)
+    def normalizer(self) -> "Normalizer":
+        """What the softmax divides by."""
+        return Normalizer(self.max_logit, jnp.log(self.sum_exp))
+
+    @property
+    def negative_log_likelihood(self) -> Float[Array, "*tokens"]:
+        """log Σ_v exp(logits[v]) - target_logit.
+
+        An offset that all logits share is taken off before the two small numbers are compared:
+        in `log_sum_exp - target_logit` it would have rounded the loss away.
+        """
+        return jnp.log(self.sum_exp) - (self.target_logit - self.max_logit)
+
+    @property
+    def predictions(self) -> Int32[Array, "*tokens"] | None:
+        """The best ids; -1 where logits are not finite, so that no id is best."""
+        if self.best_id is None:
+            return None
+        return jnp.where(jnp.isfinite(jnp.log(self.sum_exp)), self.best_id, -1)
 
     def over_devices(self, axes: tuple[str, ...], first_id: Array | int) -> "VocabSums":
         """Joins what the devices along mesh axes know of their parts, which begin at `first_id`."""
-        highest = lax.pmax(self.highest, axes)
+        # As in `sum_over_vocabulary`, the maximum needs no derivative; `pmax` has none.
+        max_logit = lax.pmax(lax.stop_gradient(self.max_logit), axes)
         best_id = self.best_id
         if best_id is not None:
             no_id = jnp.iinfo(jnp.int32).max
-            best_id = jnp.where(self.highest == highest, best_id + first_id, no_id)
+            best_id = jnp.where(self.max_logit == max_logit, best_id + first_id, no_id)
             best_id = lax.pmin(best_id, axes)
         return VocabSums(
-            highest=highest,
-            scaled_sum=lax.psum(self.scaled_sum * jnp.exp(self.highest - highest), axes),
+            max_logit=max_logit,
+            sum_exp=lax.psum(self.sum_exp * jnp.exp(self.max_logit - max_logit), axes),
             target_logit=lax.psum(self.target_logit, axes),
             best_id=best_id,
         )
 
 
-class HeadGradient(NamedTuple):
-    """The gradient of the head, accumulated in float32."""
+class Normalizer(NamedTuple):
+    """The log-sum-exp of each token's logits, as the sum of two numbers of different size.
 
-    weight: Float32[Array, "vocab embed"]
-    bias: Float32[Array, "vocab"] | None
+    A softmax is exp((logits - max_logit) - log_sum): if all logits are large, `max_logit` is large,
+    and their sum would be rounded to its spacing, which may be more than the softmax's exponent.
+    """
+
+    max_logit: Float[Array, "*tokens"]
+    log_sum: Float[Array, "*tokens"]
+
+    @property
+    def log_sum_exp(self) -> Float[Array, "*tokens"]:
+        """log Σ_v exp(logits[v])."""
+        return self.max_logit + self.log_sum
+
+
+class HeadGradient(NamedTuple):
+    """The gradient of the head, accumulated in float32, or in float64 for such hidden states."""
+
+    weight: Float[Array, "vocab embed"]
+    bias: Float[Array, "vocab"] | None
 
     @classmethod
-    def zeros(cls, head: LinearHead) -> "HeadGradient":
+    def zeros(cls, head: LinearHead, dtype: DTypeLike) -> "HeadGradient":
         """No gradient yet."""
-        return cls(*jax.tree.map(_zeros_like, (head.weight, head.bias)))
+        return cls(*jax.tree.map(lambda x: _zeros_like(x, dtype), (head.weight, head.bias)))
 
     def over_devices(self, head: LinearHead) -> tuple[Array, Array | None]:
-        """The gradient from all devices' tokens, in the dtype of the head's parameters."""
+        """The gradient from all devices' tokens, in a dtype that is as wide as it need be.
+
+        That is the dtype of the parameters, unless a factor that is still to come may bring the
+        gradient into its range.
+        """
         total = lax.psum(self, head.token_axes) if head.token_axes else self
-        weight = total.weight.astype(head.weight.dtype)
+        weight = total.weight.astype(unscaled_dtype(head.weight.dtype))
         if head.bias is None or total.bias is None:
             return weight, None
-        return weight, total.bias.astype(head.bias.dtype)
+        return weight, total.bias.astype(unscaled_dtype(head.bias.dtype))
 
 
 class KeptTiles(NamedTuple):
     """A tile of tokens, as the pass over the vocabulary leaves it for the backward pass.
 
-    `values` are exp(logits - highest), with `highest` each tile's own: so the softmax takes no
+    `values` are exp(logits - max_logit), with `max_logit` each tile's own: so the softmax takes no
     second exponential. Under a soft-cap they are the logits, which its derivative needs.
     """
 
-    values: Float32[Array, "tiles batch seq vocab_tile"]
-    highest: Float32[Array, "tiles batch seq"]
+    values: Float[Array, "tiles batch seq vocab_tile"]
+    max_logit: Float[Array, "tiles batch seq"]
 
 
 class _Tile(NamedTuple):
@@ -83,9 +120,19 @@ class _Tile(NamedTuple):
     is_new: Array | None
 
 
-def _zeros_like(x: Array) -> Float32[Array, "..."]:
+def _zeros_like(x: Array, dtype: DTypeLike) -> Float[Array, "..."]:
     # Not `zeros(x.shape)`: in a `shard_map` the type says on which devices `x` differs.
-    return jnp.zeros_like(x, jnp.float32)
+    return jnp.zeros_like(x, dtype)
+
+
+def unscaled_dtype(dtype: DTypeLike) -> Any:
+    """The dtype to keep a gradient of `dtype` in until it is multiplied by the cotangent.
+
+    float16 and float8 have a smaller range than float32: what fits after the multiplication need
+    not fit before. bfloat16 has the same.
+    """
+    has_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp
+    return jnp.dtype(dtype) if has_range else jnp.dtype(jnp.float32)
 
 
 def _tile_size(head: LinearHead) -> int:
@@ -94,7 +141,7 @@ def _tile_size(head: LinearHead) -> int:
 
 
 def _num_tiles(head: LinearHead) -> int:
-    return -(-head.weight.shape[0] // head.vocab_tile)
+    return -(-head.weight.shape[0] // head.ids_at_a_time)
 
 
 def _take_tile(head: LinearHead, index: Array) -> _Tile:
@@ -135,52 +182,55 @@ def sum_over_vocabulary(
     def visit(sums: VocabSums, index: Array) -> tuple[VocabSums, KeptTiles | None]:
         tile = _take_tile(head, index)
         logits = _tile_logits(head, hidden_states, tile)
-        # Finite also for a tile whose ids are all ruled out by a bias of -inf.
-        tile_highest = jnp.maximum(jnp.max(logits, axis=-1), jnp.finfo(jnp.float32).min)
-        exponentials = jnp.exp(logits - tile_highest[..., None])
-        highest = jnp.maximum(sums.highest, tile_highest)
-        scaled_sum = sums.scaled_sum * jnp.exp(sums.highest - highest)
-        scaled_sum += jnp.exp(tile_highest - highest) * jnp.sum(exponentials, axis=-1)
+        # Finite also for a tile whose ids are all ruled out by a bias of -inf. What is subtracted
+        # from all logits alike changes no loss: it needs no derivative.
+        tile_max = jnp.maximum(jnp.max(lax.stop_gradient(logits), axis=-1), lowest)
+        exponentials = jnp.exp(logits - tile_max[..., None])
+        max_logit = jnp.maximum(sums.max_logit, tile_max)
+        sum_exp = sums.sum_exp * jnp.exp(sums.max_logit - max_logit)
+        sum_exp += jnp.exp(tile_max - max_logit) * jnp.sum(exponentials, axis=-1)
         is_target = _is_target(target_ids, tile, logits)
         target_logit = sums.target_logit + jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         best_id = sums.best_id
         if best_id is not None:
-            first = tile.start + _first_index(logits, tile_highest)
-            best_id = jnp.where(tile_highest > sums.highest, first, best_id)
+            first = tile.start + _first_index(logits, tile_max)
+            best_id = jnp.where(tile_max > sums.max_logit, first, best_id)
         kept = logits if head.soft_cap is not None else exponentials
-        return VocabSums(highest, scaled_sum, target_logit, best_id), (
-            KeptTiles(kept, tile_highest) if keep_tiles else None
+        return VocabSums(max_logit, sum_exp, target_logit, best_id), (
+            KeptTiles(kept, tile_max) if keep_tiles else None
         )
 
-    zeros = _zeros_like(target_ids)
+    dtype = accumulation_dtype(hidden_states)
+    lowest = jnp.finfo(dtype).min
+    zeros = _zeros_like(target_ids, dtype)
     start = VocabSums(
-        highest=jnp.full_like(zeros, jnp.finfo(jnp.float32).min),
-        scaled_sum=zeros,
+        max_logit=jnp.full_like(zeros, lowest),
+        sum_exp=zeros,
         target_logit=zeros,
         best_id=jnp.zeros_like(target_ids, jnp.int32) if predictions else None,
     )
     return lax.scan(visit, start, jnp.arange(_num_tiles(head), dtype=jnp.int32))
 
 
-def _first_index(logits: Array, highest: Array) -> Array:
+def _first_index(logits: Array, max_logit: Array) -> Array:
     """`argmax`, as a minimum over ids: unlike a reduction over pairs it runs in vector lanes."""
     size = logits.shape[-1]
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jnp.min(jnp.where(logits == highest[..., None], ids, size - 1), axis=-1)
+    return jnp.min(jnp.where(logits == max_logit[..., None], ids, size - 1), axis=-1)
 
 
 def backward_over_vocabulary(
     head: LinearHead,
     hidden_states: Float[Array, "batch seq embed"],
     target_ids: Integer[Array, "batch seq"],
-    log_sum_exp: Float32[Array, "batch seq"],
+    normalizer: Normalizer,
     *,
-    softmax_weight: Float32[Array, "batch seq"],
-    target_weight: Float32[Array, "batch seq"],
+    softmax_weight: Float[Array, "batch seq"],
+    target_weight: Float[Array, "batch seq"],
     head_gradient: HeadGradient,
-    head_weight: Float32[Array, ""] | float = 1.0,
+    head_weight: Float[Array, ""] | float = 1.0,
     kept_tiles: KeptTiles | None = None,
-) -> tuple[Float32[Array, "batch seq embed"], HeadGradient]:
+) -> tuple[Float[Array, "batch seq embed"], HeadGradient]:
     """Pulls a cotangent of the logits, `softmax_weight · softmax - target_weight · onehot`, back.
 
     Tiles that were not kept are computed again.
@@ -188,12 +238,15 @@ def backward_over_vocabulary(
     **Returns:** the hidden states' gradient, and `head_gradient` plus `head_weight` times the
     head's.
     """
+    max_logit, log_sum = normalizer
+    scale = _scale_into_range(hidden_states.dtype, softmax_weight, target_weight)
+    softmax_weight, target_weight = softmax_weight * scale, target_weight * scale
 
     def softmax_and_logits(tile: _Tile, kept: KeptTiles | None) -> tuple[Array, Array | None]:
         if kept is None or head.soft_cap is not None:
             logits = _tile_logits(head, hidden_states, tile) if kept is None else kept.values
-            return jnp.exp(logits - log_sum_exp[..., None]), logits
-        return kept.values * jnp.exp(kept.highest - log_sum_exp)[..., None], None
+            return jnp.exp((logits - max_logit[..., None]) - log_sum[..., None]), logits
+        return kept.values * jnp.exp((kept.max_logit - max_logit) - log_sum)[..., None], None
 
     def visit(
         carry: tuple[Array, HeadGradient], inputs: tuple[Array, KeptTiles | None]
@@ -211,18 +264,35 @@ def backward_over_vocabulary(
             cotangent = jnp.where(tile.is_new, cotangent, 0.0)
         low = cotangent.astype(hidden_states.dtype)
         hidden_gradient += jnp.einsum(
-            "bsv,ve->bse", low, tile.weight.astype(low.dtype), preferred_element_type=jnp.float32
+            "bsv,ve->bse", low, tile.weight.astype(low.dtype), preferred_element_type=dtype
         )
-        weight = jnp.einsum("bsv,bse->ve", low, hidden_states, preferred_element_type=jnp.float32)
+        weight = jnp.einsum("bsv,bse->ve", low, hidden_states, preferred_element_type=dtype)
         tile_gradient = HeadGradient(
-            head_weight * weight,
-            None if tile.bias is None else head_weight * jnp.sum(cotangent, axis=(0, 1)),
+            tile_weight * weight,
+            None if tile.bias is None else tile_weight * jnp.sum(cotangent, axis=(0, 1)),
         )
         return (hidden_gradient, _add_tile(head_gradient, tile_gradient, tile.start)), None
 
-    start = (_zeros_like(hidden_states), head_gradient)
+    dtype = accumulation_dtype(hidden_states)
+    tile_weight = head_weight / scale
+    start = (_zeros_like(hidden_states, dtype), head_gradient)
     indices = jnp.arange(_num_tiles(head), dtype=jnp.int32)
-    return lax.scan(visit, start, (indices, kept_tiles))[0]
+    (hidden_gradient, head_gradient), _ = lax.scan(visit, start, (indices, kept_tiles))
+    return hidden_gradient / scale, head_gradient
+
+
+def _scale_into_range(dtype: DTypeLike, *weights: Array) -> Array | float:
+    """A power of two that brings weights times a softmax into the range of `dtype`.
+
+    With the largest weight at 4096, float16 holds the softmax down to 2^-36 of it. Without, a
+    weight of one in 8192 tokens would leave nothing of ids that are as likely as one in 2048.
+    """
+    if unscaled_dtype(dtype) == dtype:
+        return 1.0
+    largest = jnp.maximum(*(jnp.max(jnp.abs(weight), initial=0.0) for weight in weights))
+    largest = lax.stop_gradient(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0))
+    limit = min(12, jnp.finfo(dtype).maxexp - 3)
+    return jnp.exp2(limit - jnp.ceil(jnp.log2(largest)))
 
 
 def _add_tile(gradient: HeadGradient, tile: HeadGradient, start: Array) -> HeadGradient:

@@ -567,16 +567,19 @@ WEIGHT = jnp.ones((33, EMBED))
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"soft_cap": 0}, "`soft_cap` must be positive, or `None`; got 0"),
-        ({"soft_cap": -5.0}, r"`soft_cap` must be positive, or `None`; got -5\.0"),
-        ({"soft_cap": float("nan")}, "`soft_cap` must be positive, or `None`; got nan"),
-        ({"token_tile": 0}, "`token_tile` must be at least 1; got 0"),
-        ({"vocab_tile": -1}, "`vocab_tile` must be at least 1; got -1"),
+        ({"soft_cap": 0}, "`soft_cap` must be positive and finite.* got 0"),
+        ({"soft_cap": -5.0}, r"`soft_cap` must be positive and finite.* got -5\.0"),
+        ({"soft_cap": float("nan")}, "`soft_cap` must be positive and finite.* got nan"),
+        ({"soft_cap": float("inf")}, "`soft_cap` must be positive and finite.* got inf"),
+        ({"token_tile": 0}, "`token_tile` must be at least 1, or `None`; got 0"),
+        ({"vocab_tile": -1}, "`vocab_tile` must be at least 1, or `None`; got -1"),
+        ({"weight": WEIGHT[:0]}, "`weight` must have a row for each token id"),
     ],
 )
 def test_wrong_fields_of_a_head_raise(fields: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"weight": WEIGHT} | fields
     with pytest.raises(ValueError, match=message):
-        LinearHead(WEIGHT, **fields)
+        LinearHead(**arguments)
 
 
 @pytest.mark.parametrize(
