@@ -217,20 +217,86 @@ def test_evaluation_batches_pad_the_last() -> None:
 # --- options
 
 
+def with_options(**options: Any) -> TrainConfig:
+    """As users have it: the tests' import hook would find some types before the class does."""
+    config = object.__new__(TrainConfig)
+    for name, value in {**dataclasses.asdict(TINY), **options}.items():
+        object.__setattr__(config, name, value)
+    config.__post_init__()
+    return config
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("steps", 0, "`steps`"),
-        ("depths", -1, "`depths`"),
+        ("steps", 0, "`steps` must be an integer, 1 or more; got 0"),
+        ("steps", 1.5, "`steps` must be an integer, 1 or more; got 1.5"),
+        ("steps", True, "`steps` must be an integer, 1 or more; got True"),
+        ("steps", 2**31, "`steps` must be an integer, from 1 to 2147483647; got 2147483648"),
+        ("steps", None, "`steps` must be an integer, 1 or more; got None"),
+        ("steps", "6", "`steps` must be an integer, 1 or more; got '6'"),
+        ("depths", -1, "`depths` must be an integer, zero or more; got -1"),
+        ("embed_size", 0, "`embed_size`"),
+        ("num_layers", 0, "`num_layers`"),
+        ("num_kv_heads", -2, "`num_kv_heads`"),
+        ("vocab_size", 0, "`vocab_size`"),
+        ("end_of_document", -1, "`end_of_document`"),
+        ("seed", -1, "`seed` must be an integer, from 0 to 4294967295; got -1"),
+        ("seed", 2**32, "`seed` must be an integer, from 0 to 4294967295; got 4294967296"),
+        ("seed", 2**70, "`seed`"),
         ("seq_len", 2, "`seq_len` must be more than `depths`"),
         ("accumulate", 3, "`accumulate` must divide `batch_size`"),
-        ("learning_rate", 0.0, "`learning_rate`"),
+        ("learning_rate", 0.0, "`learning_rate` must be a finite number, more than 0; got 0.0"),
+        ("learning_rate", float("inf"), "`learning_rate` must be a finite number"),
+        ("learning_rate", 1e39, "`learning_rate` must be a finite number, from .* to 3.4"),
+        ("learning_rate", 1e-46, "`learning_rate` must be a finite number, more than 0"),
+        ("weight_decay", float("nan"), "`weight_decay` must be a finite number, zero or more"),
+        ("weight_decay", -0.1, "`weight_decay` must be a finite number, zero or more; got -0.1"),
+        ("max_grad_norm", float("nan"), "`max_grad_norm`"),
+        ("dropout_rate", 1.5, "`dropout_rate` must be a finite number, from 0 to 1; got 1.5"),
+        ("mtp_scaling", (0.3, float("nan")), "`mtp_scaling` must be a finite number"),
+        ("mtp_scaling", (0.3, -1.0), "`mtp_scaling` must be a finite number, zero or more"),
+        ("mtp_scaling", 0.3, "`mtp_scaling` must be a pair of numbers"),
         ("mtp_scaling_switch", 1.5, "`mtp_scaling_switch`"),
+        ("dtype", "int8", "`dtype` must be 'float32' or 'bfloat16'; got 'int8'"),
+        ("preset", "my own", "`preset` must be 'paper' or "),
+        ("resume", 1, "`resume` must be True or False; got 1"),
+        ("data", "tokens.npy", "`data` must be a tuple of `pathlib.Path`s; got 'tokens.npy'"),
+        ("out", "", "`out` must be a `pathlib.Path`, or `None`; got ''"),
+        ("steps", "6" * 1000, "`steps`"),
     ],
 )
 def test_bad_options_are_named(field: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TINY, **{field: value})
+    with pytest.raises(ValueError, match=message) as caught:
+        with_options(**{field: value})
+    assert len(str(caught.value)) < 400
+
+
+def test_every_numeric_option_has_a_range() -> None:
+    """Each refuses NaN, infinity, booleans and text; an option that is forgotten would not."""
+    numeric = [
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if type(field.default) in (int, float) or "int" in str(field.type)
+    ]
+    assert len(numeric) == 26
+    for name in numeric:
+        for value in (float("nan"), float("inf"), -float("inf"), -1, True, "1", 2**200):
+            with pytest.raises(ValueError, match=f"`{name}` must be "):
+                with_options(**{name: value})
+
+
+def test_numbers_of_numpy_are_options() -> None:
+    config = with_options(steps=np.int64(6), learning_rate=np.float32(0.5))
+    assert (type(config.steps), config.steps) == (int, 6)
+    assert (type(config.learning_rate), config.learning_rate) == (float, 0.5)
+
+
+def test_processes_are_counted_from_zero() -> None:
+    options = {"distributed": True, "coordinator": "a:1", "num_processes": 2}
+    assert TrainConfig(process_id=1, **options).process_id == 1
+    with pytest.raises(ValueError, match="`process_id` must be less than `num_processes`"):
+        TrainConfig(process_id=2, **options)
 
 
 # --- the step
