@@ -301,6 +301,8 @@ def test_numbers_of_numpy_are_options() -> None:
     config = with_options(steps=np.int64(6), learning_rate=np.float32(0.5))
     assert (type(config.steps), config.steps) == (int, 6)
     assert (type(config.learning_rate), config.learning_rate) == (float, 0.5)
+    pair = with_options(mtp_scaling=(np.float32(0.5), 0)).mtp_scaling
+    assert [(type(x), x) for x in pair] == [(float, 0.5), (float, 0.0)]
 
 
 def test_processes_are_counted_from_zero() -> None:

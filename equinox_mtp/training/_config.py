@@ -133,6 +133,7 @@ class TrainConfig:
         for name, (low, high) in _FLOATS.items():
             self._check(name, numbers.Real, low, high)
         _check_scaling(self.mtp_scaling)
+        object.__setattr__(self, "mtp_scaling", tuple(map(float, self.mtp_scaling)))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             # By its type, too: 1 is equal to `True`.
@@ -170,7 +171,7 @@ class TrainConfig:
         if value is None and _DEFAULTS[name] is None:
             return
         _check_number(name, value, kind, low, high)
-        plain = int if kind is numbers.Integral else float
+        plain: Any = int if kind is numbers.Integral else float
         object.__setattr__(self, name, plain(value))
 
     def transformer(self, vocab_size: int) -> TransformerConfig:
