@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -24,6 +25,19 @@ _EXPECTED = (ValueError, OSError, FloatingPointError)
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a command; returns the exit status."""
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            # A pipe that was closed, as by `head`, says so here, and not when Python ends.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has what they wanted. Nothing more is written, not by Python's end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else 2
@@ -44,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     try:
         commands[command](options)
+    except BrokenPipeError:
+        raise
     except _EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -55,8 +71,16 @@ def main(arguments: Sequence[str]) -> int:
 def _train(options: Sequence[str]) -> None:
     import tyro
 
-    from .training import TrainConfig, info_of_run, newest_run_folder, train
+    from .training import (
+        TrainConfig,
+        info_of_run,
+        newest_run_folder,
+        quiet_failed_saves,
+        train,
+    )
 
+    _check_not_empty(options)
+    quiet_failed_saves()
     default = TrainConfig()
     run = _named_run(options)
     if run.resume:
@@ -112,6 +136,18 @@ def _generate(options: Sequence[str]) -> None:
 
     prog = "python -m equinox_mtp generate"
     generate_text(tyro.cli(GenerateConfig, prog=prog, args=options))
+
+
+def _check_not_empty(options: Sequence[str]) -> None:
+    """An empty name of a folder would be the current one: the value of a variable that is not set.
+
+    **Raises:** `ValueError` if an option has an empty value.
+    """
+    for before, option in itertools.pairwise(["", *options]):
+        name, equals, value = option.partition("=")
+        if not option or (name.startswith("--") and equals and not value):
+            named = name.removeprefix("--") or before.removeprefix("--")
+            raise ValueError(f"`{named}` must not be empty. Give a value, or leave the option out.")
 
 
 def _named_run(options: Sequence[str]) -> argparse.Namespace:

@@ -81,8 +81,23 @@ def test_the_best_on_held_out_text_stays(tmp_path: Path) -> None:
 
 
 def test_one_checkpoint_is_not_enough(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`keep` must be at least 2"):
+    with pytest.raises(ValueError, match="`keep` must be an integer of at least 2"):
         Checkpoints(tmp_path, keep=1)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+def test_what_is_not_finite_is_not_written(value: float, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, STATE, info_of(1))
+    for wrong in (
+        {**STATE, "w": STATE["w"].at[299].set(value)},
+        {**STATE, "v": {"w": jnp.full((2, 2), value, jnp.bfloat16)}},
+    ):
+        with pytest.raises(
+            FloatingPointError, match=r"^1 array\(s\) .* after step 2, such as .*w\."
+        ):
+            save_checkpoint(tmp_path, wrong, info_of(2))
+        assert names_of(tmp_path) == ["step_00000001"]
+    assert_loads(last_checkpoint(tmp_path))
 
 
 def test_saving_does_not_wait_for_the_disk(tmp_path: Path) -> None:
@@ -192,7 +207,7 @@ def test_a_damaged_checkpoint_is_refused(which: str, harm: Any, tmp_path: Path) 
         last_undamaged_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[1]", "0", "null", "{"])
+@pytest.mark.parametrize("content", ["[1]", "0", "null", "{", "[" * 100_000])
 def test_digests_that_are_none(content: str, tmp_path: Path) -> None:
     for step in (1, 2):
         save_checkpoint(tmp_path, STATE, info_of(step))
@@ -245,10 +260,13 @@ def test_a_configuration_of_another_version_is_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, STATE, info_of(1))
     metadata = path / "info" / "metadata"
     stored = json.loads(metadata.read_text())
-    for damaged in ("{", json.dumps({**stored, "unheard_of": 1})):
+    others: list[Any] = [{**stored, "unheard_of": 1}, "text", 3, [], {**stored, "config": 3}]
+    others += [{**stored, "config": {**stored["config"], "steps": "6"}}]
+    for damaged in ("{", "[" * 100_000, *map(json.dumps, others)):
         metadata.write_text(damaged)
-        with pytest.raises(ValueError, match="is damaged, or of another version"):
+        with pytest.raises(ValueError, match="is damaged, or of another version") as caught:
             load_info(path)
+        assert len(str(caught.value)) < 400 + len(str(path))
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:

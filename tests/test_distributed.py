@@ -22,6 +22,7 @@ from test_sharding import on_one_device
 import equinox_mtp.training._train as train_module
 from equinox_mtp.__main__ import main
 from equinox_mtp.training import Interrupted, TrainConfig, checkpoints, last_checkpoint, train
+from equinox_mtp.training._lock import only_run
 from equinox_mtp.training._placement import parse_mesh
 
 STEPS, MORE_STEPS = 6, 40
@@ -320,6 +321,20 @@ def test_two_processes_with_other_options(
             "error: `mesh` must be the same in every process; it is data=8 in the first, and "
             "fsdp=8 in process 1." in output
         )
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_folder_of_another_run(
+    tokens: Path, tmp_path: Path, started: list[Processes]
+) -> None:
+    """One asks for the lock, and both are refused."""
+    options = [*command(tokens, tmp_path / "two"), "--mesh", "data=8"]
+    with only_run(tmp_path / "two"):
+        started.append(Processes(options))
+        for process in started[-1].all:
+            output = process.communicate(timeout=120)[0]
+            assert process.returncode == 1, output
+            assert f"a run is going on in {tmp_path / 'two'}, by process {os.getpid()}" in output
 
 
 STEP_OF_TESTS = """

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +38,8 @@ from equinox_mtp.training import (
     train,
     train_step,
 )
-from equinox_mtp.training._report import describe_corpus
+from equinox_mtp.training._lock import only_run
+from equinox_mtp.training._report import MetricsFile, describe_corpus
 from equinox_mtp.training._step import is_decayed
 
 TINY = TrainConfig(
@@ -214,23 +216,100 @@ def test_evaluation_batches_pad_the_last() -> None:
     assert scored == 40
 
 
+@pytest.mark.parametrize("seq_len", [-3, 0, 1.5, True])
+def test_rows_have_positions(seq_len: Any) -> None:
+    corpus = Corpus.of_documents([np.arange(9, dtype=np.int32)], 9)
+    # Without the tests' import hook, which users do not have.
+    init = getattr(PackedRows.__init__, "__wrapped__", PackedRows.__init__)
+    with pytest.raises(ValueError, match="`seq_len` must be an integer, 1 or more; got"):
+        init(object.__new__(PackedRows), corpus, seq_len)
+
+
 # --- options
+
+
+def with_options(**options: Any) -> TrainConfig:
+    """As users have it: the tests' import hook would find some types before the class does."""
+    config = object.__new__(TrainConfig)
+    for name, value in {**dataclasses.asdict(TINY), **options}.items():
+        object.__setattr__(config, name, value)
+    config.__post_init__()
+    return config
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("steps", 0, "`steps`"),
-        ("depths", -1, "`depths`"),
+        ("steps", 0, "`steps` must be an integer, 1 or more; got 0"),
+        ("steps", 1.5, "`steps` must be an integer, 1 or more; got 1.5"),
+        ("steps", True, "`steps` must be an integer, 1 or more; got True"),
+        ("steps", 2**31, "`steps` must be an integer, from 1 to 2147483647; got 2147483648"),
+        ("steps", None, "`steps` must be an integer, 1 or more; got None"),
+        ("steps", "6", "`steps` must be an integer, 1 or more; got '6'"),
+        ("depths", -1, "`depths` must be an integer, zero or more; got -1"),
+        ("embed_size", 0, "`embed_size`"),
+        ("num_layers", 0, "`num_layers`"),
+        ("num_kv_heads", -2, "`num_kv_heads`"),
+        ("vocab_size", 0, "`vocab_size`"),
+        ("end_of_document", -1, "`end_of_document`"),
+        ("seed", -1, "`seed` must be an integer, from 0 to 4294967295; got -1"),
+        ("seed", 2**32, "`seed` must be an integer, from 0 to 4294967295; got 4294967296"),
+        ("seed", 2**70, "`seed`"),
         ("seq_len", 2, "`seq_len` must be more than `depths`"),
         ("accumulate", 3, "`accumulate` must divide `batch_size`"),
-        ("learning_rate", 0.0, "`learning_rate`"),
+        ("learning_rate", 0.0, "`learning_rate` must be a finite number, more than 0; got 0.0"),
+        ("learning_rate", float("inf"), "`learning_rate` must be a finite number"),
+        ("learning_rate", 1e39, "`learning_rate` must be a finite number, from .* to 3.4"),
+        ("learning_rate", 1e-46, "`learning_rate` must be a finite number, more than 0"),
+        ("weight_decay", float("nan"), "`weight_decay` must be a finite number, zero or more"),
+        ("weight_decay", -0.1, "`weight_decay` must be a finite number, zero or more; got -0.1"),
+        ("max_grad_norm", float("nan"), "`max_grad_norm`"),
+        ("dropout_rate", 1.5, "`dropout_rate` must be a finite number, from 0 to 1; got 1.5"),
+        ("mtp_scaling", (0.3, float("nan")), "`mtp_scaling` must be a finite number"),
+        ("mtp_scaling", (0.3, -1.0), "`mtp_scaling` must be a finite number, zero or more"),
+        ("mtp_scaling", 0.3, "`mtp_scaling` must be a pair of numbers"),
         ("mtp_scaling_switch", 1.5, "`mtp_scaling_switch`"),
+        ("dtype", "int8", "`dtype` must be 'float32' or 'bfloat16'; got 'int8'"),
+        ("preset", "my own", "`preset` must be 'paper' or "),
+        ("resume", 1, "`resume` must be True or False; got 1"),
+        ("data", "tokens.npy", "`data` must be a tuple of `pathlib.Path`s; got 'tokens.npy'"),
+        ("out", "", "`out` must be a `pathlib.Path`, or `None`; got ''"),
+        ("steps", "6" * 1000, "`steps`"),
     ],
 )
 def test_bad_options_are_named(field: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TINY, **{field: value})
+    with pytest.raises(ValueError, match=message) as caught:
+        with_options(**{field: value})
+    assert len(str(caught.value)) < 400
+
+
+def test_every_numeric_option_has_a_range() -> None:
+    """Each refuses NaN, infinity, booleans and text; an option that is forgotten would not."""
+    numeric = [
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if type(field.default) in (int, float) or "int" in str(field.type)
+    ]
+    assert len(numeric) == 26
+    for name in numeric:
+        for value in (float("nan"), float("inf"), -float("inf"), -1, True, "1", 2**200):
+            with pytest.raises(ValueError, match=f"`{name}` must be "):
+                with_options(**{name: value})
+
+
+def test_numbers_of_numpy_are_options() -> None:
+    config = with_options(steps=np.int64(6), learning_rate=np.float32(0.5))
+    assert (type(config.steps), config.steps) == (int, 6)
+    assert (type(config.learning_rate), config.learning_rate) == (float, 0.5)
+    pair = with_options(mtp_scaling=(np.float32(0.5), 0)).mtp_scaling
+    assert [(type(x), x) for x in pair] == [(float, 0.5), (float, 0.0)]
+
+
+def test_processes_are_counted_from_zero() -> None:
+    options = {"distributed": True, "coordinator": "a:1", "num_processes": 2}
+    assert TrainConfig(process_id=1, **options).process_id == 1
+    with pytest.raises(ValueError, match="`process_id` must be less than `num_processes`"):
+        TrainConfig(process_id=2, **options)
 
 
 # --- the step
@@ -403,6 +482,140 @@ def test_loss_that_is_not_finite_stops_the_run(
     assert state.name == "step_00000001"
 
 
+def test_parameters_that_are_not_finite_are_not_saved(
+    run: tuple[Path, TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also those of an id that no text has, which no loss shows."""
+    config = dataclasses.replace(run[1], out=tmp_path / "run", eval_every=100)
+    real_step = train_module.train_step
+
+    def spoil_step_4(inputs: Any, state: Any) -> Any:
+        state, metrics = real_step(inputs, state)
+        if int(state.step) == 4:
+            spoilt = state.model.decoder.embedding.at[7].set(jnp.nan)
+            state = eqx.tree_at(lambda s: s.model.decoder.embedding, state, spoilt)
+        return state, metrics
+
+    monkeypatch.setattr(train_module, "train_step", spoil_step_4)
+    # As the command does.
+    monkeypatch.setattr("equinox_mtp.training.train", lambda _: train(config))
+    assert main(["train"]) == 1
+    assert "1 array(s) of the state are not finite after step 4" in capsys.readouterr().err
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
+
+
+def test_evaluations_that_are_not_finite_stop_the_run(
+    run: tuple[Path, TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(run[1], out=tmp_path / "run")
+    real_evaluate = train_module.evaluate
+
+    def spoilt(*arguments: Any) -> Any:
+        return eqx.tree_at(lambda e: e.mtp.losses, real_evaluate(*arguments), jnp.full(2, jnp.inf))
+
+    monkeypatch.setattr(train_module, "evaluate", spoilt)
+    with pytest.raises(FloatingPointError, match="held-out text is not finite after step 3"):
+        train(config)
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
+    assert records(tmp_path / "run", "held_out") == []
+
+
+def test_a_second_run_in_a_folder_is_refused(
+    run: tuple[Path, TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, config = run
+    before = losses(out)
+    with only_run(out):
+        assert main(["train", "--resume", "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: `out`: a run is going on in {out}, by process {os.getpid()} on "
+    )
+    assert said.count("\n") == 1
+    assert losses(out) == before
+    with only_run(tmp_path / "new"), pytest.raises(BlockingIOError, match="a run is going on in"):
+        train(dataclasses.replace(config, out=tmp_path / "new"))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    train(dataclasses.replace(config, resume=True))
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from equinox_mtp.training._lock import only_run
+with only_run(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDING, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with (
+            pytest.raises(BlockingIOError, match=f"by process {process.pid} on"),
+            only_run(tmp_path),
+        ):
+            pass
+        process.kill()
+    with only_run(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+GOOD = {"split": "train", "step": 1, "main_loss": 1.5, "mtp_losses": [1.5, 2.5]}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"",
+        b"\x93NUMPY\xff\x00",
+        b"[1]",
+        b"3",
+        b"null",
+        b"[" * 100_000,
+        json.dumps({**GOOD, "step": "1"}).encode(),
+        json.dumps({**GOOD, "split": "other"}).encode(),
+        json.dumps({**GOOD, "split": [1]}).encode(),
+        json.dumps({**GOOD, "main_loss": None}).encode(),
+        json.dumps({**GOOD, "mtp_losses": [1.5]}).encode(),
+        json.dumps({**GOOD, "mtp_losses": [1.5, "2"]}).encode(),
+        json.dumps({**GOOD, "split": "held_out"}).encode(),
+        json.dumps({"split": "train", "step": 1}).encode(),
+    ],
+)
+def test_damaged_metrics_are_set_aside(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good = tmp_path / "metrics.jsonl", json.dumps(GOOD).encode()
+    damaged = good + b"\n" + line + b"\n" + good + b"\n" + b'{"split'
+    path.write_bytes(damaged)
+    metrics = MetricsFile(path, last_step=1, depths=2)
+    metrics.close()
+    assert metrics.records == [GOOD, GOOD]
+    assert path.read_bytes() == good + b"\n" + good + b"\n"
+    assert (tmp_path / "damaged-metrics.jsonl").read_bytes() == damaged
+    assert "note: 1 line(s) of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\n\x80" * 99, b"[1]\n3\n"])
+def test_a_run_whose_metrics_are_lost_resumes(
+    content: bytes, run: tuple[Path, TrainConfig], tmp_path: Path
+) -> None:
+    whole, _ = run
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "metrics.jsonl").write_bytes(content)
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert records(out, "held_out") == records(whole, "held_out")[-1:]
+
+
 @pytest.mark.slow
 def test_killed_process_resumes(run: tuple[Path, TrainConfig], tmp_path: Path) -> None:
     """kill -9, then --resume on the command line: the losses of an uninterrupted run."""
@@ -468,6 +681,56 @@ def test_command_line_errors(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--resume"]) == 1
     assert "`resume`: no run under runs/ has a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--out", ""], ["--out="], ["--data", ""], ["--mesh="]])
+def test_an_empty_option_is_not_the_current_folder(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = options[0].strip("-=")
+    assert main(["train", "--steps", "3", *options]) == 1
+    assert f"error: `{name}` must not be empty." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--help"], ["train", "--help"]])
+def test_a_closed_pipe_is_no_error(options: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "equinox_mtp", *options],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.stderr, done.returncode) == ("", 128 + signal.SIGPIPE)
+
+
+WITHOUT_ROOM = """
+import resource, sys
+from equinox_mtp.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(run: tuple[Path, TrainConfig], tmp_path: Path) -> None:
+    options = ["--data", str(run[1].data[0]), "--vocab-size", "8", "--out", str(tmp_path)]
+    options += ["--embed-size", "64", "--num-layers", "1", "--seq-len", "16", "--steps", "3"]
+    options += ["--checkpoint-every", "1", "--compare-prompts", "0", "--eval-rows", "4"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ROOM, "train", *options],
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
+    assert len(said) == 1, done.stderr
+    assert "error: a checkpoint could not be written to " in done.stderr
 
 
 @pytest.mark.parametrize("name", ["tyro", "tqdm", "matplotlib"])

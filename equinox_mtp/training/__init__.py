@@ -37,6 +37,7 @@ from ._placement import (
     ONE_DEVICE as ONE_DEVICE,
     Placement as Placement,
 )
+from ._quiet import quiet_failed_saves as quiet_failed_saves
 from ._sources import (
     TEXT_END as TEXT_END,
     TEXT_VOCAB as TEXT_VOCAB,

@@ -11,6 +11,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -65,9 +66,10 @@ class Checkpoints:
 
         **Raises:** `ValueError` if `keep` is less than 2.
         """
-        if keep < 2:
+        if not isinstance(keep, int) or keep < 2:
             raise ValueError(
-                f"`keep` must be at least 2, so that one is whole at any moment; got {keep}."
+                "`keep` must be an integer of at least 2, so that one is whole at any moment; got "
+                f"{keep!r}."
             )
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.absolute()
@@ -102,9 +104,11 @@ class Checkpoints:
     ) -> None:
         """Begins to write `step_N`, once the checkpoint before it is on disk.
 
-        **Raises:** `OSError` if that one could not be written.
+        **Raises:** `OSError` if that one could not be written; `FloatingPointError` if a number in
+        the state is not finite: such a checkpoint is not written.
         """
         self.wait()
+        _check_finite(state, info.step)
         self._unsealed = checkpoint_of(self._folder, info.step)
         self._manager.save(
             info.step,
@@ -167,7 +171,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes one checkpoint, and returns when it is on disk.
 
-    **Raises:** `OSError` if it could not be written.
+    **Raises:** `OSError` if it could not be written; `FloatingPointError` if a number in the state
+    is not finite.
     """
     writer = Checkpoints(folder, keep=keep)
     try:
@@ -195,16 +200,16 @@ def info_of_run(folder: Path) -> CheckpointInfo:
 def load_info(checkpoint: Path) -> CheckpointInfo:
     """Reads what is stored beside the weights; `ValueError` if that is damaged."""
     try:
-        stored = json.loads((checkpoint / INFO / "metadata").read_text(encoding="utf8"))
+        stored = dict(json.loads((checkpoint / INFO / "metadata").read_text(encoding="utf8")))
         config = stored.pop("config")
         config["data"] = tuple(Path(path) for path in config["data"])
         config["out"] = None if config["out"] is None else Path(config["out"])
         config["mtp_scaling"] = tuple(config["mtp_scaling"])
         return CheckpointInfo(config=TrainConfig(**config), **stored)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"the checkpoint {checkpoint} is damaged, or of another version: {error!r}. Delete "
-            "this folder to continue from the checkpoint before it."
+            f"the checkpoint {checkpoint} is damaged, or of another version: {error!r:.160}. "
+            "Delete this folder to continue from the checkpoint before it."
         ) from error
 
 
@@ -239,6 +244,27 @@ def load_state(checkpoint: Path, like: PyTree[Any], *, is_undamaged: bool = Fals
         arrays = reader.restore(path, wanted)
     loaded = jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in wanted])
     return eqx.combine(loaded, rest)
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]))
+
+
+def _check_finite(state: PyTree[Any], step: int) -> None:
+    """Once a checkpoint, and not at every step: a step's loss shows what the one before has done.
+
+    Where the loss does not, as for a token that no text has, this does.
+    """
+    arrays = jax.tree.leaves(eqx.filter(state, eqx.is_inexact_array))
+    if arrays and not _all_finite(arrays):
+        named = _by_name(eqx.filter(state, eqx.is_inexact_array))
+        bad = [name for name, x in named.items() if not _all_finite([x])]
+        raise FloatingPointError(
+            f"{len(bad)} array(s) of the state are not finite after step {step}, such as {bad[0]}. "
+            "No checkpoint of it is written; those before are of finite steps. Try a lower "
+            "--learning-rate or more --warmup-steps."
+        )
 
 
 # As orbax wants things

@@ -75,8 +75,8 @@ def damage(
     is_damaged = f"the checkpoint {checkpoint} is damaged:"
     try:
         stored = dict(json.loads((checkpoint / _DIGESTS).read_text(encoding="utf8")))
-    except (OSError, TypeError, ValueError) as error:
-        return f"{is_damaged} its digests cannot be read: {error!r}"
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        return f"{is_damaged} its digests cannot be read: {error!r:.160}"
     files = _files(checkpoint)
     names = [name for name in sorted({*stored, *files}) if name.startswith(part)]
     for name in names[process::num_processes]:

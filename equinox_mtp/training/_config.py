@@ -1,10 +1,45 @@
 """The options of `python -m equinox_mtp train`."""
 
 import dataclasses
+import numbers
 from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
 
 from equinox_mtp import MTPConfig, Preset
 from equinox_mtp.nn import TransformerConfig
+
+_LARGEST = 2**31 - 1
+"""JAX counts in 32 bits."""
+_FINITE = float(np.finfo(np.float32).max)
+_POSITIVE = float(np.finfo(np.float32).tiny)
+"""Rates are used in float32: less is 0 there, and more is infinite."""
+
+_INTEGERS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("depths", "end_of_document", "process_id"), (0, _LARGEST)),
+    **dict.fromkeys(("warmup_steps", "compare_prompts"), (0, _LARGEST)),
+    **dict.fromkeys(("vocab_size", "embed_size", "num_layers", "mlp_size"), (1, _LARGEST)),
+    **dict.fromkeys(("num_heads", "num_kv_heads", "num_processes"), (1, _LARGEST)),
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "seq_len"), (1, _LARGEST)),
+    **dict.fromkeys(("eval_every", "eval_rows", "checkpoint_every"), (1, _LARGEST)),
+    "heartbeat_timeout": (1, _LARGEST),
+    # JAX cuts larger ones to 32 bits: they would be the same run as others.
+    "seed": (0, 2**32 - 1),
+}
+_FLOATS: dict[str, tuple[float, float]] = {
+    "dropout_rate": (0.0, 1.0),
+    "learning_rate": (_POSITIVE, _FINITE),
+    "weight_decay": (0.0, _FINITE),
+    "max_grad_norm": (_POSITIVE, _FINITE),
+    "mtp_scaling_switch": (0.0, 1.0),
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "dtype": ("float32", "bfloat16"),
+    "preset": get_args(Preset),
+    "resume": (True, False),
+    "distributed": (True, False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +128,19 @@ class TrainConfig:
     """Of the initial values, the split of documents and their order."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "seq_len"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "positive")
-        for name in ("eval_every", "eval_rows", "checkpoint_every", "heartbeat_timeout"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "positive")
-        for name in ("depths", "warmup_steps", "compare_prompts"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
+        for name, (low, high) in _INTEGERS.items():
+            self._check(name, numbers.Integral, low, high)
+        for name, (low, high) in _FLOATS.items():
+            self._check(name, numbers.Real, low, high)
+        _check_scaling(self.mtp_scaling)
+        object.__setattr__(self, "mtp_scaling", tuple(map(float, self.mtp_scaling)))
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            # By its type, too: 1 is equal to `True`.
+            if (type(value), value) not in [(type(choice), choice) for choice in choices]:
+                wanted = " or ".join(map(repr, choices))
+                raise ValueError(f"`{name}` must be {wanted}; got {_shown(value)}.")
+        _check_paths(self.data, self.out)
         bare = {"coordinator", "num_processes", "process_id"}
         given = {name for name in bare if getattr(self, name) is not None}
         if given and (given != bare or not self.distributed):
@@ -107,10 +149,11 @@ class TrainConfig:
                 f"got {', '.join(sorted(given))}. On a cluster that JAX knows --distributed is "
                 "enough."
             )
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
-        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "positive")
-        switch = self.mtp_scaling_switch
-        _require(0 <= switch <= 1, "mtp_scaling_switch", switch, "in [0, 1]")
+        if self.num_processes is not None and not (self.process_id or 0) < self.num_processes:
+            raise ValueError(
+                f"`process_id` must be less than `num_processes`, which is {self.num_processes}; "
+                f"got {self.process_id}. The first is 0."
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"`accumulate` must divide `batch_size`, so that all microbatches are alike; got "
@@ -121,6 +164,15 @@ class TrainConfig:
                 f"`seq_len` must be more than `depths`, or the last depth has nothing to predict; "
                 f"got {self.seq_len} and {self.depths}. Take longer rows, or fewer depths."
             )
+
+    def _check(self, name: str, kind: type, low: int | float, high: int | float) -> None:
+        """Options that may be `None` default to it. NumPy's numbers become Python's."""
+        value = getattr(self, name)
+        if value is None and _DEFAULTS[name] is None:
+            return
+        _check_number(name, value, kind, low, high)
+        plain: Any = int if kind is numbers.Integral else float
+        object.__setattr__(self, name, plain(value))
 
     def transformer(self, vocab_size: int) -> TransformerConfig:
         """The main model's configuration."""
@@ -142,6 +194,39 @@ class TrainConfig:
         return MTPConfig.preset(self.preset, self.depths)
 
 
-def _require(condition: bool, name: str, value: object, wanted: str) -> None:
-    if not condition:
-        raise ValueError(f"`{name}` must be {wanted}; got {value}.")
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+
+
+def _check_number(name: str, value: Any, kind: type, low: int | float, high: int | float) -> None:
+    # `True` counts as an integer, and a comparison with NaN is always false.
+    if isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high:
+        return
+    what = "an integer" if kind is numbers.Integral else "a finite number"
+    limit = {0: "zero or more", 1: "1 or more", _POSITIVE: "more than 0"}.get(low, f"from {low}")
+    if high not in (_LARGEST, _FINITE) or (isinstance(value, kind) and value > high):
+        limit = f"from {low:g} to {high:.10g}"
+    raise ValueError(f"`{name}` must be {what}, {limit}; got {_shown(value)}.")
+
+
+def _check_scaling(values: Any) -> None:
+    if not isinstance(values, tuple) or len(values) != 2:
+        raise ValueError(
+            f"`mtp_scaling` must be a pair of numbers, λ before and after; got {_shown(values)}."
+        )
+    for value in values:
+        _check_number("mtp_scaling", value, numbers.Real, 0.0, _FINITE)
+
+
+def _check_paths(data: Any, out: Any) -> None:
+    if not isinstance(data, tuple) or not all(isinstance(path, Path) for path in data):
+        raise ValueError(
+            f"`data` must be a tuple of `pathlib.Path`s; got {_shown(data)}. For a single file "
+            "write (Path(name),)."
+        )
+    if not (out is None or isinstance(out, Path)):
+        raise ValueError(f"`out` must be a `pathlib.Path`, or `None`; got {_shown(out)}.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from numbers import Integral
 
 import equinox as eqx
 import numpy as np
@@ -31,10 +32,14 @@ class PackedRows:
         """**Arguments:**
 
         - `corpus`: the documents, packed in their order.
-        - `seq_len`: positions in a row.
+        - `seq_len`: positions in a row, at least 1.
+
+        **Raises:** `ValueError` if it is not.
         """
+        if isinstance(seq_len, bool) or not isinstance(seq_len, Integral) or seq_len < 1:
+            raise ValueError(f"`seq_len` must be an integer, 1 or more; got {seq_len!r}.")
         self._corpus = corpus
-        self._seq_len = seq_len
+        self._seq_len = int(seq_len)
         self._ends = np.cumsum(corpus.lengths)
         # A permutation of many rows takes long, and serves for an epoch.
         self._order_of = functools.lru_cache(maxsize=2)(self._shuffled)

@@ -179,7 +179,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if not name.strip() or not size.strip().isdigit() or name.strip() in sizes:
+        if not name.strip() or not size.strip().isdecimal() or name.strip() in sizes:
             raise ValueError(
                 f"`mesh` must name each axis once with its size, as data=2,fsdp=4; got {text!r}."
             )

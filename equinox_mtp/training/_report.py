@@ -17,18 +17,37 @@ from ._step import Evaluation, StepMetrics
 Record = dict[str, Any]
 
 
+_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "train": (("main_loss",), ("mtp_losses",)),
+    "held_out": (
+        ("main_loss", "tokens", "expected_accepted_length"),
+        (
+            *("mtp_losses", "acceptance", "joint_acceptance", "conditional_acceptance"),
+            "ground_truth_acceptance",
+        ),
+    ),
+}
+"""Of each kind of record, what is a number, and what are numbers of each depth."""
+
+
 class MetricsFile:
     """`metrics.jsonl`, one record a line, flushed line by line."""
 
-    def __init__(self, path: Path, *, last_step: int, writes: bool = True):
+    def __init__(self, path: Path, *, last_step: int, depths: int, writes: bool = True):
         """Opens the file; of an older run only the records up to `last_step` are kept.
 
-        Of several processes one `writes`; the others keep their records to themselves.
+        A damaged file is set aside, and what can be read of it is kept. Of several processes one
+        `writes`; the others keep their records to themselves.
         """
-        self.records = [record for record in _read(path) if record["step"] <= last_step]
+        records, num_damaged = _read(path, depths)
+        self.records = [record for record in records if record["step"] <= last_step]
         self._stream = None
         if not writes:
             return
+        if num_damaged:
+            aside = path.with_name(f"damaged-{path.name}")
+            os.replace(path, aside)
+            print(f"note: {num_damaged} line(s) of {path} cannot be read; it is kept as {aside}")
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(_line(record) for record in self.records), encoding="utf8")
         os.replace(temporary, path)
@@ -55,15 +74,34 @@ def _line(record: Record) -> str:
     return json.dumps(record) + "\n"
 
 
-def _read(path: Path) -> list[Record]:
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # a process that is killed may leave half a line at the end
-    return records
+def _read(path: Path, depths: int) -> tuple[list[Record], int]:
+    """The records of a file, and how many of its lines are none."""
+    if not path.exists():
+        return [], 0
+    # A process that is killed may leave half a line at the end, which is no damage.
+    *lines, rest = path.read_bytes().split(b"\n")
+    found = [_parse(line, depths) for line in lines]
+    last = _parse(rest, depths)
+    records = [record for record in [*found, last] if record is not None]
+    return records, found.count(None)
+
+
+def _parse(line: bytes, depths: int) -> Record | None:
+    """A record that has all that curves and summaries are made of."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    numbers, lists = _FIELDS.get(str(record.get("split")), (("",), ()))
+    values = [record.get(name) for name in numbers]
+    for name in lists:
+        of_depths = record.get(name)
+        if not isinstance(of_depths, list) or len(of_depths) != depths:
+            return None
+        values += of_depths
+    return record if all(type(x) in (int, float) for x in values) else None
 
 
 def plot_curves(metrics: MetricsFile, path: Path) -> None:
@@ -176,14 +214,24 @@ def train_record(step: int, metrics: StepMetrics) -> Record:
 
 
 def held_out_record(step: int, evaluation: Evaluation) -> Record:
-    """One line of metrics on held-out text."""
+    """One line of metrics on held-out text.
+
+    **Raises:** `FloatingPointError` if a loss is not finite: no acceptance means anything then.
+    """
     main_model, ground_truth = evaluation.main_model, evaluation.ground_truth
+    main_loss, mtp_losses = float(evaluation.main.mean), evaluation.mtp.mean.tolist()
+    if not all(math.isfinite(x) for x in (main_loss, *mtp_losses)):
+        raise FloatingPointError(
+            f"the loss on held-out text is not finite after step {step}: main loss {main_loss}, "
+            f"depths {mtp_losses}. Checkpoints are of earlier, finite steps. Try a lower "
+            "--learning-rate or more --warmup-steps."
+        )
     return {
         "split": "held_out",
         "step": step,
         "tokens": int(evaluation.main.weight),
-        "main_loss": float(evaluation.main.mean),
-        "mtp_losses": evaluation.mtp.mean.tolist(),
+        "main_loss": main_loss,
+        "mtp_losses": mtp_losses,
         "acceptance": main_model.independent.tolist(),
         "joint_acceptance": main_model.joint.tolist(),
         "conditional_acceptance": main_model.conditional.tolist(),

@@ -25,6 +25,7 @@ from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig
 from ._corpus import Corpus, load_corpus
 from ._interrupt import Interrupted, interruptible
+from ._lock import only_run
 from ._packing import PackedRows
 from ._placement import Placement
 from ._processes import agree, exchange, is_first, say
@@ -65,9 +66,10 @@ def train(config: TrainConfig) -> Path:
     In several processes each calls this; `jax.distributed.initialize` comes before.
 
     **Raises:** `ValueError`, `FileNotFoundError` or `FileExistsError` for options, data, devices or
-    a folder that do not fit, before anything is compiled; `FloatingPointError` if a loss is not
-    finite; `OSError` if a checkpoint cannot be written; `Interrupted` once all is saved, after
-    Ctrl-C or SIGTERM.
+    a folder that do not fit, before anything is compiled; `BlockingIOError` if another run is going
+    on in the folder; `FloatingPointError` if a loss, an evaluation or a parameter is not finite;
+    `OSError` if a checkpoint cannot be written; `Interrupted` once all is saved, after Ctrl-C or
+    SIGTERM.
     """
     started = time.perf_counter()
     # Where a run goes on is said anew.
@@ -84,8 +86,12 @@ def train(config: TrainConfig) -> Path:
     placement = Placement.of(config, corpus.vocab_size)
     out = config.out or new_run_folder()
     info = CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, anywhere)
-    with placement.active():
-        state = start_or_resume(out, info, optimizer, placement)
+    with placement.active(), contextlib.ExitStack() as stack:
+        # A model that cannot be built, or nothing to resume, leaves no folder.
+        like = eqx.filter_eval_shape(make_state, config, corpus.vocab_size, optimizer, placement)
+        if not config.resume or agree(out.is_dir()):
+            stack.enter_context(only_run(out))
+        state = start_or_resume(out, info, optimizer, placement, like)
         first_step = int(state.step)
         say(
             f"{describe_corpus(corpus, held_out_corpus, config.depths)}\n"
@@ -94,12 +100,20 @@ def train(config: TrainConfig) -> Path:
         )
         with (
             contextlib.closing(
-                MetricsFile(out / "metrics.jsonl", last_step=first_step, writes=is_first())
+                MetricsFile(
+                    out / "metrics.jsonl",
+                    last_step=first_step,
+                    depths=config.depths,
+                    writes=is_first(),
+                )
             ) as metrics,
             contextlib.closing(Checkpoints(out / "checkpoints", last_step=first_step)) as writer,
         ):
             run = Run(config, info, optimizer, placement, train_rows, held_out_rows, out)
             state, step_seconds = run_steps(run, state, metrics, writer)
+            if not metrics.of("held_out"):
+                # A run that had ended, and whose metrics were lost.
+                record_evaluation(run, state, metrics)
         comparisons = compare_on_held_out(state.model, held_out_corpus, config, placement)
 
     if is_first():
@@ -135,7 +149,8 @@ def run_steps(
 ) -> tuple[TrainState, list[float]]:
     """All steps that are left; returns the last state, and the seconds that each step took.
 
-    **Raises:** `Interrupted` once all is saved, if the run is told to stop.
+    **Raises:** `Interrupted` once all is saved, if the run is told to stop; `FloatingPointError` if
+    something is not finite: the last checkpoint is from before.
     """
     config, first_step, step_seconds = run.config, int(state.step), []
     with progress_bar(config.steps, first_step) as bar, interruptible() as interrupted:
@@ -172,6 +187,7 @@ def start_or_resume(
     info: CheckpointInfo,
     optimizer: optax.GradientTransformation,
     placement: Placement,
+    like: TrainState,
 ) -> TrainState:
     """A fresh state, or with `--resume` that of the folder's last checkpoint."""
     folder, config = out / "checkpoints", info.config
@@ -181,9 +197,7 @@ def start_or_resume(
                 f"`out`: {out} holds a run already. Continue it with --resume, or choose another "
                 "folder."
             )
-        state = make_state(config, info.vocab_size, optimizer, placement)
-        out.mkdir(parents=True, exist_ok=True)
-        return state
+        return make_state(config, info.vocab_size, optimizer, placement)
     checkpoint, problems = last_undamaged_checkpoint(folder)
     for problem in problems:
         say(f"note: {problem}; continuing from {checkpoint.name}")
@@ -200,7 +214,6 @@ def start_or_resume(
             f"`data` is not what the run in {out} was trained on: its tokens differ. Restore it, "
             "or start a new run."
         )
-    like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer, placement)
     return load_state(checkpoint, placement.place(like), is_undamaged=True)
 
 
