@@ -114,9 +114,11 @@ def test_greedy_is_the_full_forward_pass(num_layers: int, num_depths: int, num_d
     np.testing.assert_array_equal(generation.num_generated, [NEW] * 3)
     np.testing.assert_array_equal(generation.prompt_lengths, lengths)
     steps, accepted = np.asarray(generation.num_steps), np.asarray(generation.num_accepted)
-    # The first token is the prompt's; the last step may have been cut short.
-    assert np.all(1 + steps + accepted.sum(1) >= NEW)
-    assert np.all(1 + steps + accepted.sum(1) <= NEW + num_drafts)
+    # The first token is the prompt's pass's; the last step may have ended with a draft.
+    ended_with_a_draft = 1 + steps + accepted.sum(1) - NEW
+    assert set(ended_with_a_draft) <= {0, 1}
+    tokens_per_pass = 3 * (NEW - 1) / steps.sum()
+    np.testing.assert_allclose(generation.tokens_per_pass, tokens_per_pass, rtol=1e-6)
     assert np.all(np.diff(accepted, axis=1) <= 0)
     if num_drafts == 0:
         np.testing.assert_array_equal(steps, [NEW - 1] * 3)
@@ -159,6 +161,134 @@ def test_no_more_tokens_than_asked_for(max_new_tokens: int) -> None:
         for row, length in zip(greedy_oracle(model, prompt_ids, lengths), lengths, strict=True)
     ]
     assert rows_of(generation) == expected
+
+
+def test_counters_hold_what_was_committed() -> None:
+    """All five drafts are accepted; the row ends at the third, by an EOS or for lack of room."""
+    model = with_one_answer(make_model(2))
+    prompt_ids = np.asarray([[1, 2]])
+    arguments: dict[str, Any] = {"num_drafts": 5}
+    by_room = generate(model, prompt_ids, max_new_tokens=4, **arguments)
+    np.testing.assert_array_equal(by_room.tokens, [[1, 2, 0, 0, 0, 0]])
+    # Token 3 follows two of token 0: the third draft is the EOS.
+    state = speculative.DecodingState(
+        tokens=jnp.zeros((1, 12), jnp.int32),
+        lengths=jnp.asarray([3]),
+        end_lengths=jnp.asarray([10]),
+        done=jnp.asarray([False]),
+        eos_id=jnp.int32(3),
+        main_cache=(),
+        draft_caches=(),
+        hidden_states=jnp.zeros((1, 6, 4)),
+        key=jax.random.key(0),
+        num_steps=jnp.zeros(1, jnp.int32),
+        num_accepted=jnp.zeros((1, 5), jnp.int32),
+    )
+    by_eos = speculative.commit(
+        state,
+        speculative.Drafts(jnp.asarray([[0, 0, 3, 0, 0]]), None),
+        speculative.Verification(jnp.asarray([5]), jnp.asarray([0]), jnp.zeros((1, 6, 4))),
+        (),
+        (),
+        Sizes(5, 7),
+        key=state.key,
+    )
+    assert by_eos.lengths.tolist() == [6]
+    assert by_eos.done.tolist() == [True]
+    for counted in (by_room, by_eos):
+        assert counted.num_steps.tolist() == [1]
+        assert counted.num_accepted.tolist() == [[1, 1, 1, 0, 0]]
+    assert float(by_room.tokens_per_pass) == 3
+    assert by_room.accepted_per_position.tolist() == [1, 1, 1, 0, 0]
+    first, second = stream(model, prompt_ids, max_new_tokens=4, **arguments)
+    assert (first.num_new.tolist(), first.num_accepted.tolist()) == ([1], [0])
+    assert (second.num_new.tolist(), second.num_accepted.tolist()) == ([3], [3])
+
+
+def test_the_sampler_decides_in_every_phase() -> None:
+    class Never0(Sampler):
+        def choose(self, logits: Array, key: Any) -> Any:
+            return super().choose(logits.at[..., 0].set(-jnp.inf), key)
+
+    # Token 0 is the first of equally good ones; every phase must pass it over.
+    model = speculative.DecodingModel.of(with_one_answer(make_model(2)))
+    sizes, sampler = Sizes(2, 8), Never0()
+    prompt_ids, lengths = (jnp.asarray(x, jnp.int32) for x in prompts())
+    key = jax.random.key(0)
+    state = quick_jit(speculative.prefill)(
+        model, prompt_ids, lengths, sizes, sampler, eos_id=jnp.int32(-1), key=key
+    )
+    state = quick_jit(speculative.step)(model, state, sizes, sampler)
+    for row, length in enumerate(lengths.tolist()):
+        assert state.tokens[row, length : length + 4].tolist() == [1] * 4
+    assert state.num_accepted.tolist() == [[1, 1]] * 3
+
+
+# Logits that are not finite
+
+
+def broken(model: MTPModel, where: str, value: float) -> MTPModel:
+    """A number that is not finite, in the main model's final norm or in the depths'."""
+    if where == "main":
+        return eqx.tree_at(lambda m: m.decoder.norm.scale, model, replace_fn=lambda x: x * value)
+    scale: Any = lambda m: m.block.layers.output_norm.scale  # noqa: E731
+    return eqx.tree_at(scale, model, replace_fn=lambda x: x * value)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("function", [generate, lambda *a, **k: list(stream(*a, **k))])
+def test_logits_of_nan_are_an_error(function: Any, temperature: float) -> None:
+    model = broken(make_model(2), "main", jnp.nan)
+    with pytest.raises(FloatingPointError, match=r"not finite, for new token 1 of row 0.*\(3 row"):
+        function(
+            model, *prompts(), max_new_tokens=4, temperature=temperature, key=jax.random.key(0)
+        )
+
+
+def test_the_row_of_nan_is_named_and_ends_with_no_token() -> None:
+    """Only one token's embedding is NaN; the rows that have it in their prompts fail."""
+    model = make_model(1)
+    head = model.decoder.output_head()
+    model = eqx.tree_at(lambda m: m.decoder.head, model, head, is_leaf=lambda x: x is None)
+    model = eqx.tree_at(
+        lambda m: m.decoder.embedding, model, replace_fn=lambda x: x.at[4].set(jnp.nan)
+    )
+    prompt_ids = np.asarray([[1, 2, 3], [1, 4, 3], [4, 4, 0]])
+    lengths = np.asarray([3, 3, 1])
+    with pytest.raises(FloatingPointError, match=r"new token 1 of row 1.*\(2 row"):
+        generate(model, prompt_ids, lengths, max_new_tokens=1)
+    generation = quick_generate(model, prompt_ids, lengths, max_new_tokens=1)
+    assert generation.num_generated.tolist() == [1, 1, 1]
+    last = np.asarray(generation.tokens)[np.arange(3), np.asarray(generation.lengths) - 1]
+    assert last[0] >= 0
+    assert last[1:].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_drafts_of_nan_are_never_accepted(value: float, temperature: float) -> None:
+    model = make_model(2)
+    arguments: dict[str, Any] = {"max_new_tokens": NEW, "num_drafts": 2}
+    prompt_ids, lengths = prompts()
+    if temperature:
+        arguments |= {"temperature": temperature, "key": jax.random.key(0)}
+    generation = quick_generate(broken(model, "depths", value), prompt_ids, lengths, **arguments)
+    assert int(generation.num_accepted.sum()) == 0
+    assert generation.num_generated.tolist() == [NEW] * 3
+    assert float(generation.tokens_per_pass) == 1
+    if not temperature:
+        assert rows_of(generation) == greedy_oracle(model, prompt_ids, lengths)
+
+
+def test_measured_acceptance_of_nan_is_none() -> None:
+    tokens = np.random.default_rng(3).integers(0, VOCAB, (3, 13))
+    for where in ("main", "depths"):
+        report = quick_jit(speculative.measure_acceptance)(
+            broken(make_model(2), where, jnp.nan), tokens
+        )
+        assert report.overall.joint.tolist() == [0, 0]
+        assert report.overall.scored.tolist() == [33, 30]
+        assert float(report.overall.expected_accepted_length) == 1
 
 
 def test_model_without_depths_decodes_plainly() -> None:
@@ -330,14 +460,29 @@ def test_equal_distributions_leave_no_residual(is_greedy: bool) -> None:
         assert verdict.next_ids.tolist() == [0]
 
 
+def test_drafts_that_cannot_be_verified() -> None:
+    ids, q = jnp.zeros((2, 1), jnp.int32), jnp.full((2, 1, 4), 0.25)
+    p, key = jnp.full((2, 2, 4), 0.25), jax.random.key(0)
+    for places in (1, 3):
+        wrong = jnp.full((2, places, 4), 0.25)
+        with pytest.raises(ValueError, match=f"`probabilities` must be of 2 places.*got {places}"):
+            accept_drafts(ids, q, wrong, Sampler(1.0), key=key)
+    for draft_id in (-1, 4):
+        with pytest.raises(ValueError, match=r"`draft_ids` must lie in 0 … 3"):
+            accept_drafts(ids + draft_id, q, p, Sampler(1.0), key=key)
+        verdict = quick_jit(accept_drafts)(ids + draft_id, q, p, Sampler(1.0), key=key)
+        assert verdict.num_accepted.tolist() == [0, 0]
+
+
 def probabilities_oracle(
     logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
 ) -> np.ndarray:
     """One row at a time, in float64."""
     out = np.zeros(logits.shape)
     for index in np.ndindex(logits.shape[:-1]):
-        row = np.exp(logits[index].astype(np.float64) / temperature)
-        order = np.argsort(-row)
+        row = logits[index].astype(np.float64)
+        row = np.exp((row - row.max()) / temperature)
+        order = np.argsort(-row, kind="stable")
         keep = set(order[:top_k])
         if top_p is not None:
             row = np.where([i in keep for i in range(len(row))], row, 0)
@@ -372,6 +517,80 @@ def test_probabilities(temperature: float, top_k: int | None, top_p: float | Non
     assert_close(actual, probabilities_oracle(logits, temperature, top_k, top_p))
 
 
+@pytest.mark.parametrize(
+    ("logits", "top_k", "top_p", "expected"),
+    [
+        ([0, 0, 0, 0], None, 0.5, [1 / 2, 1 / 2, 0, 0]),
+        ([0, 0, 0, 0], None, 0.51, [1 / 3, 1 / 3, 1 / 3, 0]),
+        ([0, 0, 0, 0], 3, None, [1 / 3, 1 / 3, 1 / 3, 0]),
+        ([0, 1, 0, 1], 1, None, [0, 1, 0, 0]),
+        ([0, 1, 0, 1], 3, 0.4, [0, 1, 0, 0]),
+        ([-np.inf, 2, -np.inf, 2], 3, 0.999, [0, 1 / 2, 0, 1 / 2]),
+    ],
+)
+def test_of_equal_logits_the_first_are_kept(
+    logits: list[float], top_k: int | None, top_p: float | None, expected: list[float]
+) -> None:
+    probabilities = Sampler(1.0, top_k, top_p).probabilities(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("temperature", [10.0**-e for e in range(3, 47)] + [1e4, 1e38, 1e300])
+def test_probabilities_of_any_temperature(temperature: float, scale: float) -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+    logits = scale * logits / np.abs(logits).max()
+    expected = probabilities_oracle(logits, temperature, None, None)
+    sampler = Sampler(temperature)
+    np.testing.assert_allclose(sampler.probabilities(jnp.asarray(logits)), expected, atol=1e-3)
+    masked = jnp.asarray([[-np.inf, 1.0, -np.inf]])
+    np.testing.assert_array_equal(sampler.probabilities(masked), [[0, 1, 0]])
+    assert sampler.is_greedy == (temperature < 1.17549435e-38)
+    ids = sampler.choose(jnp.asarray(logits), jax.random.key(0))[0]
+    if temperature <= 1e-6:
+        np.testing.assert_array_equal(ids, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("top_p", [10.0**-e for e in range(3, 47)])
+def test_a_tiny_nucleus_is_the_best_token(top_p: float) -> None:
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 7)), jnp.float32)
+    probabilities = Sampler(1.0, top_p=top_p).probabilities(logits)
+    np.testing.assert_array_equal(probabilities, jax.nn.one_hot(logits.argmax(-1), 7))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"temperature": 1e-38}, {"temperature": 1e-30}, {"temperature": 1, "top_p": 1e-46}],
+)
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_nearly_greedy_is_greedy(arguments: dict[str, float], num_drafts: int) -> None:
+    model = make_model(2)
+    prompt_ids, lengths = prompts()
+    generation = quick_generate(
+        model,
+        prompt_ids,
+        lengths,
+        max_new_tokens=NEW,
+        num_drafts=num_drafts,
+        key=jax.random.key(0),
+        **arguments,
+    )
+    assert rows_of(generation) == greedy_oracle(model, prompt_ids, lengths)
+
+
+@pytest.mark.parametrize(
+    ("logits", "best"),
+    [([1, np.nan, 2], -1), ([np.inf, 0, 0], -1), ([-np.inf] * 3, -1), ([-np.inf, 0, 0], 1)],
+)
+@pytest.mark.parametrize("temperature", [0, 1e-30])
+def test_logits_without_a_best(logits: list[float], best: int, temperature: float) -> None:
+    sampler, array = Sampler(temperature, top_k=1), jnp.asarray([logits], jnp.float32)
+    assert sampler.choose(array, jax.random.key(0))[0].tolist() == [best]
+    probabilities = sampler.probabilities(array)
+    assert probabilities.tolist() == [[float(i == best) for i in range(3)]]
+    assert sampler.draw(probabilities, jax.random.key(0)).tolist() == [best]
+
+
 # Step by step
 
 
@@ -389,13 +608,15 @@ def test_stream_is_generate(temperature: float) -> None:
     rows = [list(row[:length]) for row, length in zip(prompt_ids, lengths, strict=True)]
     steps = list(stream(model, prompt_ids, lengths, **arguments))
     for new_ids, num_new, num_accepted in steps:
-        assert np.all(num_accepted <= num_new)
+        assert np.all((num_new - num_accepted == 1) | (num_new - num_accepted == 0))
         for row, ids, count in zip(rows, new_ids, num_new, strict=True):
             row.extend(ids[:count])
     generation = generate(model, prompt_ids, lengths, **arguments)
     assert rows == rows_of(generation)
     assert len(steps) == 1 + int(generation.num_steps.max())
     assert steps[0].num_new.tolist() == [1, 1, 1]
+    accepted = sum(step.num_accepted for step in steps)
+    np.testing.assert_array_equal(accepted, generation.num_accepted.sum(1))
 
 
 def test_other_prompts_are_not_compiled_anew() -> None:
@@ -443,16 +664,34 @@ def test_steps_reuse_the_memory_of_the_state() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_drafts": -1}, "`num_drafts` must be zero or positive"),
+        ({"num_drafts": -1}, "`num_drafts` must be at least 0"),
+        ({"num_drafts": 10**6}, "`num_drafts` must be at least 0 and at most 64"),
+        ({"max_new_tokens": 10**12}, "`max_new_tokens` must be at least 1 and at most"),
+        ({"max_new_tokens": True}, "`max_new_tokens` must be an integer"),
+        ({"prompt_lengths": np.asarray([2**32 + 1] * 3)}, "`prompt_lengths` must lie in 1 … 6"),
+        ({"prompt_lengths": [1, 1]}, "`prompt_lengths` must be one a row"),
+        ({"prompt_ids": np.full((3, 6), VOCAB)}, "`prompt_ids` must lie in 0 … 4.* got 5 … 5"),
+        ({"prompt_ids": jnp.full((3, 6), -1)}, "`prompt_ids` must lie in 0 … 4"),
+        ({"prompt_ids": np.full((3, 6), 2**32)}, "`prompt_ids` must lie in"),
+        ({"prompt_ids": [[1, 2], [3]]}, "`prompt_ids` must have rows of one length"),
+        ({"prompt_ids": [1, 2]}, "`prompt_ids` must have 2 axes"),
+        ({"prompt_ids": [[1.0, 2.0]] * 3}, "`prompt_ids` must be integers"),
+        ({"prompt_ids": "text"}, "`prompt_ids` must have 2 axes"),
+        ({"eos_id": VOCAB}, "`eos_id` must be at least 0 and at most 4"),
+        ({"eos_id": 2**32}, "`eos_id` must be at least 0 and at most 4"),
+        ({"temperature": np.inf}, "`temperature` must be finite"),
+        ({"temperature": np.nan}, "`temperature` must be finite"),
+        ({"top_p": np.nan}, "`top_p` must be finite"),
+        ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
         ({"prompt_lengths": np.asarray([0, 1, 1])}, "`prompt_lengths` must lie in 1 … 6"),
         ({"prompt_lengths": np.asarray([1, 7, 1])}, "`prompt_lengths` must lie in 1 … 6"),
         ({"prompt_ids": np.zeros((3, 0), int)}, "`prompt_ids` must have at least one token"),
         ({"temperature": 1.0}, "`key` must be given if `temperature` is not 0"),
-        ({"temperature": -1.0, "key": jax.random.key(0)}, "`temperature` must be finite"),
-        ({"eos_id": -1}, "`eos_id` must be a token id"),
+        ({"temperature": -1.0, "key": jax.random.key(0)}, "`temperature` must be at least 0"),
+        ({"eos_id": -1}, "`eos_id` must be at least 0"),
         ({"top_k": 0}, "`top_k` must be at least 1"),
-        ({"top_p": 0.0}, r"`top_p` must lie in \(0, 1\]"),
+        ({"top_p": 0.0}, "`top_p` must be above 0"),
     ],
 )
 @pytest.mark.parametrize("function", [generate, stream])
@@ -461,8 +700,58 @@ def test_arguments_that_make_no_sense(
 ) -> None:
     prompt_ids, lengths = prompts()
     defaults = {"prompt_ids": prompt_ids, "prompt_lengths": lengths, "max_new_tokens": 2}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         function(make_model(1), **{**defaults, **arguments})
+    assert len(str(raised.value)) < 400
+
+
+def test_plain_lists_and_numpy_scalars_are_taken() -> None:
+    model = make_model(1)
+    arguments: dict[str, Any] = {"num_drafts": 1, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
+    expected = generate(
+        model,
+        np.asarray([[1, 2, 3], [4, 1, 0]]),
+        np.asarray([3, 2]),
+        max_new_tokens=3,
+        eos_id=4,
+        key=jax.random.key(0),
+        **arguments,
+    )
+    actual = generate(
+        model,
+        [[1, 2, 3], [4, 1, -7]],
+        [3, 2],
+        max_new_tokens=np.int64(3),
+        eos_id=np.int64(4),
+        num_drafts=np.int32(1),
+        temperature=np.float32(0.5),
+        top_k=np.int64(3),
+        top_p=np.float64(0.9),
+        key=jax.random.key(0),
+    )
+    assert eqx.tree_equal(actual, expected)
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 2**32])
+def test_measured_tokens_lie_in_the_vocabulary(token: int) -> None:
+    model, tokens = make_model(1), np.ones((2, 13), np.int64)
+    tokens[1, -1] = token
+    with pytest.raises(ValueError, match="`tokens` must lie in"):
+        speculative.measure_acceptance(model, tokens)
+
+
+def test_measured_rows_have_positions() -> None:
+    with pytest.raises(ValueError, match="`tokens` must have at least 2 tokens a row; got 1"):
+        speculative.measure_acceptance(make_model(1), np.ones((2, 1), int))
+
+
+def test_sizes_and_depths_are_checked_in_the_phases_too() -> None:
+    with pytest.raises(ValueError, match="`num_drafts` must be at least 0 and at most 64"):
+        Sizes(10**6, 4)
+    with pytest.raises(ValueError, match="`max_new_tokens` must be at least 1"):
+        Sizes(2, 0)
+    with pytest.raises(ValueError, match="`depth` counts from 1; got 0"):
+        speculative.DecodingModel.of(make_model(2)).layer(0)
 
 
 def test_drafts_need_depths() -> None:

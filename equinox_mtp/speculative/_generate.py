@@ -1,6 +1,6 @@
 """Generation: whole rows in one compiled loop, or step by step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,10 +11,11 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int32, Integer, PRNGKeyArray
 
+from .._checks import check_ids, check_integer
 from .._model import MTPModel
 from .._types import HostOrDeviceArray, checked
-from ._model import DecodingModel, check_cached_steps
-from ._sampling import Sampler
+from ._model import DecodingModel, at_hand, check_cached_steps, vocab_size_of
+from ._sampling import Number, Sampler
 from ._state import DecodingState, Generation
 from ._steps import Sizes, prefill, step
 
@@ -22,15 +23,15 @@ from ._steps import Sizes, prefill, step
 @checked
 def generate(
     model: MTPModel,
-    prompt_ids: Integer[HostOrDeviceArray, "batch prompt"],
-    prompt_lengths: Integer[HostOrDeviceArray, "batch"] | None = None,
+    prompt_ids: Integer[HostOrDeviceArray, "batch prompt"] | Sequence[Any],
+    prompt_lengths: Integer[HostOrDeviceArray, "batch"] | Sequence[Any] | None = None,
     *,
-    max_new_tokens: int,
-    num_drafts: int | None = None,
-    temperature: float | int = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_id: int | None = None,
+    max_new_tokens: int | np.integer,
+    num_drafts: int | np.integer | None = None,
+    temperature: Number = 0.0,
+    top_k: int | np.integer | None = None,
+    top_p: Number | None = None,
+    eos_id: int | np.integer | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Generation:
     """Continues prompts, with the prediction depths as a draft model (DeepSeek-V3, arXiv
@@ -38,18 +39,22 @@ def generate(
 
     Each step the depths draft tokens, and one pass of the main model verifies them all. Lossless:
     greedily the tokens are those of plain decoding; drawn, they have its distribution (see
-    `accept_drafts`). The whole loop is one compiled program: for other prompts of the same padded
+    `accept_drafts`). That holds as far as the main model computes the same logits for several
+    tokens at once as for one after the other: in float32 to its rounding, which decides between
+    tokens that are equally good; in bfloat16 more tokens are that close, and some rows differ. The
+    whole loop is one compiled program: for other prompts of the same padded
     length and batch size it is not compiled anew.
 
     **Arguments:**
 
     - `model`: its decoder is an `AbstractCachedDecoder`, and its layers
         `AbstractCachedDecoderLayer`s.
-    - `prompt_ids`: one prompt a row, padded at its end.
+    - `prompt_ids`: one prompt a row, padded at its end with anything; an array, or lists of equal
+        length.
     - `prompt_lengths`: how many tokens of a row are its prompt; at least 1. `None`: all.
     - `max_new_tokens`: how many tokens to add to each row, at most.
-    - `num_drafts`: drafts a step; the number of depths if `None`. 0 is plain decoding. Beyond the
-        number of depths the last layer is repeated.
+    - `num_drafts`: drafts a step, at most 64; the number of depths if `None`. 0 is plain decoding.
+        Beyond the number of depths the last layer is repeated.
     - `temperature`, `top_k`, `top_p`: see `Sampler`; they act on drafts and model alike.
     - `eos_id`: ends a row; it is the row's last token then.
     - `key`: for draws; needed if `temperature` is above 0.
@@ -57,13 +62,20 @@ def generate(
     **Returns:** `Generation`.
 
     **Raises:** `TypeError` if the model has no cached step; `ValueError` for arguments that make no
-    sense.
+    sense, and for ids outside of the vocabulary (if the output head is a matrix);
+    `FloatingPointError` if the highest logit of a row is not finite. Inside `jit` neither ids nor
+    logits can be looked at: an id outside is embedded as the decoder does, and a row ends with -1
+    where its logits are not finite.
     """
+    sampler = Sampler(temperature, top_k, top_p)
     request = _request(
-        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, eos_id, temperature, key
+        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, eos_id, sampler, key
     )
-    sampler = Sampler(float(temperature), top_k, top_p)
-    return _run(request.sizes, model, sampler, *request.arrays)
+    generation = _run(request.sizes, model, sampler, *request.arrays)
+    if not isinstance(generation.tokens, Tracer):
+        ends = jnp.take_along_axis(generation.tokens, generation.lengths[:, None] - 1, axis=1)
+        _check_finite(at_hand(ends), at_hand(generation.num_generated))
+    return generation
 
 
 class StreamedStep(NamedTuple):
@@ -72,6 +84,7 @@ class StreamedStep(NamedTuple):
     - `new_ids`: of each row, the first `num_new` of which are new tokens.
     - `num_new`: 0 for rows that are done.
     - `num_accepted`: how many of the new tokens were drafts; the others are the main model's own.
+        The last step of a row may end with a draft.
     """
 
     new_ids: Int32[np.ndarray, "batch new"]
@@ -82,26 +95,26 @@ class StreamedStep(NamedTuple):
 @checked
 def stream(
     model: MTPModel,
-    prompt_ids: Integer[HostOrDeviceArray, "batch prompt"],
-    prompt_lengths: Integer[HostOrDeviceArray, "batch"] | None = None,
+    prompt_ids: Integer[HostOrDeviceArray, "batch prompt"] | Sequence[Any],
+    prompt_lengths: Integer[HostOrDeviceArray, "batch"] | Sequence[Any] | None = None,
     *,
-    max_new_tokens: int,
-    num_drafts: int | None = None,
-    temperature: float | int = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_id: int | None = None,
+    max_new_tokens: int | np.integer,
+    num_drafts: int | np.integer | None = None,
+    temperature: Number = 0.0,
+    top_k: int | np.integer | None = None,
+    top_p: Number | None = None,
+    eos_id: int | np.integer | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Iterator[StreamedStep]:
     """`generate`, step by step: yields the tokens that each step has committed.
 
     The first one comes from the prompts' pass. The arguments are those of `generate`, and so are
-    the tokens. The state is donated from step to step: it takes the memory of one.
+    the tokens and the errors. The state is donated from step to step: it takes the memory of one.
     """
+    sampler = Sampler(temperature, top_k, top_p)
     request = _request(
-        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, eos_id, temperature, key
+        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, eos_id, sampler, key
     )
-    sampler = Sampler(float(temperature), top_k, top_p)
     return _stream(request, model, sampler)
 
 
@@ -117,7 +130,9 @@ def _stream(request: "_Request", model: MTPModel, sampler: Sampler) -> Iterator[
         num_new = new_lengths - lengths
         places = np.minimum(lengths[:, None] + np.arange(width), tokens.shape[1] - 1)
         new_ids = np.take_along_axis(tokens, places, axis=1)
-        yield StreamedStep(new_ids, num_new, np.minimum(so_far - accepted, num_new))
+        ends = np.take_along_axis(tokens, new_lengths[:, None] - 1, axis=1)
+        _check_finite(ends, new_lengths - np.asarray(request.prompt_lengths))
+        yield StreamedStep(new_ids, num_new, so_far - accepted)
         if done.all():
             return
         lengths, accepted = new_lengths, so_far
@@ -142,24 +157,42 @@ def _request(
     model: MTPModel,
     prompt_ids: Any,
     prompt_lengths: Any,
-    max_new_tokens: int,
-    num_drafts: int | None,
-    eos_id: int | None,
-    temperature: float,
+    max_new_tokens: Any,
+    num_drafts: Any,
+    eos_id: Any,
+    sampler: Sampler,
     key: PRNGKeyArray | None,
 ) -> _Request:
     check_cached_steps(model)
+    vocab_size = vocab_size_of(model)
+    prompts, lengths = _prompts(prompt_ids, prompt_lengths, vocab_size)
     num_depths = model.block.config.num_depths
-    num_drafts = num_depths if num_drafts is None else num_drafts
-    if num_drafts < 0 or (num_drafts > 0 and num_depths == 0):
+    drafts = check_integer("num_drafts", num_depths if num_drafts is None else num_drafts)
+    if drafts > 0 and num_depths == 0:
         raise ValueError(
-            f"`num_drafts` must be zero or positive, and zero for a model without depths; got "
-            f"{num_drafts} for {num_depths} depth(s)."
+            f"`num_drafts` must be 0 for a model without depths; got {drafts} for 0 depth(s)."
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1; got {max_new_tokens}.")
-    prompts = jnp.asarray(prompt_ids, jnp.int32)
-    batch, prompt = prompts.shape
+    # Places are int32: those of the longest row, with the drafts of its last step.
+    most = 2**31 - 2 - prompts.shape[1] - drafts
+    new = check_integer("max_new_tokens", max_new_tokens, at_least=1, at_most=most)
+    if key is None:
+        if not sampler.is_greedy:
+            raise ValueError(
+                f"`key` must be given if `temperature` is not 0; got `key=None` and "
+                f"{sampler.temperature}. Pass `jax.random.key(0)`, for instance."
+            )
+        key = jax.random.key(0)
+    if eos_id is not None:
+        at_most = 2**31 - 1 if vocab_size is None else vocab_size - 1
+        eos_id = check_integer("eos_id", eos_id, at_least=0, at_most=at_most)
+    eos = jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32)
+    return _Request(Sizes(drafts, new), prompts, lengths, eos, key)
+
+
+def _prompts(prompt_ids: Any, prompt_lengths: Any, vocab_size: int | None) -> tuple[Array, Array]:
+    """Checked, as int32."""
+    rows = _integers("prompt_ids", prompt_ids, 2)
+    batch, prompt = rows.shape
     if prompt < 1:
         raise ValueError(
             "`prompt_ids` must have at least one token a row; got rows of none. Begin with a token "
@@ -167,26 +200,55 @@ def _request(
         )
     if prompt_lengths is None:
         prompt_lengths = np.full(batch, prompt, np.int32)
-    lengths = jnp.asarray(prompt_lengths, jnp.int32)
-    if not isinstance(lengths, Tracer):
-        on_host = np.asarray(lengths)
-        low, high = int(np.min(on_host, initial=prompt)), int(np.max(on_host, initial=1))
+    lengths = _integers("prompt_lengths", prompt_lengths, 1)
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"`prompt_lengths` must be one a row of `prompt_ids`, {batch}; got {lengths.shape[0]}."
+        )
+    if isinstance(lengths, np.ndarray):
+        low, high = int(np.min(lengths, initial=prompt)), int(np.max(lengths, initial=1))
         if low < 1 or high > prompt:
             raise ValueError(
                 f"`prompt_lengths` must lie in 1 … {prompt}, the length of the rows; got {low} … "
                 f"{high}."
             )
-    if key is None:
-        if temperature != 0:
-            raise ValueError(
-                f"`key` must be given if `temperature` is not 0; got `key=None` and {temperature}. "
-                "Pass `jax.random.key(0)`, for instance."
-            )
-        key = jax.random.key(0)
-    if eos_id is not None and eos_id < 0:
-        raise ValueError(f"`eos_id` must be a token id, or `None`; got {eos_id}.")
-    eos = jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32)
-    return _Request(Sizes(num_drafts, max_new_tokens), prompts, lengths, eos, key)
+        is_prompt = np.arange(prompt) < lengths[:, None]
+        if isinstance(rows, np.ndarray):
+            check_ids("prompt_ids", rows[is_prompt], vocab_size)
+            rows = np.where(is_prompt, rows, 0)
+    return jnp.asarray(rows, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+def _integers(name: str, values: Any, num_axes: int) -> Any:
+    """An array of NumPy if its values can be read, and of JAX otherwise."""
+    try:
+        array = at_hand(values)
+    except ValueError:  # rows that differ in length
+        raise ValueError(
+            f"`{name}` must have rows of one length. Pad them at their ends, and give "
+            "`prompt_lengths`."
+        ) from None
+    if array.ndim != num_axes:
+        raise ValueError(f"`{name}` must have {num_axes} axes; got the shape {array.shape}.")
+    if array.size == 0 and not np.issubdtype(array.dtype, np.integer):
+        return array.astype(np.int32)  # an empty list is one of floats
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"`{name}` must be integers; got {array.dtype}.")
+    return array
+
+
+def _check_finite(last_ids: Any, num_generated: Any) -> None:
+    """**Raises:** `FloatingPointError` if a row ends with the token of logits without a best."""
+    if not isinstance(last_ids, np.ndarray):
+        return  # on other hosts
+    failed = np.flatnonzero(last_ids[:, 0] < 0)
+    if failed.size:
+        row = int(failed[0])
+        raise FloatingPointError(
+            f"the logits of the main model are not finite, for new token {num_generated[row]} of "
+            f"row {row}, counted from 0 ({failed.size} row(s) in all). Look for NaN and infinity "
+            "in the model's parameters."
+        )
 
 
 @eqx.filter_jit

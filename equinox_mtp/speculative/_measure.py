@@ -5,12 +5,15 @@ import itertools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Integer
 
 from .._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
+from .._checks import check_ids, check_integer
 from .._model import MTPModel
 from .._shift import default_position_ids, inputs_and_targets
 from .._types import HostOrDeviceArray, checked
+from ._model import at_hand, vocab_size_of
 
 
 class PositionalAcceptance(eqx.Module):
@@ -42,7 +45,7 @@ def measure_acceptance(
     *,
     segment_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
     position_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
-    num_buckets: int = 4,
+    num_buckets: int | np.integer = 4,
 ) -> PositionalAcceptance:
     """How often the depths predict what the main model predicts, on text as it stands.
 
@@ -60,13 +63,23 @@ def measure_acceptance(
 
     **Returns:** `PositionalAcceptance`.
 
-    **Raises:** `ValueError` if there are more buckets than positions, or none.
+    Where logits are not finite nothing is accepted.
+
+    **Raises:** `ValueError` for rows of fewer than two tokens; if there are more buckets than
+    positions, or none; for tokens outside of the vocabulary that are not padding (if the output
+    head is a matrix). Inside `jit` tokens cannot be looked at: one outside is embedded as the
+    decoder does.
     """
     seq = tokens.shape[1] - 1
-    if not 1 <= num_buckets <= max(seq, 1):
+    if seq < 1:
+        raise ValueError(f"`tokens` must have at least 2 tokens a row; got {seq + 1}.")
+    num_buckets = check_integer("num_buckets", num_buckets)
+    if not 1 <= num_buckets <= seq:
         raise ValueError(
             f"`num_buckets` must lie in 1 … {seq}, the number of positions; got {num_buckets}."
         )
+    is_token = None if segment_ids is None else at_hand(segment_ids)
+    check_ids("tokens", at_hand(tokens), vocab_size_of(model), is_token)
     input_ids, target_ids, target_mask = inputs_and_targets(tokens, segment_ids=segment_ids)
     positions = (
         default_position_ids(input_ids)

@@ -3,6 +3,8 @@
 from typing import Any
 
 import equinox as eqx
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32
 
 from .._config import MTPConfig
@@ -27,6 +29,21 @@ def check_cached_steps(model: MTPModel) -> None:
             )
 
 
+def vocab_size_of(model: MTPModel) -> int | None:
+    """The number of ids that the output head knows, if it is a matrix."""
+    head = model.decoder.output_head()
+    if isinstance(head, LinearHead):
+        return head.weight.shape[0]
+    return None if callable(head) else head.shape[0]
+
+
+def at_hand(array: Any) -> Any:
+    """An array as one of NumPy, if its values can be read; itself otherwise."""
+    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
+        return array
+    return np.asarray(array)
+
+
 class DecodingModel(eqx.Module):
     """A decoder and its prediction depths, laid out for many small steps.
 
@@ -49,7 +66,12 @@ class DecodingModel(eqx.Module):
         return cls(decoder.for_decoding(), layers, block.config)
 
     def layer(self, depth: int) -> MultiTokenPredictionLayer:
-        """That of a draft; beyond the model's depths its last one, again and again."""
+        """That of a draft; beyond the model's depths its last one, again and again.
+
+        **Raises:** `ValueError` for depths below 1.
+        """
+        if depth < 1:
+            raise ValueError(f"`depth` counts from 1; got {depth}.")
         return self.layers[min(depth, len(self.layers)) - 1]
 
     def enter(

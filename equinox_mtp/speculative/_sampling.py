@@ -1,13 +1,19 @@
 """From logits to tokens, and which drafts may stay."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
+from .._checks import check_ids, check_integer, check_number
 from .._types import checked
+from ._model import at_hand
+
+Number: TypeAlias = float | int | np.floating | np.integer
+"""A number of Python or NumPy; `Sampler` takes no traced ones."""
 
 
 class Sampler(eqx.Module):
@@ -22,28 +28,28 @@ class Sampler(eqx.Module):
 
     def __init__(
         self,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        temperature: Number = 0.0,
+        top_k: int | np.integer | None = None,
+        top_p: Number | None = None,
     ):
         """**Arguments:**
 
-        - `temperature`: divides the logits; 0 takes the best token.
-        - `top_k`: only the k best tokens can be drawn; ties with the k-th can be, too.
+        - `temperature`: divides the logits; 0 takes the best token, and so does what float32 has
+            no normal number for (below 1.2e-38).
+        - `top_k`: only the k best tokens can be drawn.
         - `top_p`: only the fewest of the best tokens can be drawn that hold this much probability
-            (arXiv 1904.09751, §3.1).
+            (arXiv 1904.09751, §3.1); at least one.
+
+        Of equally good tokens the first ids count as better.
 
         **Raises:** `ValueError` for values that make no sense.
         """
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"`temperature` must be finite, zero or positive; got {temperature}.")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, or `None`; got {top_k}.")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"`top_p` must lie in (0, 1], or be `None`; got {top_p}.")
-        self.temperature = None if temperature == 0 else jnp.asarray(temperature, jnp.float32)
-        self.top_k = top_k
-        self.top_p = top_p
+        temperature = check_number("temperature", temperature, at_least=0)
+        # Beyond these limits float32 flushes the number, or one over it, to 0, and makes NaN.
+        is_greedy = temperature < float(jnp.finfo(jnp.float32).tiny)
+        self.temperature = None if is_greedy else jnp.asarray(min(temperature, 1e37), jnp.float32)
+        self.top_k = None if top_k is None else check_integer("top_k", top_k, at_least=1)
+        self.top_p = None if top_p is None else check_number("top_p", top_p, above=0, at_most=1)
 
     @property
     def is_greedy(self) -> bool:
@@ -51,41 +57,67 @@ class Sampler(eqx.Module):
         return self.temperature is None
 
     def probabilities(self, logits: Float[Array, "*batch vocab"]) -> Float32[Array, "*batch vocab"]:
-        """The distribution that tokens are drawn from; all on the best one if greedy."""
+        """The distribution that tokens are drawn from; all on the best one if greedy.
+
+        It is 0 everywhere if the highest logit is not finite: there is no best token then.
+        """
         logits = logits.astype(jnp.float32)
         vocab = logits.shape[-1]
         if self.temperature is None:
-            return jax.nn.one_hot(jnp.argmax(logits, axis=-1), vocab, dtype=jnp.float32)
-        logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < vocab:
-            kth = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
-            logits = jnp.where(logits < kth, -jnp.inf, logits)
-        if self.top_p is not None and self.top_p < 1:
-            ordered = jnp.sort(jax.nn.softmax(logits, axis=-1), axis=-1, descending=True)
-            # Probability before each token: the best one always stays.
-            before = jnp.cumsum(ordered, axis=-1) - ordered
-            smallest = jnp.min(
-                jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True
-            )
-            logits = jnp.where(jax.nn.softmax(logits, axis=-1) < smallest, -jnp.inf, logits)
-        return jax.nn.softmax(logits, axis=-1)
+            return jax.nn.one_hot(_best_ids(logits), vocab, dtype=jnp.float32)
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+        is_defined = jnp.isfinite(highest)
+        # The best logit is 0 whatever the temperature; so nothing overflows but to -∞.
+        scaled = (logits - highest) / self.temperature
+        probabilities = self._keep(jnp.where(is_defined, scaled, 0))
+        return jnp.where(is_defined, probabilities, 0)
+
+    def _keep(self, logits: Float32[Array, "*batch vocab"]) -> Float32[Array, "*batch vocab"]:
+        """Probabilities, of what top-k and top-p leave."""
+        vocab = logits.shape[-1]
+        top_k = vocab if self.top_k is None else min(self.top_k, vocab)
+        top_p = 1.0 if self.top_p is None else self.top_p
+        if top_k == vocab and top_p == 1:
+            return jax.nn.softmax(logits, axis=-1)
+        best, ids = jax.lax.top_k(logits, top_k)  # of equal logits the first ids
+        kept = jax.nn.softmax(best, axis=-1)
+        if top_p < 1:
+            through = jnp.cumsum(kept, axis=-1)
+            # Those whose forerunners do not hold it yet; the first one always.
+            count = 1 + jnp.sum(through[..., :-1] < top_p, axis=-1, keepdims=True)
+            is_kept = jnp.arange(top_k) < count
+            kept = jax.nn.softmax(jnp.where(is_kept, best, -jnp.inf), axis=-1)
+        return jnp.put_along_axis(jnp.zeros_like(logits), ids, kept, axis=-1, inplace=False)
 
     def choose(
         self, logits: Float[Array, "*batch vocab"], key: PRNGKeyArray
     ) -> tuple[Int32[Array, "*batch"], Float32[Array, "*batch vocab"] | None]:
-        """A token, and the distribution it was drawn from; `None` if greedy."""
+        """A token, and the distribution it was drawn from; `None` if greedy.
+
+        The token is -1 if the highest logit is not finite.
+        """
         if self.is_greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
+            return _best_ids(logits), None
         probabilities = self.probabilities(logits)
         return self.draw(probabilities, key), probabilities
 
     def draw(
         self, probabilities: Float32[Array, "*batch vocab"], key: PRNGKeyArray
     ) -> Int32[Array, "*batch"]:
-        """A token from a distribution."""
+        """A token from a distribution; -1 if it is 0 everywhere, or holds NaN."""
         if self.is_greedy:
-            return jnp.argmax(probabilities, axis=-1).astype(jnp.int32)
-        return jax.random.categorical(key, jnp.log(probabilities)).astype(jnp.int32)
+            ids = jnp.argmax(probabilities, axis=-1)
+        else:
+            ids = jax.random.categorical(key, jnp.log(probabilities))
+        is_defined = jnp.max(probabilities, axis=-1) > 0
+        return jnp.where(is_defined, ids, -1).astype(jnp.int32)
+
+
+def _best_ids(logits: Float[Array, "*batch vocab"]) -> Int32[Array, "*batch"]:
+    """The first of the best tokens; -1 if the highest logit is not finite."""
+    best = jnp.argmax(logits, axis=-1, keepdims=True)  # the first NaN, if there is one
+    is_defined = jnp.isfinite(jnp.take_along_axis(logits, best, axis=-1))
+    return jnp.where(is_defined, best, -1)[..., 0].astype(jnp.int32)
 
 
 class Verdict(NamedTuple):
@@ -121,8 +153,31 @@ def accept_drafts(
     - `sampler`: draws the token; if greedy, all distributions are on one token, and nothing is left
         to chance.
     - `key`: for the draws.
+
+    `next_ids` is -1 where p is 0 everywhere or holds NaN.
+
+    **Raises:** `ValueError` if `probabilities` is not of one place more than there are drafts, or
+    for drafts outside of the vocabulary. Inside `jit` such drafts are never accepted.
     """
-    num_drafts = draft_ids.shape[1]
+    num_drafts, vocab_size = draft_ids.shape[1], probabilities.shape[2]
+    if probabilities.shape[1] != num_drafts + 1:
+        raise ValueError(
+            f"`probabilities` must be of {num_drafts + 1} places a row, those of the {num_drafts} "
+            f"draft(s) and one after them; got {probabilities.shape[1]}."
+        )
+    check_ids("draft_ids", at_hand(draft_ids), vocab_size)
+    return accept_drawn(draft_ids, draft_probabilities, probabilities, sampler, key)
+
+
+def accept_drawn(
+    draft_ids: Int32[Array, "batch drafts"],
+    draft_probabilities: Float32[Array, "batch drafts vocab"],
+    probabilities: Float32[Array, "batch new vocab"],
+    sampler: Sampler,
+    key: PRNGKeyArray,
+) -> Verdict:
+    """`accept_drafts`, of drafts that may be -1: these are never accepted."""
+    num_drafts, vocab_size = draft_ids.shape[1], probabilities.shape[2]
     accept_key, draw_key = jax.random.split(key)
 
     def of_drafts(p: Array) -> Array:
@@ -131,7 +186,7 @@ def accept_drafts(
     p, q = of_drafts(probabilities[:, :num_drafts]), of_drafts(draft_probabilities)
     # u < p/q, with no division: q is above zero, as the draft was drawn from it.
     uniform = 0.0 if sampler.is_greedy else jax.random.uniform(accept_key, p.shape)
-    accepted = uniform * q < p
+    accepted = (uniform * q < p) & (draft_ids >= 0) & (draft_ids < vocab_size)
     accepted = jnp.logical_and.accumulate(accepted, axis=1)
     num_accepted = jnp.sum(accepted, axis=1, dtype=jnp.int32)
     here = num_accepted[:, None, None]
@@ -152,7 +207,7 @@ def accept_best(
     draft_ids: Int32[Array, "batch drafts"], best_ids: Int32[Array, "batch new"]
 ) -> Verdict:
     """`accept_drafts` if greedy: drafts stay up to the first that is not the model's best token."""
-    matches = draft_ids == best_ids[:, : draft_ids.shape[1]]
+    matches = (draft_ids == best_ids[:, : draft_ids.shape[1]]) & (draft_ids >= 0)
     is_wrong = jnp.pad(~matches, ((0, 0), (0, 1)), constant_values=True)
     num_accepted = jnp.argmax(is_wrong, axis=1).astype(jnp.int32)
     return Verdict(num_accepted, jnp.take_along_axis(best_ids, num_accepted[:, None], axis=1)[:, 0])
@@ -166,11 +221,12 @@ def committed_mask(
 ) -> tuple[Int32[Array, "batch"], Bool[Array, "batch"]]:
     """How many of the new tokens are committed, and whether the row ends with them.
 
-    At most the accepted drafts and one more, at most `num_left`, and none after the first EOS.
+    At most the accepted drafts and one more, at most `num_left`, and none after the first EOS or
+    -1, the token of logits that are not finite.
     """
     num_new = jnp.minimum(num_accepted + 1, num_left)
     places = jnp.arange(new_ids.shape[1])
-    is_eos = (new_ids == eos_id) & (places < num_new[:, None])
+    is_eos = ((new_ids == eos_id) | (new_ids < 0)) & (places < num_new[:, None])
     ends = jnp.any(is_eos, axis=1)
     first_eos = jnp.argmax(is_eos, axis=1).astype(jnp.int32)
     num_new = jnp.where(ends, first_eos + 1, num_new)

@@ -15,7 +15,8 @@ class DecodingState(eqx.Module):
 
     **Fields:**
 
-    - `tokens`: prompt and committed tokens; anything after `lengths`.
+    - `tokens`: prompt and committed tokens; anything after `lengths`. A row whose logits were not
+        finite ends with -1.
     - `lengths`: how many there are.
     - `end_lengths`: how many there may be.
     - `done`: rows that have ended.
@@ -25,7 +26,7 @@ class DecodingState(eqx.Module):
         where a draft may have stood that was not to be.
     - `key`: for the next step.
     - `num_steps`: passes of the main model after the prompt's, while the row was not done.
-    - `num_accepted`: in how many of them the first, the second, … draft was accepted.
+    - `num_accepted`: in how many of them the first, the second, … draft was committed.
     """
 
     tokens: Int32[Array, "batch max_length"]
@@ -42,7 +43,10 @@ class DecodingState(eqx.Module):
 
 
 class Drafts(eqx.Module):
-    """Tokens proposed to follow each row, and the distributions they were drawn from, if any."""
+    """Tokens proposed to follow each row, and the distributions they were drawn from, if any.
+
+    A depth whose logits are not finite proposes -1, which is never accepted.
+    """
 
     ids: Int32[Array, "batch drafts"]
     probabilities: Float32[Array, "batch drafts vocab"] | None
@@ -51,7 +55,8 @@ class Drafts(eqx.Module):
 class Verification(eqx.Module):
     """What a pass of the main model over the drafts has found.
 
-    `num_accepted` drafts stay and `next_ids` follows them; `hidden_states` are the main model's at
+    `num_accepted` drafts stay and `next_ids` follows them (-1: the logits were not finite), unless
+    the row ends before; `hidden_states` are the main model's at
     the last committed token and the drafts.
     """
 
@@ -65,11 +70,13 @@ class Generation(eqx.Module):
 
     **Fields:**
 
-    - `tokens`: prompt and generated tokens, and 0 after them.
+    - `tokens`: prompt and generated tokens, and 0 after them. A row whose logits were not finite
+        ends with -1; only inside `jit`, as `generate` raises an error for it elsewhere.
     - `lengths`: how many tokens a row has.
     - `prompt_lengths`: how many of them are the prompt's.
     - `num_steps`: passes of the main model after the prompt's.
-    - `num_drafted`, `num_accepted`: how often the first, the second, … draft was made and accepted.
+    - `num_drafted`, `num_accepted`: how often the first, the second, … draft was made, and how
+        often it was committed; not so those after an EOS or beyond `max_new_tokens`.
     """
 
     tokens: Int32[Array, "batch max_length"]
@@ -86,13 +93,19 @@ class Generation(eqx.Module):
 
     @property
     def accepted_per_position(self) -> Float32[Array, "drafts"]:
-        """P(the first k drafts accepted), over all rows; 0 if there were no steps."""
-        drafted = jnp.sum(self.num_drafted, axis=0)
+        """The share of steps that committed the first k drafts, over all rows; 0 if there were no
+        steps.
+        """
+        drafted = jnp.sum(self.num_drafted, axis=0).astype(jnp.float32)
         return jnp.sum(self.num_accepted, axis=0) / jnp.maximum(drafted, 1)
 
     @property
     def tokens_per_pass(self) -> Float32[Array, ""]:
-        """τ = 1 + Σ_k P(the first k drafts accepted): what a pass of the main model commits, not
-        counting that the last one may be cut short.
+        """τ: tokens committed by a pass of the main model after the prompt's, over all rows; 1 if
+        there were no such passes.
+
+        1 + Σ_k `accepted_per_position`, less the rows that ended with a draft, for each pass.
         """
-        return 1 + jnp.sum(self.accepted_per_position)
+        num_steps = jnp.sum(self.num_steps).astype(jnp.float32)
+        num_new = jnp.sum(self.num_generated - 1)
+        return jnp.where(num_steps > 0, num_new / jnp.maximum(num_steps, 1), 1.0)

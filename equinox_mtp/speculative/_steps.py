@@ -7,19 +7,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from .._checks import check_integer
 from .._decoder import Cache
 from .._types import checked
 from ._model import DecodingModel
-from ._sampling import Sampler, accept_best, accept_drafts, committed_mask
+from ._sampling import Sampler, accept_best, accept_drawn, committed_mask
 from ._state import DecodingState, Drafts, Verification
+
+_MAX_DRAFTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a compiled decoding step is for; everything else is an array."""
+    """What a compiled decoding step is for; everything else is an array.
+
+    **Raises:** `ValueError` unless 0 ≤ `num_drafts` ≤ 64 (a step is compiled with a layer for every
+    draft) and `max_new_tokens` ≥ 1.
+    """
 
     num_drafts: int
     max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        check_integer("num_drafts", self.num_drafts, at_least=0, at_most=_MAX_DRAFTS)
+        check_integer("max_new_tokens", self.max_new_tokens, at_least=1, at_most=2**31 - 1)
 
     @property
     def window(self) -> int:
@@ -50,6 +61,8 @@ def prefill(
     decoder = model.decoder
     batch, prompt = prompt_ids.shape
     max_length = prompt + sizes.max_new_tokens + sizes.num_drafts + 1
+    # Padding may be no token at all.
+    prompt_ids = jnp.where(jnp.arange(prompt) < prompt_lengths[:, None], prompt_ids, 0)
     position_ids = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32), prompt_ids.shape)
     hidden_states, main_cache = decoder.decode(
         prompt_ids, decoder.init_cache(batch, max_length), position_ids=position_ids
@@ -69,7 +82,7 @@ def prefill(
         cache = layer.init_cache(batch, max_length, hidden_states.dtype)
         states, _, cache = _run_depth(model, depth, states, tokens, cache, position_ids)
         draft_caches.append(cache)
-    places = prompt_lengths[:, None] - sizes.window + jnp.arange(sizes.window)
+    places = prompt_lengths[:, None] - sizes.window + jnp.arange(sizes.window, dtype=jnp.int32)
     return DecodingState(
         tokens=tokens,
         lengths=prompt_lengths + 1,
@@ -102,7 +115,7 @@ def draft(
     another draft.
     """
     last = state.lengths[:, None] - 1
-    place_ids = last - sizes.window + jnp.arange(sizes.window)
+    place_ids = last - sizes.window + jnp.arange(sizes.window, dtype=jnp.int32)
     tokens, states = state.tokens, model.enter(state.hidden_states)
     keys = jax.random.split(key, max(sizes.num_drafts, 1))
     ids, distributions, caches = [], [], []
@@ -135,6 +148,7 @@ def verify(
     ids = _take(state.tokens, last)
     if drafts is not None:
         ids = jnp.concatenate([ids, drafts.ids], axis=1)
+    ids = jnp.maximum(ids, 0)  # -1 is no token
     hidden_states, cache = decoder.decode(
         ids, state.main_cache, position_ids=last + jnp.arange(ids.shape[1], dtype=jnp.int32)
     )
@@ -143,10 +157,11 @@ def verify(
         next_ids, _ = sampler.choose(logits[:, 0], key)
         return Verification(jnp.zeros_like(next_ids), next_ids, hidden_states), cache
     if drafts.probabilities is None:
-        verdict = accept_best(drafts.ids, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        best_ids, _ = sampler.choose(logits, key)
+        verdict = accept_best(drafts.ids, best_ids)
     else:
         probabilities = sampler.probabilities(logits)
-        verdict = accept_drafts(drafts.ids, drafts.probabilities, probabilities, sampler, key=key)
+        verdict = accept_drawn(drafts.ids, drafts.probabilities, probabilities, sampler, key)
     return Verification(verdict.num_accepted, verdict.next_ids, hidden_states), cache
 
 
@@ -163,7 +178,7 @@ def commit(
 ) -> DecodingState:
     """Appends the accepted drafts and the token after them to each row that is not done."""
     num_accepted, next_ids = verification.num_accepted, verification.next_ids
-    offsets = jnp.arange(sizes.num_drafts + 1)
+    offsets = jnp.arange(sizes.num_drafts + 1, dtype=jnp.int32)
     new_ids = next_ids[:, None]
     if drafts is not None:
         is_draft = offsets < num_accepted[:, None]
@@ -174,8 +189,10 @@ def commit(
     places = state.lengths[:, None] + offsets
     places = jnp.where(offsets < num_new[:, None], places, state.tokens.shape[1])
     hidden_states = jnp.concatenate([state.hidden_states, verification.hidden_states], axis=1)
+    window = jnp.arange(sizes.window, dtype=jnp.int32)
     active = (~state.done).astype(jnp.int32)
-    accepted = jnp.arange(sizes.num_drafts) < num_accepted[:, None]
+    # What was committed: a row may end before the last draft that was accepted.
+    accepted = jnp.arange(sizes.num_drafts) < jnp.minimum(num_accepted, num_new)[:, None]
     return DecodingState(
         tokens=_put(state.tokens, places, new_ids),
         lengths=state.lengths + num_new,
@@ -184,10 +201,10 @@ def commit(
         eos_id=state.eos_id,
         main_cache=main_cache,
         draft_caches=draft_caches,
-        hidden_states=_take(hidden_states, num_new[:, None] + jnp.arange(sizes.window)),
+        hidden_states=_take(hidden_states, num_new[:, None] + window),
         key=key,
         num_steps=state.num_steps + active,
-        num_accepted=state.num_accepted + accepted * active[:, None],
+        num_accepted=state.num_accepted + accepted,
     )
 
 
@@ -220,7 +237,8 @@ def _run_depth(
     """One depth at some places: the hidden states for the next, those for the head, the cache."""
     layer = model.layer(depth)
     position_ids = place_ids + depth
-    embeddings = model.decoder.embed(_take(tokens, position_ids), jnp.maximum(position_ids, 0))
+    ids = jnp.maximum(_take(tokens, position_ids), 0)  # -1 is no token
+    embeddings = model.decoder.embed(ids, jnp.maximum(position_ids, 0))
     hidden_states, cache = layer.decode(hidden_states, embeddings, cache, position_ids=place_ids)
     norm = model.decoder.final_norm if layer.output_norm is None else layer.output_norm
     normed = norm(hidden_states)
