@@ -25,7 +25,7 @@ class Comparison:
     - `num_tokens`: new tokens of all prompts.
     - `plain_seconds`, `seconds`: without and with drafts; medians of several rounds.
     - `same_tokens`: the share of prompts whose two continuations are the same. Below 1 only if
-        rounding has decided between two tokens that are equally good.
+        rounding has decided between two tokens that are equally good to it, as happens in bfloat16.
     - `tokens_per_pass`, `accepted_per_position`: see `Generation`.
     """
 

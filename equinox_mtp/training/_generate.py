@@ -4,12 +4,15 @@ import codecs
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 import equinox_mtp as emtp
 from equinox_mtp.speculative import StreamedStep, stream
@@ -21,6 +24,7 @@ from ._step import make_optimizer, make_state
 
 _COLORS = "\033[30;102m", "\033[0m"
 _BRACKETS = "⟦", "⟧"
+_PLAIN_BRACKETS = "[[", "]]"
 _PADDED_TO = 64
 
 
@@ -28,7 +32,8 @@ _PADDED_TO = 64
 class GenerateConfig:
     """Continues a text with a trained model, and marks the tokens that were drafted.
 
-    They stand on green on a terminal, and in ⟦⟧ elsewhere.
+    They stand on green on a terminal, and in ⟦⟧ elsewhere. On a terminal control characters of the
+    text are shown as `\\x1b`.
     """
 
     checkpoint: Path
@@ -54,14 +59,34 @@ class GenerateConfig:
 def generate_text(config: GenerateConfig) -> None:
     """Streams a continuation to standard output, and then says how it came about.
 
-    **Raises:** `ValueError` or `FileNotFoundError` for a checkpoint or options that do not fit.
+    **Raises:** `ValueError` or `FileNotFoundError` for a checkpoint or options that do not fit;
+    `ValueError`, too, if there is not enough memory for so many tokens; `FloatingPointError` if the
+    model's logits are not finite.
     """
-    out = sys.stdout
-    prompt = np.frombuffer(config.prompt.encode(), np.uint8).astype(np.int32)
-    if not len(prompt):
-        raise ValueError("`prompt` must hold at least one character; got none.")
+    prompt, screen = _prompt_bytes(config.prompt), _Screen(sys.stdout)
+    if not 0 <= config.seed < 2**32:  # JAX's keys would take no more than 32 bits of it
+        raise ValueError(f"`seed` must lie in 0 … {2**32 - 1}; got {config.seed}.")
     _require_text(config.checkpoint)
     model, info = load_model(config.checkpoint)
+    try:
+        _continue_text(config, screen, prompt, jax.random.key(config.seed), model, info)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"there is not enough memory for a prompt of {len(prompt)} tokens and "
+            f"{config.max_new_tokens} new ones. Shorten `prompt`, or lower `max_new_tokens`."
+        ) from None
+
+
+def _continue_text(
+    config: GenerateConfig,
+    screen: "_Screen",
+    prompt: np.ndarray,
+    key: PRNGKeyArray,
+    model: emtp.MTPModel,
+    info: CheckpointInfo,
+) -> None:
     # Padded, so that prompts of about the same length share a compiled program.
     padded = np.zeros((1, -(-len(prompt) // _PADDED_TO) * _PADDED_TO), np.int32)
     padded[0, : len(prompt)] = prompt
@@ -75,20 +100,19 @@ def generate_text(config: GenerateConfig) -> None:
         top_k=config.top_k,
         top_p=config.top_p,
         eos_id=TEXT_END,
-        key=jax.random.key(config.seed),
+        key=key,
     )
     longest, trained = len(prompt) + config.max_new_tokens, info.config.seq_len
     if longest > trained:
-        out.write(
+        screen.write(
             f"note: up to {longest} tokens are asked for; the model was trained on rows of "
             f"{trained}, and may not do well beyond\n\n"
         )
-    out.write(config.prompt)
+    screen.write(screen.shown(bytes(prompt.tolist()).decode("utf8", "replace")))
     counts = _Counts()
-    for text in marked_text(counts.of(steps), *(_COLORS if _is_colored() else _BRACKETS)):
-        out.write(text)
-        out.flush()
-    out.write(f"\n\n{counts}\n")
+    for text in marked_text(counts.of(steps), *screen.marks, screen.shown):
+        screen.write(text)
+    screen.write(f"\n\n{counts}\n")
     if config.compare:
         comparison = compare(
             model,
@@ -97,7 +121,18 @@ def generate_text(config: GenerateConfig) -> None:
             num_drafts=config.drafts,
             eos_id=TEXT_END,
         )
-        out.write(f"greedily: {comparison}\n")
+        screen.write(f"greedily: {comparison}\n")
+
+
+def _prompt_bytes(prompt: str) -> np.ndarray:
+    """Token ids: the bytes of UTF-8, and those of the command line that are none."""
+    try:
+        encoded = prompt.encode("utf8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ValueError("`prompt` must be text; it holds half of a surrogate pair.") from None
+    if not encoded:
+        raise ValueError("`prompt` must hold at least one character; got none.")
+    return np.frombuffer(encoded, np.uint8).astype(np.int32)
 
 
 def load_model(path: Path) -> tuple[emtp.MTPModel, CheckpointInfo]:
@@ -113,14 +148,64 @@ def load_model(path: Path) -> tuple[emtp.MTPModel, CheckpointInfo]:
     return load_state(checkpoint, like).model, info
 
 
-def marked_text(steps: Iterable[StreamedStep], begin: str, end: str) -> Iterator[str]:
-    """The text of a single row, step by step, with marks around accepted drafts."""
+def marked_text(
+    steps: Iterable[StreamedStep],
+    begin: str,
+    end: str,
+    shown: Callable[[str], str] = str,
+) -> Iterator[str]:
+    """The text of a single row, step by step, with marks around accepted drafts.
+
+    A character that is cut at the end is U+FFFD. `shown` is applied to the text, not to the marks.
+    """
     decoder = codecs.getincrementaldecoder("utf8")("replace")
     for new_ids, num_new, num_accepted in steps:
         ids = [int(x) for x in new_ids[0, : num_new[0]] if x != TEXT_END]
-        drafted = decoder.decode(bytes(ids[: num_accepted[0]]))
-        rest = decoder.decode(bytes(ids[num_accepted[0] :]))
+        drafted = shown(decoder.decode(bytes(ids[: num_accepted[0]])))
+        rest = shown(decoder.decode(bytes(ids[num_accepted[0] :])))
         yield (f"{begin}{drafted}{end}" if drafted else "") + rest
+    cut = decoder.decode(b"", final=True)
+    if cut:
+        yield shown(cut)
+
+
+class _Screen:
+    """Where text is written: whatever it holds, it can be shown there and does no harm."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+        self.is_terminal = out.isatty()
+        self.encoding = getattr(out, "encoding", None) or "utf8"
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """What begins and ends an accepted draft."""
+        if self.is_terminal and "NO_COLOR" not in os.environ:
+            return _COLORS
+        can_show = self._encodable("".join(_BRACKETS)) == "".join(_BRACKETS)
+        return _BRACKETS if can_show else _PLAIN_BRACKETS
+
+    def shown(self, text: str) -> str:
+        """Text of a prompt or a model, without what would act on a terminal."""
+        if self.is_terminal:
+            text = "".join(_escaped(c) if _is_control(c) else c for c in text)
+        return self._encodable(text)
+
+    def write(self, text: str) -> None:
+        """Writes it at once."""
+        self.out.write(text)
+        self.out.flush()
+
+    def _encodable(self, text: str) -> str:
+        return text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" and character not in "\n\t"
+
+
+def _escaped(character: str) -> str:
+    return f"\\x{ord(character):02x}"
 
 
 class _Counts:
@@ -140,14 +225,13 @@ class _Counts:
             yield step
 
     def __str__(self) -> str:
-        num_steps = max(len(self.accepted), 1)
+        num_steps = len(self.accepted)
+        text = f"{self.num_tokens} tokens in {1 + num_steps} passes"
+        if not num_steps:
+            return text
         rates = [sum(n > k for n in self.accepted) / num_steps for k in range(self.num_drafts)]
-        described = describe_acceptance(1.0 + sum(rates), rates)
-        return f"{self.num_tokens} tokens in {1 + len(self.accepted)} passes; {described}"
-
-
-def _is_colored() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        described = describe_acceptance((self.num_tokens - 1) / num_steps, rates)
+        return f"{text}; after the prompt's {described}"
 
 
 def _newest(path: Path) -> Path:
