@@ -212,7 +212,8 @@ def test_the_sampler_decides_in_every_phase() -> None:
 
     # Token 0 is the first of equally good ones; every phase must pass it over.
     model = speculative.DecodingModel.of(with_one_answer(make_model(2)))
-    sizes, sampler = Sizes(2, 8), Never0()
+    make_sampler: Any = Never0
+    sizes, sampler = Sizes(2, 8), make_sampler()
     prompt_ids, lengths = (jnp.asarray(x, jnp.int32) for x in prompts())
     key = jax.random.key(0)
     state = quick_jit(speculative.prefill)(

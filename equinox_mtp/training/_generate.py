@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -172,7 +172,7 @@ def marked_text(
 class _Screen:
     """Where text is written: whatever it holds, it can be shown there and does no harm."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: Any) -> None:
         self.out = out
         self.is_terminal = out.isatty()
         self.encoding = getattr(out, "encoding", None) or "utf8"
