@@ -280,7 +280,8 @@ def _is_node(x: Any) -> bool:
 
 def _is_variable(x: Any) -> bool:
     """A variable of Flax's NNX, which need not be there."""
-    return callable(getattr(x, "get_metadata", None)) and callable(getattr(x, "set_value", None))
+    # Of the class: an instance of `nnx.Rngs` has every attribute that it is asked for.
+    return hasattr(type(x), "get_metadata") and hasattr(type(x), "set_value")
 
 
 def _is_random_state(x: Any) -> bool:
