@@ -24,6 +24,12 @@ _Layer = TypeVar("_Layer", bound=eqx.Module)
 _WITHOUT_MEANING = (object, itertools.count, type(threading.Lock()), type(threading.RLock()))
 """Kinds of things that tell instances apart, and do no more."""
 
+_NAMES_OF_FUNCTIONS = frozenset(functools.WRAPPER_ASSIGNMENTS)
+"""What a wrapper takes over from the function in it."""
+
+_IS_HEAP_TYPE = 1 << 9
+"""Python's flag for classes that a `class` statement makes."""
+
 
 def stack_layers(layers: Sequence[_Layer]) -> _Layer | None:
     """The arrays of all layers, stacked, in the structure of the first; `None` for no layers.
@@ -105,14 +111,14 @@ class _Comparison:
         """`is_static`: arrays must have the same values, not only the same shape and dtype."""
         if x is y or (id(x), id(y)) in self._pairs:
             return None
-        if not is_static and not (_is_array(x) or _is_node(x) or _is_node(y)):
+        if not is_static and not (eqx.is_array(x) or _is_node(x) or _is_node(y)):
             self._left_to_compare.append((x, y, path))
             return None
         self._pairs[id(x), id(y)] = (x, y)
         difference = _Difference(path, x, y, is_static)
-        if type(x) is not type(y) and not (_is_array(x) and _is_array(y)):
+        if type(x) is not type(y) and not (eqx.is_array(x) and eqx.is_array(y)):
             return difference
-        if _is_array(x):
+        if eqx.is_array(x):
             return None if _same_array(x, y, is_static=is_static) else difference
         if not _is_node(x) and _is_equal(x, y):
             return None
@@ -177,7 +183,7 @@ def _parts_of_function(function: types.FunctionType) -> list[_Part]:
         _Part(".__defaults__", function.__defaults__),
         _Part(".__kwdefaults__", function.__kwdefaults__),
         *(_Part(f".{name}", _contents(cell)) for name, cell in cells),
-        *(_Part(f".{name}", value) for name, value in sorted(vars(function).items())),
+        *_attributes(vars(function)),
     ]
 
 
@@ -212,16 +218,24 @@ def _parts_of_node(node: Any, *, is_static: bool) -> list[_Part]:
 
 
 def _parts_of_object(x: Any) -> list[_Part] | None:
-    slots = [name for kind in type(x).__mro__ for name in _slots(kind) if hasattr(x, name)]
-    attributes = getattr(x, "__dict__", None)
-    if attributes is None and not slots:
-        # Of a kind that is written in C, and hides what it holds.
-        return None
-    named = {name: getattr(x, name) for name in slots} | (attributes or {})
-    if not isinstance(x, types.FunctionType) and hasattr(x, "__wrapped__"):
+    if hasattr(x, "__wrapped__"):
         # A function under `jax.jit`, for instance.
-        named["__wrapped__"] = x.__wrapped__
+        return [_Part(".__wrapped__", x.__wrapped__), *_attributes(getattr(x, "__dict__", {}))]
+    slots = [name for kind in type(x).__mro__ for name in _slots(kind) if hasattr(x, name)]
+    if not _is_of_python(type(x)) or not (slots or hasattr(x, "__dict__")):
+        return None
+    named = {name: getattr(x, name) for name in slots} | getattr(x, "__dict__", {})
     return [_Part(f".{name}", value) for name, value in sorted(named.items())]
+
+
+def _attributes(named: Mapping[str, Any]) -> list[_Part]:
+    names = sorted(named.keys() - _NAMES_OF_FUNCTIONS)
+    return [_Part(f".{name}", named[name]) for name in names]
+
+
+def _is_of_python(kind: type) -> bool:
+    """Whether a class shows all that its instances hold; one that is written in C may not."""
+    return all(base.__flags__ & _IS_HEAP_TYPE for base in kind.__mro__[:-1])
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -237,7 +251,7 @@ def _same_array(x: Any, y: Any, *, is_static: bool) -> bool:
         return False
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return True
-    if not is_static and eqx.is_array(x) and eqx.is_array(y):
+    if not is_static:
         return True
     if isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer):
         return False
@@ -270,10 +284,6 @@ def _is_equal(x: Any, y: Any) -> bool:
 # Kinds
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray))
-
-
 def _is_node(x: Any) -> bool:
     return not jax.tree_util.treedef_is_leaf(jax.tree.structure(x, is_leaf=lambda y: y is not x))
 
@@ -297,7 +307,7 @@ def _description(x: Any) -> str:
     if isinstance(x, types.FunctionType):
         code = x.__code__
         text = f"`{x.__qualname__}` ({PurePath(code.co_filename).name}:{code.co_firstlineno})"
-    elif _is_array(x):
+    elif eqx.is_array(x):
         text = eqx.tree_pformat(x)
     else:
         text = " ".join(eqx.tree_pformat(x).split())
