@@ -16,6 +16,7 @@ from ._decoder import AbstractDecoder
 from ._layer import MultiTokenPredictionLayer
 from ._losses import MTPLosses, Objective, calculate_mtp_loss, loss_weights
 from ._shift import MTPTargets, default_position_ids
+from ._stacking import stack_layers
 from ._types import MakeLayer, Scalar, checked
 
 
@@ -74,7 +75,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         `ValueError` if the layers it makes are not alike.
         """
         self.config = config
-        self.layers = _stack_layers(
+        self.layers = stack_layers(
             [
                 MultiTokenPredictionLayer(
                     config,
@@ -117,7 +118,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         # A frozen dataclass with an `__init__` of its own: built as unflattening builds it.
         block = object.__new__(cls)
         object.__setattr__(block, "config", config)
-        object.__setattr__(block, "layers", _stack_layers(layers))
+        object.__setattr__(block, "layers", stack_layers(layers))
         return block
 
     def layer(self, depth: int) -> MultiTokenPredictionLayer:
@@ -263,41 +264,6 @@ class MultiTokenPredictionBlock(eqx.Module):
 
 def _num_layers(config: MTPConfig) -> int:
     return 1 if config.repeated_layer else config.num_depths
-
-
-def _stack_layers(
-    layers: Sequence[MultiTokenPredictionLayer],
-) -> MultiTokenPredictionLayer | None:
-    """Stacks the arrays of layers over a new leading axis; the rest must be the same in all."""
-    if not layers:
-        return None
-    first, *others = layers
-    for depth, layer in enumerate(others, start=2):
-        difference = _first_difference(first, layer)
-        if difference is not None:
-            raise ValueError(
-                "the layers of all depths must have the same structure, shapes, dtypes and static "
-                f"fields, so that they can be stacked; depth {depth} differs from depth 1: "
-                f"{difference}. Pass the same functions and sizes to every layer."
-            )
-    return jax.tree.map(lambda x, *xs: jnp.stack((x, *xs)) if eqx.is_array(x) else x, *layers)
-
-
-def _first_difference(
-    first: MultiTokenPredictionLayer, other: MultiTokenPredictionLayer
-) -> str | None:
-    if jax.tree.structure(first) != jax.tree.structure(other):
-        return "their tree structures, or their static fields, are not equal"
-    first_leaves = jax.tree_util.tree_leaves_with_path(first)
-    for (path, x), y in zip(first_leaves, jax.tree.leaves(other), strict=True):
-        if eqx.is_array(x) and eqx.is_array(y):
-            same = (x.shape, x.dtype) == (y.shape, y.dtype)
-        else:
-            same = type(x) is type(y) and x == y
-        if not same:
-            described = eqx.tree_pformat((x, y))
-            return f"`{jax.tree_util.keystr(path)}` is {described}"
-    return None
 
 
 def _stop_gradient(decoder: AbstractDecoder) -> AbstractDecoder:

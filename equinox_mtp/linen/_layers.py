@@ -1,7 +1,6 @@
 """Transformer layers as the original makes and calls them."""
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from .._decoder import AbstractDecoderLayer, HiddenStates
 from .._types import MakeLayer
 from ..nn import TransformerDecoderLayer
 from ._config import read_transformer
+from ._nnx import is_nnx_module, loaded_nnx
 
 TRAIN = "train"
 """The original's name for the mode in which losses are collected."""
@@ -102,8 +102,7 @@ def _argument_names(function: Callable[..., Any]) -> set[str] | None:
 
 def _rngs_for(module: Any, key: PRNGKeyArray) -> Any:
     """Modules of NNX want their own kind, and others a key."""
-    nnx: Any = sys.modules.get("flax.nnx")
-    return nnx.Rngs(key) if nnx is not None and _is_subclass(module, nnx.Module) else key
+    return loaded_nnx().Rngs(key) if is_nnx_module(module) else key
 
 
 def _is_subclass(module: Any, wanted: type) -> bool:

@@ -264,7 +264,13 @@ def _with_constants(skeleton: Any, make: Callable[[PRNGKeyArray], Any]) -> Any:
     def is_constant(x: Any) -> bool:
         return (eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)) and not is_parameter(x)
 
-    if not any(map(is_constant, jax.tree.leaves(skeleton))):
+    leaves, structure = jax.tree.flatten(skeleton)
+    if not any(map(is_constant, leaves)):
         return skeleton
-    constants = eqx.filter_jit(lambda key: eqx.filter(make(key), is_constant))(jax.random.key(0))
-    return eqx.combine(constants, skeleton)
+    # Without their structure: that of another instance need not be equal.
+    constants = iter(
+        jax.jit(lambda key: [x for x in jax.tree.leaves(make(key)) if is_constant(x)])(
+            jax.random.key(0)
+        )
+    )
+    return structure.unflatten(next(constants) if is_constant(x) else x for x in leaves)

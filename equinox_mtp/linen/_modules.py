@@ -18,6 +18,7 @@ from ._collections import BLOCK_NAME, mtp_acceptance, mtp_losses
 from ._config import Settings, read_settings
 from ._decoders import borrow_decoder, check_decoder, sharding_of_embeddings
 from ._layers import TRAIN, CallableLayer, layer_maker
+from ._nnx import hold_as_data
 from ._rngs import initial_key, key_for
 
 Collections = dict[str, dict[str, dict[str, Array]]]
@@ -66,6 +67,7 @@ class MultiTokenPredictionLayer(eqx.Module):
             norm_epsilon=settings.norm_epsilon,
             key=initial_key(rngs),
         )
+        hold_as_data(MultiTokenPredictionBlock, MultiTokenPredictionLayer)
         self.layer = in_weight_dtype(layer, settings)
         self.layer_number = layer_number
         self.dtype = settings.dtype
@@ -149,6 +151,7 @@ class MultiTokenPredictionBlock(eqx.Module):
             norm_epsilon=settings.norm_epsilon,
             key=initial_key(rngs),
         )
+        hold_as_data(MultiTokenPredictionBlock, MultiTokenPredictionLayer)
         self.block = in_weight_dtype(block, settings)
         self.decoder = decoder
         self.settings = settings

@@ -16,11 +16,9 @@ Path: TypeAlias = tuple[str, ...]
 
 def unboxed(leaf: Any) -> Any:
     """The array in one of Flax's boxes: a partitioned one, or a variable of NNX."""
-    if callable(unbox := getattr(leaf, "unbox", None)):
-        return unbox()
-    if callable(get_value := getattr(leaf, "get_value", None)):
-        return get_value()
-    return leaf
+    if hasattr(type(leaf), "unbox"):
+        return leaf.unbox()
+    return leaf.get_value() if is_nnx_variable(leaf) else leaf
 
 
 def joined(path: Path) -> str:
@@ -126,8 +124,9 @@ def map_parameters(function: Callable[[Path, Any], Any], tree: Any) -> Any:
         names = names_of(path)
         return jax.tree.map(lambda x: function(names, x) if is_parameter(x) else x, leaf)
 
-    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=_is_nnx_variable)
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_nnx_variable)
 
 
-def _is_nnx_variable(x: Any) -> bool:
-    return callable(getattr(x, "get_value", None)) and callable(getattr(x, "set_value", None))
+def is_nnx_variable(x: Any) -> bool:
+    # Of the class: an instance of `nnx.Rngs` has every attribute that it is asked for.
+    return hasattr(type(x), "get_value") and hasattr(type(x), "set_value")
