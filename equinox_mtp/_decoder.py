@@ -138,6 +138,15 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
         **Returns:** the layer's output, and the cache.
         """
 
+    def for_decoding(self, dtype: Any) -> "AbstractCachedDecoderLayer":
+        """The same layer, laid out for many small steps on hidden states of `dtype`; or itself.
+
+        Called once, outside of the loop over steps. A layer that casts its parameters to the dtype
+        of its input should do so here: in the loop it would read and cast all of them in each step.
+        """
+        del dtype
+        return self
+
 
 class AbstractCachedDecoder(AbstractDecoder):
     """A language model that can also run a few tokens at a time, as generation needs it."""

@@ -38,6 +38,13 @@ def default_vocab_tile(vocab_size: int, *, keeps_logits: bool) -> int:
     return max(vocab_size, 1) if keeps_logits else 32_768
 
 
+def head_vocab_size(head: Any) -> int | None:
+    """The number of ids that an output head knows, if it is a matrix or a `LinearHead`."""
+    if isinstance(head, LinearHead):
+        return head.weight.shape[0]
+    return None if callable(head) else head.shape[0]
+
+
 def accumulation_dtype(hidden_states: Array) -> Any:
     """The dtype of logits, losses and sums of gradients: float32, or float64 for float64."""
     is_double = hidden_states.dtype == jnp.float64

@@ -15,7 +15,7 @@ from ._decoder import (
     split_auxiliary,
 )
 from ._types import MakeLayer, checked
-from .nn import Linear, RMSNorm
+from .nn import Linear, RMSNorm, cast_matrices
 
 
 class MultiTokenPredictionLayer(eqx.Module):
@@ -125,6 +125,16 @@ class MultiTokenPredictionLayer(eqx.Module):
         assert isinstance(layer, AbstractCachedDecoderLayer)
         combined = self._combine(hidden_states, token_embeddings)
         return layer.decode(combined, cache, position_ids=position_ids)
+
+    def for_decoding(self, dtype: Any) -> "MultiTokenPredictionLayer":
+        """The same depth, laid out for many small steps; see `AbstractCachedDecoderLayer`."""
+        layer = self.transformer_layer
+        assert isinstance(layer, AbstractCachedDecoderLayer)
+        return eqx.tree_at(
+            lambda depth: (depth.projection_layer, depth.transformer_layer),
+            self,
+            (cast_matrices(self.projection_layer, dtype), layer.for_decoding(dtype)),
+        )
 
     def _combine(self, hidden_states: Array, token_embeddings: Array) -> Array:
         embedding = self.embedding_norm(token_embeddings)

@@ -12,7 +12,7 @@ from ._block import MTPOutput, MultiTokenPredictionBlock
 from ._checks import check_ids
 from ._cross_entropy import summed_linear_cross_entropy
 from ._decoder import AbstractDecoder, split_auxiliary
-from ._head import LinearHead
+from ._head import head_vocab_size
 from ._losses import Objective, TokenLoss, calculate_mtp_loss
 from ._shift import MTPTargets, align_targets, default_position_ids, scored_targets
 from ._types import HostOrDeviceArray, Scalar, checked
@@ -106,7 +106,7 @@ class MTPModel(eqx.Module):
         """
         scored = scored_targets(target_ids, target_mask, segment_ids)
         counts = _on_host_mask(target_ids, target_mask, segment_ids)
-        vocab_size = _vocab_size(self.decoder)
+        vocab_size = head_vocab_size(self.decoder.output_head())
         target_ids = jnp.asarray(check_ids("target_ids", target_ids, vocab_size, counts))
         input_ids = jnp.asarray(check_ids("input_ids", input_ids))
         if segment_ids is not None:
@@ -172,11 +172,3 @@ def _on_host_mask(target_ids: Any, target_mask: Any, segment_ids: Any) -> Any:
     if on_device:
         return on_device[0]
     return np.logical_and.reduce([np.ones(target_ids.shape, bool), *(mask != 0 for mask in masks)])
-
-
-def _vocab_size(decoder: AbstractDecoder) -> int | None:
-    """The number of ids that the output head knows, if it is a matrix."""
-    head = decoder.output_head()
-    if isinstance(head, LinearHead):
-        return head.weight.shape[0]
-    return None if callable(head) else head.shape[0]

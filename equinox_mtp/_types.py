@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
-import jax
 import numpy as np
 from beartype import beartype
 from jax import Array
@@ -92,13 +91,17 @@ Scalar: TypeAlias = float | int | np.floating | np.integer | Float[Array, ""] | 
 """A number of Python, of NumPy, or an array without axes, which may be traced."""
 
 
-def on_host(x: Any) -> np.ndarray | None:
-    """The values of a number or an array, if they are at hand; `None` for what is traced."""
-    if isinstance(x, Tracer):
-        return None
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return None
-    return np.asarray(x)
+def at_hand(array: Any) -> Any:
+    """A number or an array as one of NumPy, if its values can be read; itself otherwise."""
+    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
+        return array
+    return np.asarray(array)
+
+
+def on_host(array: Any) -> np.ndarray | None:
+    """A number or an array as one of NumPy, if its values can be read; `None` otherwise."""
+    values = at_hand(array)
+    return values if isinstance(values, np.ndarray) else None
 
 
 OutputHead: TypeAlias = Float[Array, "vocab embed"] | Callable[[Array], Array]

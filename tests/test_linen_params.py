@@ -105,7 +105,7 @@ def test_scale_of_one_is_in_the_initial_query() -> None:
     x = jax.random.normal(jax.random.key(1), (1, 5, 64))
     positions = jnp.arange(5)[None]
     golden.assert_close(folded(x, position_ids=positions), usual(x, position_ids=positions))
-    with pytest.raises(ValueError, match="`scale` must be positive"):
+    with pytest.raises(ValueError, match="`scale` must be above 0"):
         nn.GroupedQueryAttention(**make, scale=0.0, key=jax.random.key(0))
 
 

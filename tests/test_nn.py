@@ -215,9 +215,13 @@ def test_grouped_query_attention(
     assert_close(actual, _self_attention(x, module, segments))
 
 
-@pytest.mark.parametrize("num_kv_heads", [0, 3])
-def test_grouped_query_attention_error(getkey: Callable[[], PRNGKeyArray], num_kv_heads: int):
-    with pytest.raises(ValueError, match=f"`num_kv_heads` must divide.*got {num_kv_heads} and 4"):
+@pytest.mark.parametrize(
+    ("num_kv_heads", "message"), [(0, "must be at least 1; got 0"), (3, "must divide.*got 3 and 4")]
+)
+def test_grouped_query_attention_error(
+    getkey: Callable[[], PRNGKeyArray], num_kv_heads: int, message: str
+):
+    with pytest.raises(ValueError, match=f"`num_kv_heads` {message}"):
         nn.GroupedQueryAttention(_EMBED, 4, num_kv_heads, _HEAD_DIM, key=getkey())
 
 
@@ -357,19 +361,19 @@ def test_injected_attention(rng: np.random.Generator):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 0}, "`vocab_size` must be positive; got 0"),
-        ({"embed_size": -1}, "`embed_size` must be positive; got -1"),
-        ({"num_layers": 0}, "`num_layers` must be positive; got 0"),
-        ({"num_heads": 0}, "`num_heads` must be positive; got 0"),
-        ({"num_kv_heads": 0}, "`num_kv_heads` must be positive, or `None`; got 0"),
-        ({"head_dim": 0}, "`head_dim` must be positive, or `None`; got 0"),
-        ({"mlp_size": -2}, "`mlp_size` must be positive, or `None`; got -2"),
+        ({"vocab_size": 0}, "`vocab_size` must be at least 1; got 0"),
+        ({"embed_size": -1}, "`embed_size` must be at least 1; got -1"),
+        ({"num_layers": 0}, "`num_layers` must be at least 1; got 0"),
+        ({"num_heads": 0}, "`num_heads` must be at least 1; got 0"),
+        ({"num_kv_heads": 0}, "`num_kv_heads` must be at least 1; got 0"),
+        ({"head_dim": 0}, "`head_dim` must be at least 1; got 0"),
+        ({"mlp_size": -2}, "`mlp_size` must be at least 1; got -2"),
         ({"num_heads": 5, "head_dim": None}, "`num_heads` must divide `embed_size`.*got 5 and 12"),
         ({"head_dim": 3}, "`head_dim` must be even for rotary embeddings; got 3"),
         ({"head_dim": None}, "`head_dim` must be even for rotary embeddings; got 3"),
         ({"num_kv_heads": 3}, "`num_kv_heads` must divide `num_heads`; got 3 and 4"),
-        ({"dropout_rate": 1.0}, r"`dropout_rate` must lie in \[0, 1\); got 1.0"),
-        ({"dropout_rate": -0.1}, r"`dropout_rate` must lie in \[0, 1\); got -0.1"),
+        ({"dropout_rate": 1.0}, r"`dropout_rate` must be at least 0 and below 1; got 1"),
+        ({"dropout_rate": -0.1}, r"`dropout_rate` must be at least 0 and below 1; got -0.1"),
         ({"dtype": "float16"}, "`dtype` must be 'float32' or 'bfloat16'; got 'float16'"),
     ],
 )

@@ -9,7 +9,10 @@ from ._attention import (
 )
 from ._embedding import embed_tokens as embed_tokens
 from ._feed_forward import SwiGLU as SwiGLU
-from ._linear import Linear as Linear
+from ._linear import (
+    Linear as Linear,
+    cast_matrices as cast_matrices,
+)
 from ._norm import RMSNorm as RMSNorm
 from ._rotary import rotary_embedding as rotary_embedding
 from ._transformer import (

@@ -1,10 +1,15 @@
+from typing import Any, TypeVar
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._checks import check_integer
 from .._types import checked
 from ._init import fan_in_normal
+
+Tree = TypeVar("Tree")
 
 
 class Linear(eqx.Module):
@@ -49,3 +54,16 @@ def check_features(x: Array, wanted: int, whose: str) -> None:
             f"`x` must have the {wanted} features of {whose} in its last axis; got an array "
             f"{x.shape}."
         )
+
+
+def cast_matrices(tree: Tree, dtype: DTypeLike) -> Tree:
+    """A module whose kernels and embeddings are of `dtype`; norms and biases stay as they are.
+
+    For modules that cast these parameters to the dtype of their input anyway: their results do not
+    change, and less memory is read. Floating-point arrays of two axes and more are cast.
+    """
+
+    def cast(x: Any) -> Any:
+        return x.astype(dtype) if eqx.is_inexact_array(x) and x.ndim >= 2 else x
+
+    return jax.tree.map(cast, tree)

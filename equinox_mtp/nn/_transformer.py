@@ -14,6 +14,7 @@ from .._types import checked
 from ._attention import KeyValueCache
 from ._embedding import embed_tokens
 from ._init import fan_in_normal
+from ._linear import cast_matrices
 from ._norm import RMSNorm
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
 
@@ -109,8 +110,19 @@ class TransformerDecoder(AbstractCachedDecoder):
         return self.for_decoding().decode(input_ids, cache, position_ids=position_ids)
 
     def for_decoding(self) -> "UnrolledDecoder":
-        """The layers one by one."""
-        return UnrolledDecoder(self, tuple(map(self.layer, range(self.config.num_layers))))
+        """The layers one by one, with matrices in the compute dtype."""
+        dtype = self.config.dtype
+        layers = tuple(
+            self.layer(index).for_decoding(dtype) for index in range(self.config.num_layers)
+        )
+        matrices = (self.embedding, self.head)
+        decoder = eqx.tree_at(
+            lambda decoder: (decoder.embedding, decoder.head),
+            self,
+            cast_matrices(matrices, dtype),
+            is_leaf=lambda x: x is None,
+        )
+        return UnrolledDecoder(decoder, layers)
 
     def layer(self, index: int) -> TransformerDecoderLayer:
         """One layer; they count from 0.

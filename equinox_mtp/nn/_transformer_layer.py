@@ -19,6 +19,7 @@ from ._attention import (
     causal_attention,
 )
 from ._feed_forward import SwiGLU
+from ._linear import cast_matrices
 from ._norm import RMSNorm
 
 
@@ -194,6 +195,10 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> KeyValueCache:
         """Keys and values of the attention."""
         return self.attention.init_cache(batch_size, max_length, dtype)
+
+    def for_decoding(self, dtype: Any) -> "TransformerDecoderLayer":
+        """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
+        return cast_matrices(self, dtype)
 
     @checked
     def decode(

@@ -12,9 +12,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Int32, Integer, PRNGKeyArray
 
 from .._checks import check_ids, check_integer
+from .._head import head_vocab_size
 from .._model import MTPModel
-from .._types import HostOrDeviceArray, checked
-from ._model import DecodingModel, at_hand, check_cached_steps, vocab_size_of
+from .._types import HostOrDeviceArray, at_hand, checked
+from ._model import DecodingModel, check_cached_steps
 from ._sampling import Number, Sampler
 from ._state import DecodingState, Generation
 from ._steps import Sizes, prefill, step
@@ -164,7 +165,7 @@ def _request(
     key: PRNGKeyArray | None,
 ) -> _Request:
     check_cached_steps(model)
-    vocab_size = vocab_size_of(model)
+    vocab_size = head_vocab_size(model.decoder.output_head())
     prompts, lengths = _prompts(prompt_ids, prompt_lengths, vocab_size)
     num_depths = model.block.config.num_depths
     drafts = check_integer("num_drafts", num_depths if num_drafts is None else num_drafts)

@@ -10,10 +10,11 @@ from jaxtyping import Array, Integer
 
 from .._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
 from .._checks import check_ids, check_integer
+from .._head import head_vocab_size
+from .._losses import add_counts
 from .._model import MTPModel
 from .._shift import default_position_ids, inputs_and_targets
-from .._types import HostOrDeviceArray, checked
-from ._model import at_hand, vocab_size_of
+from .._types import HostOrDeviceArray, at_hand, checked
 
 
 class PositionalAcceptance(eqx.Module):
@@ -35,7 +36,7 @@ class PositionalAcceptance(eqx.Module):
             raise ValueError(
                 f"`edges` must be the same to join batches; got {self.edges} and {other.edges}."
             )
-        return jax.tree.map(jnp.add, self, other)
+        return jax.tree.map(add_counts, self, other)
 
 
 @checked
@@ -79,7 +80,7 @@ def measure_acceptance(
             f"`num_buckets` must lie in 1 … {seq}, the number of positions; got {num_buckets}."
         )
     is_token = None if segment_ids is None else at_hand(segment_ids)
-    check_ids("tokens", at_hand(tokens), vocab_size_of(model), is_token)
+    check_ids("tokens", at_hand(tokens), head_vocab_size(model.decoder.output_head()), is_token)
     input_ids, target_ids, target_mask = inputs_and_targets(tokens, segment_ids=segment_ids)
     positions = (
         default_position_ids(input_ids)

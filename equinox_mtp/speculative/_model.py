@@ -3,8 +3,8 @@
 from typing import Any
 
 import equinox as eqx
-import numpy as np
-from jax.core import Tracer
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from .._config import MTPConfig
@@ -29,26 +29,11 @@ def check_cached_steps(model: MTPModel) -> None:
             )
 
 
-def vocab_size_of(model: MTPModel) -> int | None:
-    """The number of ids that the output head knows, if it is a matrix."""
-    head = model.decoder.output_head()
-    if isinstance(head, LinearHead):
-        return head.weight.shape[0]
-    return None if callable(head) else head.shape[0]
-
-
-def at_hand(array: Any) -> Any:
-    """An array as one of NumPy, if its values can be read; itself otherwise."""
-    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
-        return array
-    return np.asarray(array)
-
-
 class DecodingModel(eqx.Module):
     """A decoder and its prediction depths, laid out for many small steps.
 
-    `DecodingModel.of(model)` copies the parameters that are stacked; so it is made once, outside of
-    the loop over steps.
+    `DecodingModel.of(model)` copies the parameters that are stacked, or of another dtype than they
+    are used in; so it is made once, outside of the loop over steps.
     """
 
     decoder: AbstractCachedDecoder
@@ -62,8 +47,10 @@ class DecodingModel(eqx.Module):
         decoder, block = model.decoder, model.block
         assert isinstance(decoder, AbstractCachedDecoder)
         num_layers = 1 if block.config.repeated_layer else block.config.num_depths
-        layers = tuple(block.layer(depth) for depth in range(1, num_layers + 1))
-        return cls(decoder.for_decoding(), layers, block.config)
+        one_id = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        dtype = eqx.filter_eval_shape(decoder.embed, one_id, one_id).dtype
+        layers = (block.layer(depth).for_decoding(dtype) for depth in range(1, num_layers + 1))
+        return cls(decoder.for_decoding(), tuple(layers), block.config)
 
     def layer(self, depth: int) -> MultiTokenPredictionLayer:
         """That of a draft; beyond the model's depths its last one, again and again.

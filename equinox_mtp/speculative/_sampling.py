@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from .._checks import check_ids, check_integer, check_number
-from .._types import checked
-from ._model import at_hand
+from .._types import at_hand, checked
 
 Number: TypeAlias = float | int | np.floating | np.integer
 """A number of Python or NumPy; `Sampler` takes no traced ones."""
