@@ -186,7 +186,7 @@ def add_counts(one: Any, other: Any) -> Any:
     if values[0] is None or values[1] is None:
         return one + other
     dtype = np.int64 if np.issubdtype(values[0].dtype, np.integer) else np.float64
-    return values[0].astype(dtype) + values[1].astype(dtype)
+    return np.asarray(values[0].astype(dtype) + values[1].astype(dtype))
 
 
 def loss_weights(objective: Objective, counts: Float32[Array, "depth"]) -> Float32[Array, "depth"]:

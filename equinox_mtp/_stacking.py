@@ -18,6 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 _Layer = TypeVar("_Layer", bound=eqx.Module)
 
@@ -40,7 +41,9 @@ def stack_layers(layers: Sequence[_Layer]) -> _Layer | None:
         attributes are the same in turn. Partials, methods and objects are compared by their parts.
         What refers back to a part of its own layer is the same if that part is.
     - Arrays that a function or a static field holds are compared by value, since they cannot be
-        stacked. Keys of `jax.random` there do not count, nor do counters of `itertools`.
+        stacked; traced ones, as in `jax.eval_shape`, have no value, and only their shapes and
+        dtypes are compared. Keys of `jax.random` there do not count, nor do counters of
+        `itertools`.
     - Labels do not count: an attribute `name` whose values differ in digits alone (`"layer_1"`,
         `"layer_2"`), and text and integers in the metadata of NNX variables, except their sharding
         and the tag of their random stream.
@@ -253,8 +256,8 @@ def _same_array(x: Any, y: Any, *, is_static: bool) -> bool:
         return True
     if not is_static:
         return True
-    if isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer):
-        return False
+    if isinstance(x, Tracer) or isinstance(y, Tracer):
+        return isinstance(x, Tracer) and isinstance(y, Tracer)
     return bool(np.array_equal(np.asarray(x), np.asarray(y)))
 
 

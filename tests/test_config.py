@@ -94,10 +94,10 @@ def test_no_depths_are_legal() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_depths": -1}, r"`num_depths` must be zero or positive; got -1"),
-        ({"num_depths": 1.0}, r"`num_depths` must be an integer; got 1\.0"),
-        ({"num_depths": True}, r"`num_depths` must be an integer; got True"),
-        ({"num_depths": "2"}, r"`num_depths` must be an integer; got '2'"),
+        ({"num_depths": -1}, r"`num_depths` must be at least 0; got -1"),
+        ({"num_depths": 1.0}, r"`num_depths` must be an integer at least 0; got 1\.0"),
+        ({"num_depths": True}, r"`num_depths` must be an integer at least 0; got True"),
+        ({"num_depths": "2"}, r"`num_depths` must be an integer at least 0; got '2'"),
         (
             {"concat_order": "embedding"},
             r"`concat_order` must be 'embedding_first' or 'hidden_first'; got 'embedding'",
@@ -132,8 +132,10 @@ def test_wrong_fields_raise(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("field", ["repeated_layer", "stop_gradient_hidden"])
 def test_flags_are_booleans(field: str) -> None:
     wrong: dict[str, Any] = {field: "no"}
-    with pytest.raises(TypeCheckError, match=field):
+    with pytest.raises((ValueError, TypeCheckError), match=field):
         MTPConfig(**wrong)
+    with pytest.raises(ValueError, match=f"`{field}` must be True or False; got 'no'"):
+        UnhookedConfig(**wrong)
 
 
 def test_unknown_preset_raises() -> None:

@@ -640,7 +640,7 @@ HIDDEN, IDS, WEIGHTS = jnp.ones((2, 3, EMBED)), jnp.zeros((2, 3), jnp.int32), jn
         ("target_ids", (HIDDEN, WEIGHT, IDS[:, :2], WEIGHTS), {}),
         ("target_ids", (HIDDEN, WEIGHT, WEIGHTS, WEIGHTS), {}),
         ("weights", (HIDDEN, WEIGHT, IDS, WEIGHTS[0]), {}),
-        ("weights", (HIDDEN, WEIGHT, IDS, IDS), {}),
+        ("weights", (HIDDEN, WEIGHT, IDS, IDS.astype(complex)), {}),
         ("z_loss_weight", (HIDDEN, WEIGHT, IDS, WEIGHTS), {"z_loss_weight": jnp.ones(2)}),
         ("predictions", (HIDDEN, WEIGHT, IDS, WEIGHTS), {"predictions": None}),
     ],

@@ -1,7 +1,10 @@
 """Layers of NNX in the shim against an unrolled loop, and the shim in modules of NNX."""
 
 import itertools
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -60,7 +63,7 @@ def rms_norm(x: Array) -> Array:
 
 
 def unrolled(num_depths: int, config: Any, key: Array, *, deterministic: bool) -> Any:
-    """Loss, and the gradients of each depth's kernels and of the hidden states, without stacking."""
+    """Loss, and gradients of each depth's kernels and of the hidden states, without stacking."""
     inputs, decoder = toy_inputs(), toy_decoder()
     aligned = align_oracle(
         *(np.asarray(inputs[name]) for name in ("input_ids", "target_ids")),
@@ -148,3 +151,139 @@ def test_layers_of_nnx_with_parameters_from_outside() -> None:
         layer = gradients[f"mtp_layer_{depth}"][f"mtp_{depth}_transformer_layer"]
         assert layer.keys() == {"kernel"}
         assert_close(layer["kernel"], of_kernels[depth - 1])
+
+
+class Metadata(nnx.Module):
+    """One variable, one attribute and one function."""
+
+    def __init__(self, rngs: nnx.Rngs, metadata: Any, attributes: Any):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (EMBED,)), **metadata)
+        self.rngs = rngs
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def __call__(self, inputs: Array, **_: Any) -> Array:
+        return inputs * self.kernel.get_value()
+
+
+def make_two(metadata: tuple[Any, Any], attributes: tuple[Any, Any]) -> Any:
+    numbers = itertools.count()
+
+    def make_layer(rngs: Any) -> Metadata:
+        k = next(numbers)
+        return Metadata(nnx.Rngs(rngs), metadata[k], attributes[k])
+
+    return linen.MultiTokenPredictionBlock(
+        toy_config(2, 0), None, make_layer, toy_decoder(), rngs=jax.random.key(0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "attributes"),
+    [
+        (({"owner": "a"}, {"owner": "b"}), ({}, {})),
+        (({"number": 1}, {"number": 2}), ({}, {})),
+        (tuple({"initial": partial(jnp.full, fill_value=1.0)} for _ in range(2)), ({}, {})),
+        (({}, {}), ({"name": "layer_1"}, {"name": "layer_12"})),
+        (({}, {}), tuple({"function": partial(jnp.multiply, 2.0)} for _ in range(2))),
+    ],
+    ids=["text", "integer", "function", "name", "partial"],
+)
+def test_labels_of_nnx_do_not_count(metadata: Any, attributes: Any) -> None:
+    layers = make_two(metadata, attributes).block.layers
+    assert layers.transformer_layer.function.kernel.get_value().shape == (2, EMBED)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "attributes", "message"),
+    [
+        (({"factor": 1.5}, {"factor": 2.5}), ({}, {}), r"\.kernel\.factor` .* 1.5 .* 2.5"),
+        (({"a": 1}, {"b": 1}), ({}, {}), r"\.kernel"),
+        (
+            tuple({"out_sharding": (axis,), "eager_sharding": False} for axis in "xy"),
+            ({}, {}),
+            r"\.out_sharding.*'x'.* at depth 1, and .*'y'",
+        ),
+        (({}, {}), ({"name": "relu"}, {"name": "gelu"}), r"\.name` .*'relu' .*'gelu'"),
+        (({}, {}), ({"window": 1}, {"window": 2}), r"\.window` \(static\) is 1 .* 2"),
+        (({}, {}), ({"act": nnx.relu}, {"act": nnx.gelu}), r"\.act.*relu.*gelu"),
+        (({}, {}), ({"dtype": jnp.float32}, {"dtype": jnp.float16}), r"\.dtype.*float32.*float16"),
+    ],
+    ids=["number", "keys", "sharding", "name", "attribute", "function", "dtype"],
+)
+def test_what_differs_in_meaning_is_named(metadata: Any, attributes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="depth 2 differs from depth 1: .*" + message) as raised:
+        make_two(metadata, attributes)
+    assert len(str(raised.value)) < 400
+
+
+class Holder(nnx.Module):
+    """A model of NNX with the shim's block as an attribute."""
+
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(maxtext.VOCAB, EMBED, rngs=rngs)
+        self.mtp_block = linen.MultiTokenPredictionBlock(
+            config, None, NNXLayer, toy_decoder(), rngs=rngs
+        )
+        self.first = self.mtp_block.mtp_layer_1
+
+    def __call__(self, inputs: dict[str, Any]) -> Array:
+        arguments: dict[str, Any] = inputs | {"shared_embedding": self.embed}
+        collections = self.mtp_block(**arguments)
+        return linen.calculate_mtp_loss(collections, self.config)
+
+
+def test_a_block_is_data_of_a_module() -> None:
+    config = toy_config(2, 0, dropout_rate=0.0)
+    model, inputs = Holder(config, nnx.Rngs(0)), toy_inputs()
+    expected = model(inputs)
+    # What NNX does with a model: take it apart, put it together, and compile it.
+    graph, state = nnx.split(model)
+    assert_close(nnx.jit(lambda model: model(inputs))(nnx.merge(graph, state)), expected)
+    kernels = dict(nnx.to_flat_state(nnx.state(model.mtp_block)))
+    path = ("block", "layers", "transformer_layer", "function", "kernel")
+    assert kernels[path].get_value().shape == (2, EMBED, EMBED)
+
+    gradient = jax.grad(lambda state: nnx.merge(graph, state)(inputs), allow_int=True)(state)
+    reference = eqx.filter_grad(
+        lambda block: linen.calculate_mtp_loss(
+            block(**inputs | {"shared_embedding": model.embed}), config
+        )
+    )(model.mtp_block)
+    actual = dict(nnx.to_flat_state(gradient["mtp_block"]))[path].get_value()
+    of_block = reference.block.layers.transformer_layer.function.kernel.get_value()
+    assert_close(actual, of_block)
+    assert float(jnp.abs(of_block).max()) > 0
+
+
+@pytest.mark.parametrize("order", ["flax first", "flax last"])
+def test_a_block_is_data_whenever_flax_is_imported(order: str) -> None:
+    imports = ["from flax import nnx", "from equinox_mtp import linen"]
+    code = "\n".join(
+        [
+            *(imports if order == "flax first" else reversed(imports)),
+            "import jax, maxtext",
+            "class Model(nnx.Module):",
+            "    def __init__(self):",
+            "        self.block = linen.MultiTokenPredictionBlock(maxtext.toy_config(1, 0), None,",
+            "            maxtext.ToyLayer, maxtext.toy_decoder(), rngs=jax.random.key(0))",
+            "assert nnx.state(Model())",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_streams_with_a_default_are_not_taken_for_variables() -> None:
+    # An instance of `nnx.Rngs` has any attribute that it is asked for, each a stream of its own.
+    block = make_two(({}, {}), ({}, {}))
+    names = linen.to_linen_params(block.block)["mtp_layer_1"]["mtp_1_transformer_layer"]
+    assert names.keys() == {"kernel"}
+    assert block.block.layers.transformer_layer.function.rngs.default.key.get_value().shape == (2,)

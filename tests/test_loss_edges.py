@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from equinox_mtp import (
     HeadSharding,
     LinearHead,
+    _head,
     linear_cross_entropy,
     summed_linear_cross_entropy,
 )
@@ -247,6 +248,28 @@ def test_a_callable_of_a_wrong_shape_is_an_error() -> None:
     ):
         with pytest.raises(ValueError, match=f"`head` must make logits .* made {came}"):
             summed(hidden, callable_head, ids, weights)
+
+
+# Tiles by platform
+
+
+def test_tiles_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, ids, weights = make_case()
+    on_cpu = LinearHead(head)
+    assert (on_cpu.tokens_at_a_time, on_cpu.ids_at_a_time) == (1024, 2048)
+    monkeypatch.setattr(_head, "default_platform", lambda: "gpu")
+    # The logits of a tile take at most 2 GiB in float32, and a tile at least 1024 tokens.
+    for vocab_size, tokens in ((32_000, 4096), (129_280, 4096), (262_144, 2048), (10**7, 1024)):
+        assert _head.default_token_tile(vocab_size) == tokens
+        assert tokens == 1024 or 4 * tokens * vocab_size <= 2**31
+    assert (on_cpu.tokens_at_a_time, on_cpu.ids_at_a_time) == (4096, VOCAB)
+    assert LinearHead(head, recompute_logits=True).ids_at_a_time == 32_768
+    assert LinearHead(head, token_tile=8, vocab_tile=5).ids_at_a_time == 5
+    value, gradients = exact(hidden, head, ids, weights)
+    actual, actual_gradients = jax.value_and_grad(summed, (0, 1))(hidden, head, ids, weights)
+    assert_close(actual, value)
+    for one, other in zip(actual_gradients, gradients, strict=True):
+        assert_close(one, other)
 
 
 # 64 bits

@@ -354,8 +354,13 @@ def test_align_targets_by_hand() -> None:
             [[20, 0, 0, 0, 0, 0, 0]],
         ],
         "mask": [[[1, 1, 0, 0, 1, 0, 0]], [[1, 0, 0, 0, 0, 0, 0]], [[0] * 7]],
+        "token_mask": [
+            [[1, 1, 1, 0, 1, 1, 0]],
+            [[1, 1, 0, 0, 1, 0, 0]],
+            [[1, 0, 0, 0, 0, 0, 0]],
+        ],
     }
-    dtypes = dict.fromkeys(FIELDS, np.int32) | {"mask": np.bool_}
+    dtypes = dict.fromkeys(FIELDS, np.int32) | {"mask": np.bool_, "token_mask": np.bool_}
     assert_aligned(targets, {field: np.array(expected[field], dtypes[field]) for field in FIELDS})
 
 
@@ -415,7 +420,7 @@ def test_zero_depths_keep_shape_and_dtype() -> None:
     targets = align_targets(tokens, tokens, num_depths=0, segment_ids=SEGMENT_IDS)
     assert targets.num_depths == 0
     for field in FIELDS:
-        dtype = np.bool_ if field == "mask" else np.int32
+        dtype = np.bool_ if "mask" in field else np.int32
         assert_equal(getattr(targets, field), np.zeros((0, BATCH, SEQ), dtype))
 
 

@@ -92,7 +92,7 @@ ALIKE: dict[str, Callable[[], Any]] = {
     "attribute": lambda: attributed(3.0),
     "closure-array": lambda: closure(np.arange(3.0)),
     "closure-key": lambda: closure(jax.random.key(next(SEEDS))),
-    "partial": lambda: functools.partial(closure(3.0), 1.0),
+    "partial": lambda: functools.partial(closure(3.0), jnp.asarray(1.0)),
     "jit": lambda: jax.jit(closure(3.0)),
     "vmap": lambda: jax.vmap(closure(3.0), in_axes=1),
     "checkpoint": lambda: jax.checkpoint(closure(3.0)),
@@ -133,7 +133,11 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
     "ufuncs": (np.add, np.multiply, "add.*multiply"),
     "closure": (closure(2.0), closure(3.0), r"\.power` \(static\) is 2.0 at depth 1, and 3.0"),
     "deep": (of_another_closure(2.0), of_another_closure(3.0), r"\.inner\.power` .* 2.0 .* 3.0"),
-    "closure-functions": (closure(jnp.sin), closure(jnp.cos), r"\.power\.__wrapped__` .*`sin` .*`cos`"),
+    "closure-functions": (
+        closure(jnp.sin),
+        closure(jnp.cos),
+        r"\.power\.__wrapped__` .*`sin` .*`cos`",
+    ),
     "closure-array": (closure(np.arange(3)), closure(np.arange(1, 4)), r"\.power` .*and another"),
     "default": (with_default(2.0), with_default(3.0), r"__defaults__\[0\]` .* 2.0 .* 3.0"),
     "attribute": (attributed(1), attributed(2), r"\.rate` .* 1 .* 2"),
@@ -142,7 +146,11 @@ DIFFERENT: dict[str, tuple[Any, Any, str]] = {
         functools.partial(max, default=2),
         r"\.keywords\['default'\]` .* 1 .* 2",
     ),
-    "partial-names": (functools.partial(max, default=1), functools.partial(max, key=1), "keywords"),
+    "partial-names": (
+        functools.partial(max, default=1),
+        functools.partial(max, key=len),
+        "keywords",
+    ),
     "partial-function": (functools.partial(max), functools.partial(min), "max.*min"),
     "jit": (jax.jit(closure(2.0)), jax.jit(closure(3.0)), r"power` .* 2.0 .* 3.0"),
     "vmap": (jax.vmap(closure(2.0), 0), jax.vmap(closure(2.0), 1), "in_axes` .* 0 .* 1"),
@@ -199,7 +207,8 @@ def test_keys_and_counters_are_stacked_as_the_arrays_they_are() -> None:
     layers = [Layer(1.0, (keys[k], jnp.asarray(k))) for k in range(3)]
     stacked = stack_layers(layers)
     assert stacked is not None
-    np.testing.assert_array_equal(*map(jax.random.key_data, (stacked.dynamic[0], keys)))
+    one, other = map(jax.random.key_data, (stacked.dynamic[0], keys))
+    np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(stacked.dynamic[1], [0, 1, 2])
 
 
@@ -244,3 +253,17 @@ def test_equinox_layers_with_functions_of_their_own_make_a_block(num_depths: int
             embed_size=4,
             key=jax.random.key(0),
         )
+
+
+def test_constants_of_layers_that_are_made_while_tracing() -> None:
+    """As the initial values of a layer's parameters do, they hold arrays that have no value yet."""
+
+    def shapes(*powers: Any) -> Any:
+        # Only arrays leave the trace: what a static field holds there is of no use outside.
+        return jax.eval_shape(
+            lambda: stack_layers([Layer(1.0, static=closure(power())) for power in powers]).weight  # pyright: ignore
+        )
+
+    assert shapes(lambda: jnp.sqrt(2.0), lambda: jnp.sqrt(2.0)).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"`.static.power` \(static\) is weak_f32"):
+        shapes(lambda: jnp.sqrt(2.0), lambda: jnp.sqrt(jnp.ones(3)))

@@ -40,7 +40,7 @@ from equinox_mtp.training import (
 )
 from equinox_mtp.training._lock import only_run
 from equinox_mtp.training._report import MetricsFile, describe_corpus
-from equinox_mtp.training._step import is_decayed
+from equinox_mtp.training._step import is_decayed, scaling_switch_step
 
 TINY = TrainConfig(
     embed_size=16,
@@ -777,3 +777,11 @@ def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     info = CheckpointInfo(1, 257, "hash", TINY)
     save_checkpoint(tmp_path / "runs" / "0003" / "checkpoints", {"w": jnp.zeros(1)}, info)
     assert train_module.newest_run_folder(with_checkpoint=True) == Path("runs/0003")
+
+
+@pytest.mark.parametrize(
+    ("switch", "steps", "step"), [(0.29, 100, 29), (0.5, 5, 2), (0.67, 300, 201)]
+)
+def test_the_step_of_the_second_scaling_factor(switch: float, steps: int, step: int) -> None:
+    config = TrainConfig(mtp_scaling_switch=switch, steps=steps)
+    assert scaling_switch_step(config) == step

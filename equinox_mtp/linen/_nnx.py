@@ -23,5 +23,6 @@ def hold_as_data(*kinds: type) -> None:
     nnx = loaded_nnx()
     # While Flax is being imported its functions may not be there yet.
     register = getattr(nnx, "register_data_type", None)
-    for kind in kinds if register is not None else ():
-        register(kind)
+    if register is not None:
+        for kind in kinds:
+            register(kind)

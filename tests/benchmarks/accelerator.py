@@ -416,10 +416,10 @@ STAGES: dict[str, Stage] = {
     "machine": measure_machine,
     "exactness": check_exactness,
     "loss": measure_loss,
-    "tiles": measure_tiles,
     "step": measure_step,
-    "attention": measure_attention,
     "decoding": measure_decoding,
+    "attention": measure_attention,
+    "tiles": measure_tiles,
 }
 COLUMNS = {
     "tflops": ("TFLOP/s", "{:.0f}"),
