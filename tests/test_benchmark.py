@@ -147,3 +147,23 @@ def test_transfers_of_each_kind_and_in_nested_loops() -> None:
         ("collective-permute", size, 15),
         ("reduce-scatter", 2 * size, 1),
     ]
+
+
+@pytest.mark.slow
+def test_shares_of_an_accelerator_are_of_its_own_rate(tmp_path: Path) -> None:
+    tables = tmp_path / "tables.md"
+    arguments = ["--sizes", "tiny", "--only", "loss", "--markdown", str(tables)]
+    report, printed = report_of("accelerator.py", arguments, tmp_path)
+    rate = report["rows"][0]["tflops"] * 1e12
+    rows = [row for row in report["rows"] if row["stage"] == "loss"]
+    assert [row["what"].partition(": ")[2] for row in rows] == [
+        "library",
+        "recompute_logits",
+        "all logits",
+    ]
+    for row in rows:
+        # Three products of 64 tokens, 32 features and 300 ids.
+        flops = 3 * 2 * 64 * 32 * 300
+        assert row["share"] == pytest.approx(flops / (row["ms"] / 1e3) / rate)
+        assert f"| {row['what']} | {row['compile_s']:.1f} | {row['ms']:.2f} " in printed
+    assert tables.read_text().strip() == printed.strip()
