@@ -731,6 +731,23 @@ def test_a_full_disk_is_one_line(run: tuple[Path, TrainConfig], tmp_path: Path) 
     said = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]
     assert len(said) == 1, done.stderr
     assert "error: a checkpoint could not be written to " in done.stderr
+    assert len(said[0]) <= 400 + len(str(tmp_path))
+
+
+def test_a_failed_write_that_nobody_waits_for_says_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    quiet = """
+import asyncio, gc
+from equinox_mtp.training import quiet_failed_saves
+quiet_failed_saves()
+loop = asyncio.new_event_loop()
+loop.create_future().set_exception(ValueError("OUT_OF_RANGE: Failed to write"))
+gc.collect()
+loop.close()
+"""
+    subprocess.run([sys.executable, "-c", quiet], check=True)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["tyro", "tqdm", "matplotlib"])

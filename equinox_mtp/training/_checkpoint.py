@@ -160,8 +160,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            # The storage library names each file and folder on the way; the reason comes last.
+            reason = str(error)
+            reason = reason if len(reason) <= 120 else f"… {reason[-120:]}"
             raise OSError(
-                f"a checkpoint could not be written to {self._folder}: {error}. Those before it "
+                f"a checkpoint could not be written to {self._folder}: {reason}. Those before it "
                 "are as they were; make room, and continue with --resume."
             ) from error
 

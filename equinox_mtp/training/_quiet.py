@@ -14,7 +14,9 @@ def quiet_failed_saves() -> None:
     it find their event loop closed. All of that is in the error that `Checkpoints` raises.
     """
     logging.getLogger("absl").addFilter(_is_news)
-    logging.getLogger("asyncio").addFilter(_is_news)
+    # Only orbax uses asyncio here. What a write leaves behind as a future nobody asks has an error
+    # of the storage library's own threads, without a traceback to know it by.
+    logging.getLogger("asyncio").addFilter(lambda record: not record.exc_info)
     shown = sys.unraisablehook
 
     def show(unraisable: Any) -> None:
