@@ -6,6 +6,10 @@ from ._acceptance import (
     MTPAcceptanceRate as MTPAcceptanceRate,
     calculate_mtp_acceptance_rate as calculate_mtp_acceptance_rate,
 )
+from ._batch import (
+    Batch as Batch,
+    make_batch as make_batch,
+)
 from ._block import (
     MTPOutput as MTPOutput,
     MultiTokenPredictionBlock as MultiTokenPredictionBlock,
@@ -14,24 +18,12 @@ from ._config import (
     MTPConfig as MTPConfig,
     Preset as Preset,
 )
-from ._cross_entropy import (
-    CrossEntropy as CrossEntropy,
-    SummedCrossEntropy as SummedCrossEntropy,
-    linear_cross_entropy as linear_cross_entropy,
-    summed_linear_cross_entropy as summed_linear_cross_entropy,
-)
 from ._decoder import (
     AbstractCachedDecoder as AbstractCachedDecoder,
     AbstractCachedDecoderLayer as AbstractCachedDecoderLayer,
     AbstractDecoder as AbstractDecoder,
     AbstractDecoderLayer as AbstractDecoderLayer,
 )
-from ._file import (
-    load as load,
-    save as save,
-)
-from ._head import LinearHead as LinearHead
-from ._head_sharding import HeadSharding as HeadSharding
 from ._layer import MultiTokenPredictionLayer as MultiTokenPredictionLayer
 from ._losses import (
     MTPLosses as MTPLosses,
@@ -52,8 +44,20 @@ from ._shift import (
     roll_and_mask_by_segment as roll_and_mask_by_segment,
     scored_targets as scored_targets,
 )
+from .cross_entropy import (
+    CrossEntropy as CrossEntropy,
+    LinearHead as LinearHead,
+    SummedCrossEntropy as SummedCrossEntropy,
+    linear_cross_entropy as linear_cross_entropy,
+    summed_linear_cross_entropy as summed_linear_cross_entropy,
+)
 from .linen import (
     mtp_acceptance as mtp_acceptance,
     mtp_losses as mtp_losses,
     multi_token_prediction_block_as_linen as multi_token_prediction_block_as_linen,
 )
+from .serialization import (
+    load as load,
+    save as save,
+)
+from .sharding import HeadSharding as HeadSharding

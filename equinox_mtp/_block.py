@@ -11,13 +11,13 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from ._acceptance import MTPAcceptance
 from ._config import MTPConfig
-from ._cross_entropy import depth_sums
 from ._decoder import AbstractDecoder
-from ._layer import MultiTokenPredictionLayer
+from ._layer import MultiTokenPredictionLayer, enter_first_depth
 from ._losses import MTPLosses, Objective, calculate_mtp_loss, loss_weights
 from ._shift import MTPTargets, default_position_ids
-from ._stacking import stack_layers
 from ._types import MakeLayer, Scalar, checked
+from .cross_entropy import summed_cross_entropy_by_depth
+from .stacking import stack_layers
 
 
 class MTPOutput(eqx.Module):
@@ -25,12 +25,14 @@ class MTPOutput(eqx.Module):
 
     **Fields:**
 
-    - `losses`: for `calculate_mtp_loss`.
+    - `loss`: what Multi-Token Prediction adds to the main model's loss: `objective(losses)`.
+    - `losses`: sums and counts, for reports and for `calculate_mtp_loss`.
     - `acceptance`: for `calculate_mtp_acceptance_rate`; `None` if predictions were not asked for.
     - `hidden_states`: each MTP layer's raw output, before any norm.
     - `auxiliary`: what the transformer layers returned beside hidden states, or `None`.
     """
 
+    loss: Float[Array, ""]
     losses: MTPLosses
     acceptance: MTPAcceptance | None
     hidden_states: Float[Array, "depth batch seq embed"]
@@ -43,7 +45,7 @@ class MultiTokenPredictionBlock(eqx.Module):
     The block holds only the MTP layers; embedding, final norm and output head are the decoder's, so
     that a model's pytree holds each weight once. The layers are scanned over depths and recomputed
     in the backward pass, and the losses of all depths are computed tile by tile, without logits:
-    a depth more takes no compile time, and the memory of two arrays `[batch seq embed]`.
+    a depth more takes no compile time, and the memory of four arrays `[batch seq embed]`.
 
     `layers` holds all layers stacked over a leading axis of size D (1 if the layer is repeated, and
     `None` without depths); `block.layer(depth)` takes one out.
@@ -109,6 +111,7 @@ class MultiTokenPredictionBlock(eqx.Module):
             for name, value in (
                 ("concat_order", layer.concat_order),
                 ("output_norm", output_norm),
+                ("carried_hidden_state", layer.carried_hidden_state),
             ):
                 if value != getattr(config, name):
                     raise ValueError(
@@ -161,9 +164,10 @@ class MultiTokenPredictionBlock(eqx.Module):
         - `predictions`: whether to find every position's best id, for acceptance.
         - `z_loss_weight`: adds `z_loss_weight · log_sum_exp²` to the loss of every scored token
             (PaLM, arXiv 2204.02311, §5); `None` for none.
-        - `objective`: how the losses will be reduced, `MTPLosses -> scalar`. For speed alone: the
-            head's gradient is summed over depths in the forward pass, with the weights that this
-            function gives them, and computed anew in the backward pass if they turn out otherwise.
+        - `objective`: the reduction to `MTPOutput.loss`, `MTPLosses -> scalar`. The head's gradient
+            is summed over depths in the forward pass, with the weights that this function gives
+            them. Take the gradient of that loss: one of another reduction of `losses` is right too,
+            but computes the head's gradient a second time.
         - `key`, `inference`: for dropout.
 
         **Returns:** `MTPOutput`.
@@ -174,7 +178,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         """
         _check_targets(targets, self.config.num_depths, main_hidden_state)
         if self.layers is None:
-            return _empty_output(targets, main_hidden_state, predictions)
+            return _empty_output(targets, main_hidden_state, predictions, objective)
         _check_embed_size(self.layers, main_hidden_state)
         if position_ids is None:
             position_ids = default_position_ids(main_hidden_state[..., 0])
@@ -190,20 +194,22 @@ class MultiTokenPredictionBlock(eqx.Module):
             inference=inference,
         )
         counts = jnp.sum(targets.mask, axis=(1, 2), dtype=jnp.float32)
-        sums = depth_sums(
+        sums = summed_cross_entropy_by_depth(
             normed,
             head_decoder.output_head(),
             targets.target_ids,
             targets.mask,
             z_loss_weight=z_loss_weight,
             predictions=predictions,
-            expected=loss_weights(objective, counts),
+            expected_cotangents=loss_weights(objective, counts),
         )
         acceptance = None
         if sums.predictions is not None:
             acceptance = MTPAcceptance(sums.predictions, targets.target_ids, targets.mask)
+        losses = MTPLosses(sums.losses, counts, z_losses=sums.z_losses)
         return MTPOutput(
-            losses=MTPLosses(sums.losses, counts, z_losses=sums.z_losses),
+            loss=objective(losses),
+            losses=losses,
             acceptance=acceptance,
             hidden_states=hidden_states,
             auxiliary=auxiliary,
@@ -245,14 +251,11 @@ class MultiTokenPredictionBlock(eqx.Module):
                 key=layer_key,
                 **arguments,
             )
-            norm = head_decoder.final_norm if layer.output_norm is None else layer.output_norm
-            normed = norm(hidden_states)
-            carried = normed if config.carried_hidden_state == "after_norm" else hidden_states
+            normed, carried = layer.normed_and_carried(hidden_states, head_decoder.final_norm)
             _check_dtype(carried, dtype)
             return carried, (hidden_states, normed, auxiliary)
 
-        if config.input_hidden_state == "after_norm":
-            hidden_states = head_decoder.final_norm(hidden_states)
+        hidden_states = enter_first_depth(config, hidden_states, head_decoder.final_norm)
         if config.stop_gradient_hidden:
             hidden_states = lax.stop_gradient(hidden_states)
         keys = None if key is None else jax.random.split(key, config.num_depths)
@@ -298,12 +301,16 @@ def _check_dtype(carried: Array, dtype: Any) -> None:
         )
 
 
-def _empty_output(targets: MTPTargets, main_hidden_state: Array, predictions: bool) -> MTPOutput:
+def _empty_output(
+    targets: MTPTargets, main_hidden_state: Array, predictions: bool, objective: Objective
+) -> MTPOutput:
     no_sums = jnp.zeros(0, jnp.float32)
     best_ids = jnp.zeros(targets.mask.shape, jnp.int32)
     acceptance = MTPAcceptance(best_ids, targets.target_ids, targets.mask) if predictions else None
+    losses = MTPLosses(no_sums, no_sums, z_losses=no_sums)
     return MTPOutput(
-        losses=MTPLosses(no_sums, no_sums, z_losses=no_sums),
+        loss=objective(losses),
+        losses=losses,
         acceptance=acceptance,
         hidden_states=jnp.zeros((0, *main_hidden_state.shape), main_hidden_state.dtype),
         auxiliary=None,

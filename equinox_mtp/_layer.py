@@ -1,13 +1,14 @@
 """One depth of Multi-Token Prediction."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from ._config import ConcatOrder, MTPConfig
+from ._config import ConcatOrder, MTPConfig, NormPlacement
 from ._decoder import (
     AbstractCachedDecoderLayer,
     AbstractDecoderLayer,
@@ -16,6 +17,16 @@ from ._decoder import (
 )
 from ._types import MakeLayer, checked
 from .nn import Linear, RMSNorm, cast_matrices
+
+Norm: TypeAlias = Callable[[Float[Array, "batch seq embed"]], Float[Array, "batch seq embed"]]
+"""From hidden states to hidden states of another scale."""
+
+
+def enter_first_depth(
+    config: MTPConfig, hidden_states: Float[Array, "batch seq embed"], final_norm: Norm
+) -> Float[Array, "batch seq embed"]:
+    """The main model's hidden states, before its final norm, as depth 1 takes them."""
+    return final_norm(hidden_states) if config.input_hidden_state == "after_norm" else hidden_states
 
 
 class MultiTokenPredictionLayer(eqx.Module):
@@ -32,6 +43,7 @@ class MultiTokenPredictionLayer(eqx.Module):
     transformer_layer: AbstractDecoderLayer
     output_norm: RMSNorm | None
     concat_order: ConcatOrder = eqx.field(static=True)
+    carried_hidden_state: NormPlacement = eqx.field(static=True)
 
     @checked
     def __init__(
@@ -74,6 +86,7 @@ class MultiTokenPredictionLayer(eqx.Module):
         own_norm = config.output_norm == "own"
         self.output_norm = RMSNorm(embed_size, epsilon=norm_epsilon) if own_norm else None
         self.concat_order = config.concat_order
+        self.carried_hidden_state = config.carried_hidden_state
 
     @checked
     def __call__(
@@ -111,6 +124,20 @@ class MultiTokenPredictionLayer(eqx.Module):
             **({"token_mask": token_mask} if layer.takes_token_mask else {}),
         )
         return split_auxiliary(output)
+
+    def normed_and_carried(
+        self, hidden_states: Float[Array, "batch seq embed"], final_norm: Norm
+    ) -> tuple[Float[Array, "batch seq embed"], Float[Array, "batch seq embed"]]:
+        """What enters the output head, and what enters the next depth.
+
+        **Arguments:**
+
+        - `hidden_states`: of `__call__` or `decode`.
+        - `final_norm`: the main model's, for layers without an output norm of their own.
+        """
+        norm = final_norm if self.output_norm is None else self.output_norm
+        normed = norm(hidden_states)
+        return normed, normed if self.carried_hidden_state == "after_norm" else hidden_states
 
     def decode(
         self,

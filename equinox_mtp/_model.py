@@ -1,5 +1,6 @@
 """A language model with Multi-Token Prediction: the page to read first."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -8,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray, PyTree
 
+from ._batch import Batch
 from ._block import MTPOutput, MultiTokenPredictionBlock
 from ._checks import check_ids
-from ._cross_entropy import summed_linear_cross_entropy
 from ._decoder import AbstractDecoder, split_auxiliary
-from ._head import head_vocab_size
 from ._losses import Objective, TokenLoss, calculate_mtp_loss
-from ._shift import MTPTargets, align_targets, default_position_ids, scored_targets
+from ._shift import MTPTargets, default_position_ids, scored_targets
 from ._types import HostOrDeviceArray, Scalar, checked
+from .cross_entropy import head_vocab_size, summed_linear_cross_entropy
 
 
 class ModelOutput(eqx.Module):
@@ -24,7 +25,7 @@ class ModelOutput(eqx.Module):
     **Fields:**
 
     - `main`: the main model's cross-entropy, as sum and count; `main.mean` is its loss.
-    - `mtp`: the block's output; `calculate_mtp_loss(output.mtp.losses)` is its loss.
+    - `mtp`: the block's output; `mtp.loss` is what it adds to the main model's loss.
     - `predictions`: the main model's argmax at each position, or `None` if not asked for.
     - `auxiliary`: what the decoder returned beside hidden states, or `None`.
     """
@@ -60,8 +61,8 @@ class MTPModel(eqx.Module):
     @checked
     def __call__(
         self,
-        input_ids: Integer[HostOrDeviceArray, "batch seq"],
-        target_ids: Integer[HostOrDeviceArray, "batch seq"],
+        input_ids: Batch | Integer[HostOrDeviceArray, "batch seq"],
+        target_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None,
         target_mask: Integer[HostOrDeviceArray, "batch seq"]
         | Bool[HostOrDeviceArray, "batch seq"]
         | None = None,
@@ -76,99 +77,134 @@ class MTPModel(eqx.Module):
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
     ) -> ModelOutput:
-        """Runs the main model and all depths on a batch.
+        """Runs the main model and all depths on a batch: `model(make_batch(tokens))`.
 
         **Arguments:**
 
-        - `input_ids`, `target_ids`, `target_mask`: of `inputs_and_targets`. In packed rows, mask
-            the last token of each document if its target is the next document's first, as
-            `inputs_and_targets` does.
+        - `input_ids`: a `Batch`; or token ids, and then the next five arguments are its other
+            fields.
+        - `target_ids`, `target_mask`: the successor of each token, and which of them count; `None`
+            counts all. In packed rows, mask the last token of each document if its target is the
+            next document's first, as `inputs_and_targets` does.
         - `position_ids`: count from 0 in each row if `None`.
         - `segment_ids`: which document each position belongs to; 0 is padding. `None` means that
             every row is one document. No depth predicts beyond a run of one id, but attention goes
             by the ids alone: give the documents of a row different ones.
-        - `targets`: the depths' targets, if they were made before: of `align_targets`, and in the
-            order of the other arrays. Needed if positions are not in the order of the text, as
-            `sharding.reorder` puts them; the decoder must find what precedes what from
-            `position_ids` then.
-        - `chain_mask`: see `align_targets`; without effect if `targets` are given.
+        - `targets`: the depths' targets, if they were aligned before. Needed if positions are not
+            in the order of the text, as `sharding.reorder` puts them; the decoder must find what
+            precedes what from `position_ids` then.
+        - `chain_mask`: see `align_targets`; ignored if the batch has `targets`.
         - `predictions`: whether to find every position's best ids, for acceptance.
         - `z_loss_weight`: of a z-loss on the main model's and all depths' tokens; `None` for none.
-        - `objective`: how the depths' losses will be reduced, for speed alone; see the block.
+        - `objective`: the reduction of the depths' losses to `mtp.loss`, as
+            `functools.partial(calculate_mtp_loss, scaling_factor=0.3)`.
         - `key`, `inference`: for dropout.
 
         **Returns:** `ModelOutput`.
 
         **Raises:** `ValueError` for ids in NumPy arrays that do not fit 32 bits, and for targets
         there that count and are not in the vocabulary of a head that is a matrix. Ids on the device
-        are not looked at: an input id outside is embedded as the decoder does, and a target outside
-        has the log-sum-exp for a loss.
+        are not read: an input id outside is embedded as the decoder does, and a target outside has
+        the log-sum-exp for a loss.
         """
-        scored = scored_targets(target_ids, target_mask, segment_ids)
-        counts = _on_host_mask(target_ids, target_mask, segment_ids)
-        vocab_size = head_vocab_size(self.decoder.output_head())
-        target_ids = jnp.asarray(check_ids("target_ids", target_ids, vocab_size, counts))
-        input_ids = jnp.asarray(check_ids("input_ids", input_ids))
-        if segment_ids is not None:
-            segment_ids = jnp.asarray(check_ids("segment_ids", segment_ids))
-        position_ids = (
-            default_position_ids(input_ids)
-            if position_ids is None
-            else jnp.asarray(check_ids("position_ids", position_ids))
-        )
+        if isinstance(input_ids, Batch):
+            _check_alone(target_ids, target_mask, position_ids, segment_ids, targets)
+            batch = input_ids
+        else:
+            batch = _as_batch(
+                input_ids, target_ids, target_mask, position_ids, segment_ids, targets
+            )
+        batch, targets = self._checked_batch(batch, chain_mask)
         decoder_key, block_key = (None, None) if key is None else jax.random.split(key)
-        if targets is None:
-            targets = align_targets(
-                input_ids,
-                target_ids,
-                target_mask,
-                num_depths=self.block.config.num_depths,
-                segment_ids=segment_ids,
-                position_ids=position_ids,
-                chain_mask=chain_mask,
-            )
+        context: dict[str, Any] = {
+            "position_ids": batch.position_ids,
+            "segment_ids": batch.segment_ids,
+            "inference": inference,
+        }
+        losses: dict[str, Any] = {"predictions": predictions, "z_loss_weight": z_loss_weight}
         hidden_states, auxiliary = split_auxiliary(
-            self.decoder(
-                input_ids,
-                position_ids=position_ids,
-                segment_ids=segment_ids,
-                key=decoder_key,
-                inference=inference,
-            )
+            self.decoder(jnp.asarray(batch.input_ids), **context, key=decoder_key)
         )
-        main = summed_linear_cross_entropy(
-            self.decoder.final_norm(hidden_states),
-            self.decoder.output_head(),
-            target_ids,
-            scored,
-            z_loss_weight=z_loss_weight,
-            predictions=predictions,
-        )
+        main, best_ids = self._main_loss(hidden_states, batch, **losses)
         mtp = self.block(
             self.decoder,
             hidden_states,
             targets,
-            position_ids=position_ids,
-            segment_ids=segment_ids,
-            predictions=predictions,
-            z_loss_weight=z_loss_weight,
             objective=objective,
+            **losses,
+            **context,
             key=block_key,
-            inference=inference,
+        )
+        return ModelOutput(main=main, mtp=mtp, predictions=best_ids, auxiliary=auxiliary)
+
+    def _checked_batch(self, batch: Batch, chain_mask: bool) -> tuple[Batch, MTPTargets]:
+        """The batch on the device, and the depths' targets; ids on the host are checked first."""
+        vocab_size = head_vocab_size(self.decoder.output_head())
+        is_scored = _scored_on_host(batch)
+        ids = {
+            "target_ids": check_ids("target_ids", batch.target_ids, vocab_size, is_scored),
+            "input_ids": check_ids("input_ids", batch.input_ids),
+            "position_ids": check_ids("position_ids", batch.position_ids),
+        }
+        if batch.segment_ids is not None:
+            ids["segment_ids"] = check_ids("segment_ids", batch.segment_ids)
+        batch = jax.tree.map(jnp.asarray, dataclasses.replace(batch, **ids))
+        targets = batch.targets
+        if targets is None:
+            targets = batch.align(self.block.config.num_depths, chain_mask=chain_mask).targets
+            assert targets is not None
+        return batch, targets
+
+    def _main_loss(
+        self, hidden_states: Array, batch: Batch, **options: Any
+    ) -> tuple[TokenLoss, Array | None]:
+        scored = scored_targets(batch.target_ids, batch.target_mask, batch.segment_ids)
+        summed = summed_linear_cross_entropy(
+            self.decoder.final_norm(hidden_states),
+            self.decoder.output_head(),
+            jnp.asarray(batch.target_ids),
+            scored,
+            **options,
         )
         count = jnp.sum(scored, dtype=jnp.float32)
-        return ModelOutput(
-            main=TokenLoss(main.loss, count, z_loss=main.z_loss),
-            mtp=mtp,
-            predictions=main.predictions,
-            auxiliary=auxiliary,
+        return TokenLoss(summed.loss, count, z_loss=summed.z_loss), summed.predictions
+
+
+def _as_batch(
+    input_ids: Any,
+    target_ids: Any,
+    target_mask: Any,
+    position_ids: Any,
+    segment_ids: Any,
+    targets: MTPTargets | None,
+) -> Batch:
+    if target_ids is None:
+        raise ValueError(
+            "`target_ids` must be given with `input_ids`; got `None`. Pass both, or a `Batch` in "
+            "place of `input_ids`: `model(make_batch(tokens))`."
+        )
+    return Batch(
+        input_ids,
+        target_ids,
+        np.ones(target_ids.shape, bool) if target_mask is None else target_mask != 0,
+        default_position_ids(input_ids) if position_ids is None else position_ids,
+        segment_ids,
+        targets,
+    )
+
+
+def _check_alone(*others: Any) -> None:
+    names = ("target_ids", "target_mask", "position_ids", "segment_ids", "targets")
+    given = [name for name, x in zip(names, others, strict=True) if x is not None]
+    if given:
+        raise ValueError(
+            f"`{given[0]}` must be `None` if `input_ids` is a `Batch`, which has it; got both. "
+            "Change the batch: `dataclasses.replace(batch, ...)`."
         )
 
 
-def _on_host_mask(target_ids: Any, target_mask: Any, segment_ids: Any) -> Any:
+def _scored_on_host(batch: Batch) -> Any:
     """Which targets count, if all of it is on the host; an array of JAX otherwise."""
-    masks = [mask for mask in (target_mask, segment_ids) if mask is not None]
+    masks = [mask for mask in (batch.target_mask, batch.segment_ids) if mask is not None]
     on_device = [mask for mask in masks if isinstance(mask, jax.Array)]
-    if on_device:
-        return on_device[0]
-    return np.logical_and.reduce([np.ones(target_ids.shape, bool), *(mask != 0 for mask in masks)])
+    return on_device[0] if on_device else np.logical_and.reduce([mask != 0 for mask in masks])

@@ -25,7 +25,6 @@ from equinox_mtp import (
     MTPOutput,
     MultiTokenPredictionBlock,
     MultiTokenPredictionLayer,
-    _fused,
     align_targets,
     calculate_mtp_acceptance_rate,
     calculate_mtp_loss,
@@ -34,6 +33,7 @@ from equinox_mtp import (
 )
 from equinox_mtp._losses import Objective
 from equinox_mtp._types import MakeLayer
+from equinox_mtp.cross_entropy import _weighted_losses
 
 _VOCAB, _EMBED, _SEQ = 29, 16, 12
 _TRANSFORMER = nn.TransformerConfig(
@@ -496,6 +496,32 @@ def test_objective_is_for_speed_alone(
     _assert_trees_close(gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("objective", [calculate_mtp_loss, _mean_of_depths, _total])
+@pytest.mark.parametrize("num_depths", [0, 1, 3])
+def test_loss_is_the_objective_of_the_losses(
+    batch: _Batch, objective: Objective, num_depths: int
+) -> None:
+    parts = _make_parts(MTPConfig(num_depths), _ToyLayer)
+    output = _run(parts, batch.targets(num_depths), objective=objective)
+    assert_close(output.loss, objective(output.losses))
+
+
+@pytest.mark.parametrize("objective", [calculate_mtp_loss, _mean_of_depths, _total])
+def test_the_gradient_of_the_loss_takes_no_further_products(
+    batch: _Batch, objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def marked(head: LinearHead, hidden_states: Array, *_: Any, **__: Any) -> Any:
+        return hidden_states, jax.tree.map(lambda x: jnp.full_like(x, 7.0), head)
+
+    monkeypatch.setattr(_weighted_losses, "token_gradients", marked)
+    parts = _make_parts(MTPConfig(3), _ToyLayer)
+    gradients = quick_jit(
+        eqx.filter_grad(lambda parts, targets: _run(parts, targets, objective=objective).loss)
+    )(parts, batch.targets(3))
+    head: Any = gradients.decoder.head
+    assert not bool(jnp.any(head == 7))
+
+
 @pytest.mark.parametrize(
     ("objective", "is_computed_anew"), [(calculate_mtp_loss, True), (_mean_of_depths, False)]
 )
@@ -505,7 +531,7 @@ def test_a_known_objective_takes_no_further_products(
     def marked(head: LinearHead, hidden_states: Array, *_: Any, **__: Any) -> Any:
         return hidden_states, jax.tree.map(lambda x: jnp.full_like(x, 7.0), head)
 
-    monkeypatch.setattr(_fused, "_token_gradients", marked)
+    monkeypatch.setattr(_weighted_losses, "token_gradients", marked)
 
     def loss(parts: _Parts, targets: Any) -> Array:
         return 0.3 * _mean_of_depths(_run(parts, targets, objective=objective).losses)

@@ -198,7 +198,7 @@ def test_rows_read_what_they_hold(paths: list[Path], monkeypatch: pytest.MonkeyP
         return real_read(file, where)
 
     monkeypatch.setattr(TokenFile, "read", counting)
-    batch = rows.batch(np.array([[3], [0]]))
+    batch = rows.read(np.array([[3], [0]]))
     assert batch.tokens[0, 0].tolist() == flat[48:65].tolist()
     assert batch.tokens[1, 0].tolist() == flat[:17].tolist()
     assert read == [("0.npy", 13 + 17), ("1.npy", 4)]
@@ -207,7 +207,7 @@ def test_rows_read_what_they_hold(paths: list[Path], monkeypatch: pytest.MonkeyP
     prompts = held_out_prompts(corpus, num_prompts=1, length=5)
     assert read == [("0.npy", 5)]
     assert prompts[0].tolist() == flat[:5].tolist()
-    assert rows.batch(np.zeros((2, 0), int)).tokens.shape == (2, 0, 17)
+    assert rows.read(np.zeros((2, 0), int)).tokens.shape == (2, 0, 17)
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.bin", "a.txt"])
@@ -222,11 +222,11 @@ def test_files_that_change_under_a_run(name: str, tmp_path: Path) -> None:
 
     write(np.arange(20))
     rows = PackedRows(load_corpus([path], vocab_size=None if name == "a.txt" else 30), seq_len=8)
-    assert rows.batch(np.array([1])).tokens[0, 0] == 8
+    assert rows.read(np.array([1])).tokens[0, 0] == 8
     for tokens in (np.arange(19), np.arange(0)):
         write(tokens)
         with pytest.raises(ValueError, match=r"a\.\w+ was changed while a run reads it: 20 tokens"):
-            rows.batch(np.array([1]))
+            rows.read(np.array([1]))
 
 
 def test_columns_first_are_mapped_too(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_columns_first_are_mapped_too(tmp_path: Path) -> None:
     assert (len(corpus), set(corpus.lengths.tolist())) == (300_000, {7})
     rows = PackedRows(corpus, seq_len=20)
     tracemalloc.start()
-    batch = rows.batch(np.array([5, 100_000]))
+    batch = rows.read(np.array([5, 100_000]))
     assert tracemalloc.get_traced_memory()[1] < array.nbytes / 4 + 16 * len(corpus)
     tracemalloc.stop()
     flat = np.ascontiguousarray(array).reshape(-1)

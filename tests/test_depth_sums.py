@@ -11,8 +11,8 @@ from golden import quick_jit
 from helpers import HeadOracle, assert_close, assert_equal
 from jaxtyping import Array
 
-from equinox_mtp import LinearHead, _fused
-from equinox_mtp._cross_entropy import depth_sums
+from equinox_mtp import LinearHead
+from equinox_mtp.cross_entropy import _weighted_losses, summed_cross_entropy_by_depth
 
 DEPTHS, SHAPE, VOCAB, EMBED, Z = 3, (2, 7), 33, 8, 0.1
 NAN, INF = np.nan, np.inf
@@ -68,13 +68,13 @@ def pull_back(
     def sums(
         hidden_states: Array, weight: Array, bias: Array, weights: Array, z: Array
     ) -> tuple[Array, Any]:
-        out = depth_sums(
+        out = summed_cross_entropy_by_depth(
             hidden_states,
             LinearHead(weight, bias, soft_cap=3.0, token_tile=4, vocab_tile=8),
             jnp.asarray(case.target_ids),
             weights,
             z_loss_weight=z,
-            expected=expected,
+            expected_cotangents=expected,
         )
         return out.losses, out
 
@@ -119,7 +119,7 @@ def test_one_depth_is_always_as_expected(quick_pull_back: Any, expected: float) 
 
 @pytest.mark.parametrize(("expected", "actual", "proportional"), CASES)
 def test_proportion(expected: list[float], actual: list[float], proportional: bool) -> None:
-    factor, is_proportional = _fused._proportion(
+    factor, is_proportional = _weighted_losses._common_factor(
         jnp.asarray(actual, jnp.float32), jnp.asarray(expected, jnp.float32)
     )
     assert bool(is_proportional) == proportional
@@ -131,7 +131,7 @@ def test_only_what_was_not_expected_is_computed_anew(monkeypatch: pytest.MonkeyP
     def marked(head: LinearHead, hidden_states: Array, *_: Any, **__: Any) -> Any:
         return hidden_states, jax.tree.map(lambda x: jnp.full_like(x, 7.0), head)
 
-    monkeypatch.setattr(_fused, "_token_gradients", marked)
+    monkeypatch.setattr(_weighted_losses, "token_gradients", marked)
     case = Case(DEPTHS)
     arguments = (case.hidden_states, case.weight, case.bias, case.weights, np.float32(Z))
     # Not the other tests' compiled program: this one has the mark in it.
@@ -145,7 +145,7 @@ def test_all_depths_weigh_the_same_if_nothing_is_expected() -> None:
     case = Case(2)
 
     def total(weight: Array) -> Array:
-        out = depth_sums(
+        out = summed_cross_entropy_by_depth(
             jnp.asarray(case.hidden_states),
             LinearHead(weight, jnp.asarray(case.bias), soft_cap=3.0),
             jnp.asarray(case.target_ids),

@@ -345,7 +345,7 @@ import optax
 import test_sharding
 from equinox_mtp.sharding import make_mesh
 mesh = make_mesh({"data": 2, "fsdp": 2, "context": 2})
-step, _ = test_sharding.run_on(mesh, test_sharding.make_model(mesh), test_sharding.make_rows())
+step, _ = test_sharding.run_on(mesh, test_sharding.make_model(), test_sharding.make_rows())
 with jax.set_mesh(mesh):
     norms = jax.jit(lambda *trees: list(map(optax.tree.norm, trees)))(step.grads, step.moments)
 print(json.dumps([float(x) for x in [step.loss, *norms]]))

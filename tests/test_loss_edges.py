@@ -18,10 +18,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from equinox_mtp import (
     HeadSharding,
     LinearHead,
-    _head,
     linear_cross_entropy,
     summed_linear_cross_entropy,
 )
+from equinox_mtp.cross_entropy import _tile_sizes
 
 BATCH, SEQ, EMBED, VOCAB = 2, 6, 4, 11
 TILES: dict[str, Any] = {"token_tile": 4, "vocab_tile": 3}
@@ -257,10 +257,10 @@ def test_tiles_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, ids, weights = make_case()
     on_cpu = LinearHead(head)
     assert (on_cpu.tokens_at_a_time, on_cpu.ids_at_a_time) == (1024, 2048)
-    monkeypatch.setattr(_head, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(_tile_sizes, "_default_platform", lambda: "gpu")
     # The logits of a tile take at most 2 GiB in float32, and a tile at least 1024 tokens.
     for vocab_size, tokens in ((32_000, 4096), (129_280, 4096), (262_144, 2048), (10**7, 1024)):
-        assert _head.default_token_tile(vocab_size) == tokens
+        assert _tile_sizes.default_token_tile(vocab_size) == tokens
         assert tokens == 1024 or 4 * tokens * vocab_size <= 2**31
     assert (on_cpu.tokens_at_a_time, on_cpu.ids_at_a_time) == (4096, VOCAB)
     assert LinearHead(head, recompute_logits=True).ids_at_a_time == 32_768

@@ -51,7 +51,6 @@ VALUES = {
     "`remat` must be True or False": "transformer(remat='no')",
     "`dtype` must be": "transformer(dtype='float16')",
     "`dropout_rate` must be": "transformer(dropout_rate=1.0)",
-    "`sharding` must be": "transformer(sharding='data')",
     "`index` must be at least 0 and at most 1": "decoder.layer(2)",
     "`index` must be at least 0": "decoder.layer(-1)",
     "`x` must have the 8 features": "emtp.nn.RMSNorm(8)(jnp.ones((2, 7)))",

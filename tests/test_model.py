@@ -27,13 +27,13 @@ from equinox_mtp import (
     MTPConfig,
     MTPModel,
     MultiTokenPredictionBlock,
-    _fused,
     align_targets,
     calculate_mtp_acceptance_rate,
     calculate_mtp_loss,
     inputs_and_targets,
     nn,
 )
+from equinox_mtp.cross_entropy import _weighted_losses
 
 _VOCAB, _EMBED, _BATCH, _SEQ, _DEPTHS = 23, 16, 8, 10, 2
 _TRANSFORMER = nn.TransformerConfig(
@@ -287,7 +287,7 @@ def test_objective_reaches_the_block(batch: _Batch, monkeypatch: pytest.MonkeyPa
         return hidden_states, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), head)
 
     # What computes the head's gradient anew where it was not expected.
-    monkeypatch.setattr(_fused, "_token_gradients", marked)
+    monkeypatch.setattr(_weighted_losses, "token_gradients", marked)
     mean_of_depths = partial(calculate_mtp_loss, reduction="mean_of_depths")
 
     def head_gradient(**arguments: Any) -> Array:

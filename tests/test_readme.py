@@ -1,7 +1,6 @@
 """README's examples run as they stand, and show what it says they show."""
 
 import contextlib
-import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -87,9 +86,7 @@ def test_losses_without_logits_are_those_with_logits(namespaces: list[dict[str, 
 def test_sharded_example_is_that_of_one_device(namespaces: list[dict[str, Any]]) -> None:
     names = namespaces[-1]
     output, batch = names["sharded_output"], names["batch"]
-    decoder = names["emtp"].nn.TransformerDecoder(
-        dataclasses.replace(names["config"], sharding=None), key=jax.random.key(0)
-    )
+    decoder = names["emtp"].nn.TransformerDecoder(names["config"], key=jax.random.key(0))
     block = names["emtp"].MultiTokenPredictionBlock(
         names["emtp"].MTPConfig(num_depths=2),
         partial(names["emtp"].nn.TransformerDecoderLayer, decoder.config),

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 import equinox_mtp as emtp
 from equinox_mtp import MTPConfig, MTPModel, nn, sharding
-from equinox_mtp.sharding import DEFAULT_RULES, ShardingRules, make_mesh
+from equinox_mtp.sharding import DEFAULT_RULES, make_mesh
 
 # All sizes differ, also those of the parts on each device: compiled programs are searched for them.
 DEPTHS, BATCH, SEQ, EMBED, VOCAB = 3, 8, 72, 16, 104
@@ -64,7 +64,7 @@ def make_rows(seed: int = 0) -> Rows:
     return Rows(*inputs, position_ids[:, :-1], segment_ids[:, :-1])
 
 
-def make_model(mesh: Any = None, rules: ShardingRules = DEFAULT_RULES, **options: Any) -> MTPModel:
+def make_model(**options: Any) -> MTPModel:
     config = nn.TransformerConfig(
         vocab_size=VOCAB,
         embed_size=EMBED,
@@ -73,7 +73,6 @@ def make_model(mesh: Any = None, rules: ShardingRules = DEFAULT_RULES, **options
         num_kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         mlp_size=32,
-        sharding=None if mesh is None else rules.head_sharding(mesh),
         **options,
     )
     decoder_key, block_key = jax.random.split(jax.random.key(0))
@@ -149,16 +148,13 @@ class TiledDecoder(emtp.AbstractDecoder):
         return self.decoder.final_norm(hidden_states)
 
     def output_head(self) -> emtp.LinearHead:
-        placement = self.decoder.config.sharding
-        return emtp.LinearHead(
-            self.decoder.embedding, sharding=placement, token_tile=TOKEN_TILE, vocab_tile=VOCAB_TILE
-        )
+        return emtp.LinearHead(self.decoder.embedding, token_tile=TOKEN_TILE, vocab_tile=VOCAB_TILE)
 
 
 def run_on(mesh: Any, model: MTPModel, rows: Rows, targets: Any = None) -> tuple[Step, str]:
     decoder: Any = model.decoder
     model = sharding.shard_model(MTPModel(TiledDecoder(decoder), model.block), mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), sharding.use_rules():
         moments = sharding.shard_model(OPTIMIZER.init(eqx.filter(model, eqx.is_array)), mesh)
         rows, targets = sharding.shard_batch((rows, targets), mesh)
         compiled, program = compile_for(eqx.filter_jit(train_step), model, moments, rows, targets)
@@ -174,7 +170,7 @@ def parameter_sizes(model: MTPModel) -> set[int]:
 @pytest.mark.parametrize("name", MESHES)
 def test_a_training_step_is_that_of_one_device(name: str) -> None:
     mesh = make_mesh(MESHES[name])
-    model = make_model(mesh)
+    model = make_model()
     step, program = run_on(mesh, model, make_rows())
     assert_same_step(step, on_one_device())
     shape = dict.fromkeys(("data", "fsdp", "context", "tensor"), 1) | MESHES[name]
@@ -222,8 +218,8 @@ def test_a_training_step_is_that_of_one_device(name: str) -> None:
 @pytest.mark.parametrize("name", ["fsdp", "data_tensor_context"])
 def test_explicit_axes(name: str) -> None:
     mesh = make_mesh(MESHES[name], axis_type=AxisType.Explicit)
-    model = sharding.shard_model(make_model(mesh), mesh)
-    with jax.set_mesh(mesh):
+    model = sharding.shard_model(make_model(), mesh)
+    with jax.set_mesh(mesh), sharding.use_rules():
         moments = sharding.shard_model(OPTIMIZER.init(eqx.filter(model, eqx.is_array)), mesh)
         rows = sharding.shard_batch(make_rows(), mesh)
         placed = sharding.parameter_shardings(model, mesh)
@@ -251,7 +247,7 @@ def test_balanced_order_of_packed_rows(name: str) -> None:
     order = sharding.zigzag_order(SEQ, mesh.shape["context"])
     assert not np.array_equal(order, np.arange(SEQ))
     rows, targets = sharding.reorder((rows, targets), order)
-    model = make_model(mesh, attention=nn.causal_attention_by_position)
+    model = make_model(attention=nn.causal_attention_by_position)
     step, program = run_on(mesh, model, rows, targets)
     assert_same_step(step, on_one_device())
     assert not any(c.operation == "collective-permute" for c in collectives(program))
@@ -374,7 +370,7 @@ def test_modules_of_others() -> None:
 def test_hidden_states_in_a_shard_map_of_the_users() -> None:
     """There they stay as they are, and so does a whole decoder that is told of a mesh."""
     mesh = make_mesh({"data": 8})
-    model, rows = make_model(mesh), make_rows()
+    model, rows = make_model(), make_rows()
     decoder: Any = model.decoder
     arrays, static = eqx.partition(decoder, eqx.is_array)
 
@@ -384,7 +380,7 @@ def test_hidden_states_in_a_shard_map_of_the_users() -> None:
         )
 
     rows = jax.tree.map(jnp.asarray, rows)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), sharding.use_rules():
         mapped = jax.shard_map(run, in_specs=(P(), P("data")), out_specs=P("data"))
         found = jax.jit(mapped)(arrays, rows)
     plain: Any = make_model().decoder

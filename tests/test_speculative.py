@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 import equinox_mtp as emtp
 from equinox_mtp import MTPConfig, MTPModel, nn, speculative
-from equinox_mtp.speculative import Sampler, Sizes, accept_drafts, generate, stream
+from equinox_mtp.speculative import DecodingShape, Sampler, accept_drafts, generate, stream
 from equinox_mtp.speculative._generate import _step
 
 VOCAB, PROMPT, NEW = 5, 6, 9
@@ -190,7 +190,7 @@ def test_counters_hold_what_was_committed() -> None:
         speculative.Verification(jnp.asarray([5]), jnp.asarray([0]), jnp.zeros((1, 6, 4))),
         (),
         (),
-        Sizes(5, 7),
+        DecodingShape(5, 7),
         key=state.key,
     )
     assert by_eos.lengths.tolist() == [6]
@@ -213,7 +213,7 @@ def test_the_sampler_decides_in_every_phase() -> None:
     # Token 0 is the first of equally good ones; every phase must pass it over.
     model = speculative.DecodingModel.of(with_one_answer(make_model(2)))
     make_sampler: Any = Never0
-    sizes, sampler = Sizes(2, 8), make_sampler()
+    sizes, sampler = DecodingShape(2, 8), make_sampler()
     prompt_ids, lengths = (jnp.asarray(x, jnp.int32) for x in prompts())
     key = jax.random.key(0)
     state = quick_jit(speculative.prefill)(
@@ -242,7 +242,7 @@ def test_logits_of_nan_are_an_error(function: Any, temperature: float) -> None:
     model = broken(make_model(2), "main", jnp.nan)
     with pytest.raises(FloatingPointError, match=r"not finite, for new token 1 of row 0.*\(3 row"):
         function(
-            model, *prompts(), max_new_tokens=4, temperature=temperature, key=jax.random.key(0)
+            model, *prompts(), max_new_tokens=4, sampler=Sampler(temperature), key=jax.random.key(0)
         )
 
 
@@ -272,7 +272,7 @@ def test_drafts_of_nan_are_never_accepted(value: float, temperature: float) -> N
     arguments: dict[str, Any] = {"max_new_tokens": NEW, "num_drafts": 2}
     prompt_ids, lengths = prompts()
     if temperature:
-        arguments |= {"temperature": temperature, "key": jax.random.key(0)}
+        arguments |= {"sampler": Sampler(temperature), "key": jax.random.key(0)}
     generation = quick_generate(broken(model, "depths", value), prompt_ids, lengths, **arguments)
     assert int(generation.num_accepted.sum()) == 0
     assert generation.num_generated.tolist() == [NEW] * 3
@@ -326,7 +326,7 @@ def test_caches_are_as_if_no_draft_had_been_wrong(
     model = make_model(num_depths)
     model = with_one_answer(model) if all_accepted else model
     prompt_ids, lengths = (jnp.asarray(x, jnp.int32) for x in prompts())
-    sizes, sampler = Sizes(num_drafts, 3 * (num_drafts + 1) + 1), Sampler()
+    sizes, sampler = DecodingShape(num_drafts, 3 * (num_drafts + 1) + 1), Sampler()
     key, no_eos = jax.random.key(0), jnp.int32(-1)
     run_step, run_draft = quick_jit(speculative.step), quick_jit(speculative.draft)
     run_prefill = quick_jit(speculative.prefill)
@@ -391,9 +391,7 @@ def test_drawn_tokens_have_the_models_distribution(
         np.tile(np.asarray(prompt), (num_rows, 1)),
         max_new_tokens=num_tokens,
         num_drafts=num_drafts,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        sampler=Sampler(temperature, top_k, top_p),
         key=jax.random.key(11),
     )
     drawn = np.asarray(generation.tokens)[:, len(prompt) :]
@@ -564,7 +562,7 @@ def test_a_tiny_nucleus_is_the_best_token(top_p: float) -> None:
     [{"temperature": 1e-38}, {"temperature": 1e-30}, {"temperature": 1, "top_p": 1e-46}],
 )
 @pytest.mark.parametrize("num_drafts", [0, 2])
-def test_nearly_greedy_is_greedy(arguments: dict[str, float], num_drafts: int) -> None:
+def test_nearly_greedy_is_greedy(arguments: dict[str, Any], num_drafts: int) -> None:
     model = make_model(2)
     prompt_ids, lengths = prompts()
     generation = quick_generate(
@@ -574,7 +572,7 @@ def test_nearly_greedy_is_greedy(arguments: dict[str, float], num_drafts: int) -
         max_new_tokens=NEW,
         num_drafts=num_drafts,
         key=jax.random.key(0),
-        **arguments,
+        sampler=Sampler(**arguments),
     )
     assert rows_of(generation) == greedy_oracle(model, prompt_ids, lengths)
 
@@ -602,7 +600,7 @@ def test_stream_is_generate(temperature: float) -> None:
     arguments: dict[str, Any] = {
         "max_new_tokens": NEW,
         "num_drafts": 2,
-        "temperature": temperature,
+        "sampler": Sampler(temperature),
         "eos_id": 4,
         "key": jax.random.key(5),
     }
@@ -635,15 +633,19 @@ def test_other_prompts_are_not_compiled_anew() -> None:
     model = MTPModel(decoder, model.block)
     arguments: dict[str, Any] = {"max_new_tokens": 3, "num_drafts": 1}
     for run in (generate, lambda *a, **k: list(stream(*a, **k))):
-        run(model, *prompts(seed=0), **arguments, temperature=0.5, key=jax.random.key(0))
+        run(model, *prompts(seed=0), **arguments, sampler=Sampler(0.5), key=jax.random.key(0))
         seen = len(traces)
         assert seen > 0
-        run(model, *prompts(seed=1), **arguments, temperature=0.7, key=jax.random.key(1))
+        run(model, *prompts(seed=1), **arguments, sampler=Sampler(0.7), key=jax.random.key(1))
         assert len(traces) == seen
 
 
 def test_steps_reuse_the_memory_of_the_state() -> None:
-    model, sizes, sampler = speculative.DecodingModel.of(make_model(2)), Sizes(2, NEW), Sampler()
+    model, sizes, sampler = (
+        speculative.DecodingModel.of(make_model(2)),
+        DecodingShape(2, NEW),
+        Sampler(),
+    )
     prompt_ids, lengths = (jnp.asarray(x, jnp.int32) for x in prompts())
     state = quick_jit(speculative.prefill)(
         model, prompt_ids, lengths, sizes, sampler, eos_id=jnp.int32(-1), key=jax.random.key(0)
@@ -680,19 +682,12 @@ def test_steps_reuse_the_memory_of_the_state() -> None:
         ({"prompt_ids": "text"}, "`prompt_ids` must have 2 axes"),
         ({"eos_id": VOCAB}, "`eos_id` must be at least 0 and at most 4"),
         ({"eos_id": 2**32}, "`eos_id` must be at least 0 and at most 4"),
-        ({"temperature": np.inf}, "`temperature` must be finite"),
-        ({"temperature": np.nan}, "`temperature` must be finite"),
-        ({"top_p": np.nan}, "`top_p` must be finite"),
-        ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
         ({"prompt_lengths": np.asarray([0, 1, 1])}, "`prompt_lengths` must lie in 1 … 6"),
         ({"prompt_lengths": np.asarray([1, 7, 1])}, "`prompt_lengths` must lie in 1 … 6"),
         ({"prompt_ids": np.zeros((3, 0), int)}, "`prompt_ids` must have at least one token"),
-        ({"temperature": 1.0}, "`key` must be given if `temperature` is not 0"),
-        ({"temperature": -1.0, "key": jax.random.key(0)}, "`temperature` must be at least 0"),
+        ({"sampler": Sampler(1.0)}, "`key` must be given if `sampler` draws tokens"),
         ({"eos_id": -1}, "`eos_id` must be at least 0"),
-        ({"top_k": 0}, "`top_k` must be at least 1"),
-        ({"top_p": 0.0}, "`top_p` must be above 0"),
     ],
 )
 @pytest.mark.parametrize("function", [generate, stream])
@@ -706,9 +701,26 @@ def test_arguments_that_make_no_sense(
     assert len(str(raised.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": np.inf}, "`temperature` must be finite"),
+        ({"temperature": np.nan}, "`temperature` must be finite"),
+        ({"temperature": -1.0}, "`temperature` must be at least 0"),
+        ({"top_k": 0}, "`top_k` must be at least 1"),
+        ({"top_p": np.nan}, "`top_p` must be finite"),
+        ({"top_p": 0.0}, "`top_p` must be above 0"),
+        ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1"),
+    ],
+)
+def test_samplers_that_make_no_sense(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampler(**arguments)
+
+
 def test_plain_lists_and_numpy_scalars_are_taken() -> None:
     model = make_model(1)
-    arguments: dict[str, Any] = {"num_drafts": 1, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
+    arguments: dict[str, Any] = {"num_drafts": 1, "sampler": Sampler(0.5, 3, 0.9)}
     expected = generate(
         model,
         np.asarray([[1, 2, 3], [4, 1, 0]]),
@@ -725,9 +737,7 @@ def test_plain_lists_and_numpy_scalars_are_taken() -> None:
         max_new_tokens=np.int64(3),
         eos_id=np.int64(4),
         num_drafts=np.int32(1),
-        temperature=np.float32(0.5),
-        top_k=np.int64(3),
-        top_p=np.float64(0.9),
+        sampler=Sampler(np.float32(0.5), np.int64(3), np.float64(0.9)),
         key=jax.random.key(0),
     )
     assert eqx.tree_equal(actual, expected)
@@ -748,9 +758,9 @@ def test_measured_rows_have_positions() -> None:
 
 def test_sizes_and_depths_are_checked_in_the_phases_too() -> None:
     with pytest.raises(ValueError, match="`num_drafts` must be at least 0 and at most 64"):
-        Sizes(10**6, 4)
+        DecodingShape(10**6, 4)
     with pytest.raises(ValueError, match="`max_new_tokens` must be at least 1"):
-        Sizes(2, 0)
+        DecodingShape(2, 0)
     with pytest.raises(ValueError, match="`depth` counts from 1; got 0"):
         speculative.DecodingModel.of(make_model(2)).layer(0)
 
@@ -870,7 +880,7 @@ def test_matrices_are_cast_once_before_decoding() -> None:
     )
     decoding = speculative.DecodingModel.of(MTPModel(decoder, block))
     unrolled: Any = decoding.decoder
-    used = (unrolled.layers, decoding.layers, unrolled.output_head(), unrolled.stacked.embedding)
+    used = (unrolled.layers, decoding.layers, unrolled.output_head(), unrolled.embedding)
     for array in jax.tree.leaves(eqx.filter(used, eqx.is_array)):
         assert array.dtype == (jnp.bfloat16 if array.ndim >= 2 else jnp.float32)
     # Bit for bit what the parameters as they are give.

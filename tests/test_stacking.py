@@ -16,7 +16,7 @@ import pytest
 from jax import Array
 
 from equinox_mtp import AbstractDecoderLayer, MTPConfig, MultiTokenPredictionBlock
-from equinox_mtp._stacking import stack_layers
+from equinox_mtp.stacking import stack_layers
 
 
 class Layer(eqx.Module):

@@ -15,10 +15,7 @@ from ._linear import (
 )
 from ._norm import RMSNorm as RMSNorm
 from ._rotary import rotary_embedding as rotary_embedding
-from ._transformer import (
-    TransformerDecoder as TransformerDecoder,
-    UnrolledDecoder as UnrolledDecoder,
-)
+from ._transformer import TransformerDecoder as TransformerDecoder
 from ._transformer_layer import (
     TransformerConfig as TransformerConfig,
     TransformerDecoderLayer as TransformerDecoderLayer,

@@ -6,8 +6,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, DTypeLike, Float, Integer
 
-from .._head_sharding import HeadSharding, active_mesh, check_sizes, constrain
 from .._types import checked
+from ..sharding import HeadSharding, constrain, current_head_sharding
 
 
 @checked
@@ -20,7 +20,7 @@ def embed_tokens(
 ) -> Float[Array, "batch seq embed"]:
     """Looks tokens up: `embedding[input_ids]`.
 
-    With a `sharding` every device keeps to its own part of the embedding. Devices that split the
+    On a mesh every device keeps to its own part of the embedding. Devices that split the
     features and have different rows tell one another their ids, look all of them up, and exchange
     what they found: an all-to-all of the `batch seq embed` numbers of one device. Over a split
     vocabulary what was found is summed. The gradient takes the same way back.
@@ -32,8 +32,8 @@ def embed_tokens(
     - `input_ids`: in `[0, vocab)`. An id outside is looked up as the nearest that is inside,
         however the embedding is split: inside `jit` nothing can be raised.
     - `dtype`: of the result; that of `embedding` if `None`.
-    - `sharding`: where things lie on a mesh. Inside a `shard_map`, or where no mesh is known, it is
-        as if it were `None`.
+    - `sharding`: where things lie on a mesh; by default as the rules of `sharding.use_rules` say.
+        Inside a `shard_map`, or where no mesh is known, it is ignored.
 
     **Returns:** one embedding for each token, split as `input_ids` are.
 
@@ -43,12 +43,13 @@ def embed_tokens(
     dtype = jnp.dtype(embedding.dtype if dtype is None else dtype)
     wide = input_ids.astype(jnp.promote_types(input_ids.dtype, jnp.int32))
     input_ids = jnp.clip(wide, 0, embedding.shape[0] - 1).astype(jnp.int32)
-    mesh = active_mesh(sharding)
+    sharding = current_head_sharding() if sharding is None else sharding
+    mesh = None if sharding is None else sharding.active_mesh()
     if sharding is None or mesh is None:
         return embedding[input_ids].astype(dtype)
     vocab, embed = embedding.shape
     batch, seq = input_ids.shape
-    check_sizes(sharding, mesh, {"vocab": vocab, "embed": embed, "batch": batch, "seq": seq})
+    sharding.check_sizes(mesh, {"vocab": vocab, "embed": embed, "batch": batch, "seq": seq})
     vocab_axes = sharding.vocab_axes
     # Features that are split over devices with the same rows are put together beforehand.
     exchanged = tuple(axis for axis in sharding.embed_axes if axis in sharding.batch_axes)

@@ -4,12 +4,12 @@ from functools import partial
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .._checks import check_integer
 from .._decoder import AbstractCachedDecoder
-from .._head import LinearHead
 from .._types import checked
 from ._attention import KeyValueCache
 from ._embedding import embed_tokens
@@ -22,12 +22,12 @@ from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
 class TransformerDecoder(AbstractCachedDecoder):
     """A small, complete language model: embedding, layers, norm and head.
 
-    The layers are stacked over a leading axis and scanned, so compile time does not grow with their
-    number.
+    `layers` are stacked over a leading axis and scanned, so compile time does not grow with their
+    number; after `for_decoding` they are a tuple.
     """
 
     embedding: Float[Array, "vocab embed"]
-    layers: TransformerDecoderLayer
+    layers: TransformerDecoderLayer | tuple[TransformerDecoderLayer, ...]
     norm: RMSNorm
     head: Float[Array, "vocab embed"] | None
     config: TransformerConfig = eqx.field(static=True)
@@ -56,8 +56,7 @@ class TransformerDecoder(AbstractCachedDecoder):
         self, input_ids: Integer[Array, "batch seq"], position_ids: Integer[Array, "batch seq"]
     ) -> Float[Array, "batch seq embed"]:
         """Looks tokens up, in the compute dtype; positions enter in the attention."""
-        config = self.config
-        return embed_tokens(self.embedding, input_ids, dtype=config.dtype, sharding=config.sharding)
+        return embed_tokens(self.embedding, input_ids, dtype=self.config.dtype)
 
     @checked
     def __call__(
@@ -70,7 +69,10 @@ class TransformerDecoder(AbstractCachedDecoder):
         inference: bool | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """Runs all layers; see `AbstractDecoder`."""
-        layer_arrays, layer_static = eqx.partition(self.layers, eqx.is_array)
+        layers = self.layers
+        if isinstance(layers, tuple):
+            layers = jax.tree.map(lambda *x: jnp.stack(x) if eqx.is_array(x[0]) else x[0], *layers)
+        layer_arrays, layer_static = eqx.partition(layers, eqx.is_array)
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
 
         def run_layer(
@@ -107,22 +109,28 @@ class TransformerDecoder(AbstractCachedDecoder):
         position_ids: Integer[Array, "batch seq"],
     ) -> tuple[Float[Array, "batch seq embed"], tuple[KeyValueCache, ...]]:
         """Runs a few tokens; see `AbstractCachedDecoder`."""
-        return self.for_decoding().decode(input_ids, cache, position_ids=position_ids)
+        hidden_states = self.embed(input_ids, position_ids)
+        caches = []
+        # Layer by layer: a scan would copy every cache and parameter.
+        for index, layer_cache in enumerate(cache):
+            hidden_states, layer_cache = self.layer(index).decode(
+                hidden_states, layer_cache, position_ids=position_ids
+            )
+            caches.append(layer_cache)
+        return hidden_states, tuple(caches)
 
-    def for_decoding(self) -> "UnrolledDecoder":
-        """The layers one by one, with matrices in the compute dtype."""
+    def for_decoding(self) -> "TransformerDecoder":
+        """The same decoder with one array for each layer's matrix, in the compute dtype."""
         dtype = self.config.dtype
         layers = tuple(
             self.layer(index).for_decoding(dtype) for index in range(self.config.num_layers)
         )
-        matrices = (self.embedding, self.head)
-        decoder = eqx.tree_at(
-            lambda decoder: (decoder.embedding, decoder.head),
+        return eqx.tree_at(
+            lambda decoder: (decoder.embedding, decoder.head, decoder.layers),
             self,
-            cast_matrices(matrices, dtype),
+            (*cast_matrices((self.embedding, self.head), dtype), layers),
             is_leaf=lambda x: x is None,
         )
-        return UnrolledDecoder(decoder, layers)
 
     def layer(self, index: int) -> TransformerDecoderLayer:
         """One layer; they count from 0.
@@ -130,6 +138,8 @@ class TransformerDecoder(AbstractCachedDecoder):
         **Raises:** `ValueError` if there is no such layer.
         """
         index = check_integer("index", index, at_least=0, at_most=self.config.num_layers - 1)
+        if isinstance(self.layers, tuple):
+            return self.layers[index]
         return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, self.layers)
 
     @checked
@@ -139,72 +149,6 @@ class TransformerDecoder(AbstractCachedDecoder):
         """The norm before the head."""
         return self.norm(hidden_states)
 
-    def output_head(self) -> Float[Array, "vocab embed"] | LinearHead:
-        """The embedding if tied, the head's own matrix otherwise; with its sharding, if any."""
-        weight, sharding = self.embedding if self.head is None else self.head, self.config.sharding
-        return weight if sharding is None else LinearHead(weight, sharding=sharding)
-
-
-class UnrolledDecoder(AbstractCachedDecoder):
-    """A `TransformerDecoder` whose layers are arrays of their own: what `for_decoding` gives.
-
-    Its cached step goes layer by layer, not in a scan, which would copy every cache and parameter.
-    """
-
-    stacked: TransformerDecoder
-    layers: tuple[TransformerDecoderLayer, ...]
-
-    def embed(
-        self, input_ids: Integer[Array, "batch seq"], position_ids: Integer[Array, "batch seq"]
-    ) -> Float[Array, "batch seq embed"]:
-        """That of the decoder, as everything but the cached step."""
-        return self.stacked.embed(input_ids, position_ids)
-
-    def __call__(
-        self,
-        input_ids: Integer[Array, "batch seq"],
-        *,
-        position_ids: Integer[Array, "batch seq"],
-        segment_ids: Integer[Array, "batch seq"] | None = None,
-        key: PRNGKeyArray | None = None,
-        inference: bool | None = None,
-    ) -> Float[Array, "batch seq embed"]:
-        """Runs all layers; see `AbstractDecoder`."""
-        return self.stacked(
-            input_ids,
-            position_ids=position_ids,
-            segment_ids=segment_ids,
-            key=key,
-            inference=inference,
-        )
-
-    def final_norm(
-        self, hidden_states: Float[Array, "batch seq embed"]
-    ) -> Float[Array, "batch seq embed"]:
-        """The norm before the head."""
-        return self.stacked.final_norm(hidden_states)
-
-    def output_head(self) -> Float[Array, "vocab embed"] | LinearHead:
-        """The head."""
-        return self.stacked.output_head()
-
-    def init_cache(self, batch_size: int, max_length: int) -> tuple[KeyValueCache, ...]:
-        """A cache for each layer."""
-        return self.stacked.init_cache(batch_size, max_length)
-
-    def decode(
-        self,
-        input_ids: Integer[Array, "batch seq"],
-        cache: tuple[KeyValueCache, ...],
-        *,
-        position_ids: Integer[Array, "batch seq"],
-    ) -> tuple[Float[Array, "batch seq embed"], tuple[KeyValueCache, ...]]:
-        """Runs a few tokens; see `AbstractCachedDecoder`."""
-        hidden_states = self.embed(input_ids, position_ids)
-        caches = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            hidden_states, layer_cache = layer.decode(
-                hidden_states, layer_cache, position_ids=position_ids
-            )
-            caches.append(layer_cache)
-        return hidden_states, tuple(caches)
+    def output_head(self) -> Float[Array, "vocab embed"]:
+        """The embedding if tied, the head's own matrix otherwise."""
+        return self.embedding if self.head is None else self.head

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .._checks import check_choice, check_flag, check_integer, check_number
 from .._decoder import AbstractCachedDecoderLayer
-from .._head_sharding import HeadSharding, constrain_hidden_states
 from .._types import checked
+from ..sharding import constrain_hidden_states
 from ._attention import (
     AttentionFunction,
     GroupedQueryAttention,
@@ -43,8 +43,6 @@ class TransformerConfig:
         norms and losses are computed in float32.
     - `remat`: recompute each layer in the backward pass, to save memory.
     - `attention`: the attention function, with the arguments of `causal_attention`.
-    - `sharding`: where hidden states and the output head lie on a mesh, if on several devices; of
-        `ShardingRules.head_sharding`, for instance.
 
     **Raises:** `ValueError` for sizes that do not fit together.
     """
@@ -64,7 +62,6 @@ class TransformerConfig:
     dtype: str = "float32"
     remat: bool = False
     attention: AttentionFunction = causal_attention
-    sharding: HeadSharding | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_size", "num_layers", "num_heads"):
@@ -101,11 +98,6 @@ class TransformerConfig:
                 "`attention` must be a function with the arguments of `nn.causal_attention`; got "
                 f"{self.attention!r:.60}."
             )
-        if not (self.sharding is None or isinstance(self.sharding, HeadSharding)):
-            raise ValueError(
-                "`sharding` must be a `HeadSharding`, as of `ShardingRules.head_sharding`, or "
-                f"`None`; got {self.sharding!r:.60}."
-            )
 
     def _set(self, name: str, value: Any) -> None:
         # As a plain Python number: equal configurations are to compile to one program.
@@ -140,7 +132,6 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
     feed_forward_norm: RMSNorm
     feed_forward: SwiGLU
     dropout: eqx.nn.Dropout
-    sharding: HeadSharding | None = eqx.field(static=True)
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         """**Arguments:**
@@ -168,7 +159,6 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
             config.embed_size, config.resolved_mlp_size, out_scale=out_scale, key=feed_forward_key
         )
         self.dropout = eqx.nn.Dropout(config.dropout_rate)
-        self.sharding = config.sharding
 
     @checked
     def __call__(
@@ -182,15 +172,15 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
     ) -> Float[Array, "batch seq embed"]:
         """Runs the layer; see `AbstractDecoderLayer`."""
         keys = (None, None) if key is None else jax.random.split(key)
-        hidden_states = constrain_hidden_states(hidden_states, self.sharding)
+        hidden_states = constrain_hidden_states(hidden_states)
         attended = self.attention(
             self.attention_norm(hidden_states), position_ids=position_ids, segment_ids=segment_ids
         )
         attended = self.dropout(attended, key=keys[0], inference=inference)
-        hidden_states = constrain_hidden_states(hidden_states + attended, self.sharding)
+        hidden_states = constrain_hidden_states(hidden_states + attended)
         fed_forward = self.feed_forward(self.feed_forward_norm(hidden_states))
         fed_forward = self.dropout(fed_forward, key=keys[1], inference=inference)
-        return constrain_hidden_states(hidden_states + fed_forward, self.sharding)
+        return constrain_hidden_states(hidden_states + fed_forward)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> KeyValueCache:
         """Keys and values of the attention."""

@@ -1,7 +1,17 @@
 """Models and batches on many devices: rules, placement, and orders of positions."""
 
-from ._automatic import automatic as automatic
-from ._place import (
+from ._context import (
+    constrain_hidden_states as constrain_hidden_states,
+    current_head_sharding as current_head_sharding,
+    use_rules as use_rules,
+)
+from ._explicit_axes import automatic as automatic
+from ._head_sharding import (
+    HeadSharding as HeadSharding,
+    MeshAxes as MeshAxes,
+    constrain as constrain,
+)
+from ._placement import (
     batch_sharding as batch_sharding,
     constrain_model as constrain_model,
     parameter_shardings as parameter_shardings,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
 
-from .._head_sharding import HeadSharding, MeshAxes
 from .._types import checked
+from ._head_sharding import HeadSharding, MeshAxes, mesh_axis_names
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 """The mesh axes of the default rules; a mesh may lack some of them."""
@@ -60,7 +60,9 @@ class ShardingRules:
         **Raises:** `ValueError` if the mesh has an axis that no rule names.
         """
         self._check_mesh(mesh)
-        return tuple(name for name in _names(self.axes.get(word)) if name in mesh.axis_names)
+        return tuple(
+            name for name in mesh_axis_names(self.axes.get(word)) if name in mesh.axis_names
+        )
 
     def spec(self, axis_words: str, mesh: Mesh | AbstractMesh) -> P:
         """The partition spec of an array with these axis words, `"batch seq"` for instance."""
@@ -73,7 +75,7 @@ class ShardingRules:
         return P(*parts)
 
     def head_sharding(self, mesh: Mesh | AbstractMesh) -> HeadSharding:
-        """Where hidden states and the output head lie: for `TransformerConfig.sharding`."""
+        """Where hidden states, embedding and output head lie: what `use_rules` makes of a mesh."""
         batch, seq, vocab, embed = (
             self.mesh_axes(word, mesh) or None for word in ("batch", "seq", "vocab", "embed")
         )
@@ -86,9 +88,9 @@ class ShardingRules:
         return math.prod(mesh.shape[name] for name in self.mesh_axes(word, mesh))
 
     def _check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
-        known = sorted({name for axes in self.axes.values() for name in _names(axes)})
+        known = sorted({name for axes in self.axes.values() for name in mesh_axis_names(axes)})
         for word, axes in self.axes.items():
-            for name in _names(axes):
+            for name in mesh_axis_names(axes):
                 if name not in MESH_AXES and name not in mesh.axis_names:
                     raise ValueError(
                         f"`rules` splits {word!r} over {name!r}, which is no axis of `mesh`, "
@@ -149,9 +151,3 @@ def make_mesh(sizes: Mapping[str, int], *, axis_type: AxisType = AxisType.Auto) 
             f"`sizes` must multiply to the {devices} device(s) there are; got {shown} = {total}."
         )
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * len(sizes))
-
-
-def _names(axes: MeshAxes) -> tuple[str, ...]:
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)

@@ -22,7 +22,7 @@ from ._state import (
     Verification as Verification,
 )
 from ._steps import (
-    Sizes as Sizes,
+    DecodingShape as DecodingShape,
     commit as commit,
     draft as draft,
     prefill as prefill,

@@ -12,13 +12,13 @@ from jax.core import Tracer
 from jaxtyping import Array, Int32, Integer, PRNGKeyArray
 
 from .._checks import check_ids, check_integer
-from .._head import head_vocab_size
 from .._model import MTPModel
 from .._types import HostOrDeviceArray, at_hand, checked
+from ..cross_entropy import head_vocab_size
 from ._model import DecodingModel, check_cached_steps
-from ._sampling import Number, Sampler
+from ._sampling import GREEDY, Sampler
 from ._state import DecodingState, Generation
-from ._steps import Sizes, prefill, step
+from ._steps import DecodingShape, prefill, step
 
 
 @checked
@@ -29,9 +29,7 @@ def generate(
     *,
     max_new_tokens: int | np.integer,
     num_drafts: int | np.integer | None = None,
-    temperature: Number = 0.0,
-    top_k: int | np.integer | None = None,
-    top_p: Number | None = None,
+    sampler: Sampler = GREEDY,
     eos_id: int | np.integer | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Generation:
@@ -56,9 +54,9 @@ def generate(
     - `max_new_tokens`: how many tokens to add to each row, at most.
     - `num_drafts`: drafts a step, at most 64; the number of depths if `None`. 0 is plain decoding.
         Beyond the number of depths the last layer is repeated.
-    - `temperature`, `top_k`, `top_p`: see `Sampler`; they act on drafts and model alike.
+    - `sampler`: greedy, or `Sampler(temperature, top_k, top_p)`; for drafts and model alike.
     - `eos_id`: ends a row; it is the row's last token then.
-    - `key`: for draws; needed if `temperature` is above 0.
+    - `key`: for draws; needed unless `sampler` is greedy.
 
     **Returns:** `Generation`.
 
@@ -68,11 +66,10 @@ def generate(
     logits can be looked at: an id outside is embedded as the decoder does, and a row ends with -1
     where its logits are not finite.
     """
-    sampler = Sampler(temperature, top_k, top_p)
     request = _request(
-        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, eos_id, sampler, key
+        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, sampler, eos_id, key
     )
-    generation = _run(request.sizes, model, sampler, *request.arrays)
+    generation = _run(request, model)
     if not isinstance(generation.tokens, Tracer):
         ends = jnp.take_along_axis(generation.tokens, generation.lengths[:, None] - 1, axis=1)
         _check_finite(at_hand(ends), at_hand(generation.num_generated))
@@ -101,9 +98,7 @@ def stream(
     *,
     max_new_tokens: int | np.integer,
     num_drafts: int | np.integer | None = None,
-    temperature: Number = 0.0,
-    top_k: int | np.integer | None = None,
-    top_p: Number | None = None,
+    sampler: Sampler = GREEDY,
     eos_id: int | np.integer | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Iterator[StreamedStep]:
@@ -112,19 +107,18 @@ def stream(
     The first one comes from the prompts' pass. The arguments are those of `generate`, and so are
     the tokens and the errors. The state is donated from step to step: it takes the memory of one.
     """
-    sampler = Sampler(temperature, top_k, top_p)
     request = _request(
-        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, eos_id, sampler, key
+        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, sampler, eos_id, key
     )
-    return _stream(request, model, sampler)
+    return _stream(request, model)
 
 
-def _stream(request: "_Request", model: MTPModel, sampler: Sampler) -> Iterator[StreamedStep]:
+def _stream(request: "_Request", model: MTPModel) -> Iterator[StreamedStep]:
     lengths = np.asarray(request.prompt_lengths)
     accepted = np.zeros_like(lengths)
     decoding = _lay_out(model)
-    state = _prefill(request.sizes, decoding, sampler, *request.arrays)
-    width = request.sizes.num_drafts + 1
+    state = _prefill(request, decoding)
+    width = request.shape.num_drafts + 1
     while True:
         new_lengths, done, tokens = map(np.asarray, (state.lengths, state.done, state.tokens))
         so_far = np.asarray(state.num_accepted).sum(axis=1).astype(np.int32)
@@ -137,21 +131,32 @@ def _stream(request: "_Request", model: MTPModel, sampler: Sampler) -> Iterator[
         if done.all():
             return
         lengths, accepted = new_lengths, so_far
-        state = _step((request.sizes, decoding, sampler), state)
+        state = _step((request, decoding), state)
 
 
 class _Request(NamedTuple):
-    """Checked arguments."""
+    """Checked arguments of a generation, beside the model."""
 
-    sizes: Sizes
-    prompt_ids: Array
-    prompt_lengths: Array
-    eos_id: Array
+    shape: DecodingShape
+    prompt_ids: Int32[Array, "batch prompt"]
+    prompt_lengths: Int32[Array, "batch"]
+    sampler: Sampler
+    eos_id: Int32[Array, ""]
     key: PRNGKeyArray
 
-    @property
-    def arrays(self) -> tuple[Array, Array, Array, PRNGKeyArray]:
-        return self.prompt_ids, self.prompt_lengths, self.eos_id, self.key
+    def prefill(self, model: DecodingModel) -> DecodingState:
+        return prefill(
+            model,
+            self.prompt_ids,
+            self.prompt_lengths,
+            self.shape,
+            self.sampler,
+            eos_id=self.eos_id,
+            key=self.key,
+        )
+
+    def step(self, model: DecodingModel, state: DecodingState) -> DecodingState:
+        return step(model, state, self.shape, self.sampler)
 
 
 def _request(
@@ -160,8 +165,8 @@ def _request(
     prompt_lengths: Any,
     max_new_tokens: Any,
     num_drafts: Any,
-    eos_id: Any,
     sampler: Sampler,
+    eos_id: Any,
     key: PRNGKeyArray | None,
 ) -> _Request:
     check_cached_steps(model)
@@ -179,7 +184,7 @@ def _request(
     if key is None:
         if not sampler.is_greedy:
             raise ValueError(
-                f"`key` must be given if `temperature` is not 0; got `key=None` and "
+                "`key` must be given if `sampler` draws tokens; got `key=None` and temperature "
                 f"{sampler.temperature}. Pass `jax.random.key(0)`, for instance."
             )
         key = jax.random.key(0)
@@ -187,7 +192,7 @@ def _request(
         at_most = 2**31 - 1 if vocab_size is None else vocab_size - 1
         eos_id = check_integer("eos_id", eos_id, at_least=0, at_most=at_most)
     eos = jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32)
-    return _Request(Sizes(drafts, new), prompts, lengths, eos, key)
+    return _Request(DecodingShape(drafts, new), prompts, lengths, sampler, eos, key)
 
 
 def _prompts(prompt_ids: Any, prompt_lengths: Any, vocab_size: int | None) -> tuple[Array, Array]:
@@ -253,28 +258,19 @@ def _check_finite(last_ids: Any, num_generated: Any) -> None:
 
 
 @eqx.filter_jit
-def _run(
-    sizes: Sizes,
-    model: MTPModel,
-    sampler: Sampler,
-    prompt_ids: Array,
-    prompt_lengths: Array,
-    eos_id: Array,
-    key: PRNGKeyArray,
-) -> Generation:
+def _run(request: _Request, model: MTPModel) -> Generation:
     decoding = DecodingModel.of(model)
-    state = prefill(decoding, prompt_ids, prompt_lengths, sizes, sampler, eos_id=eos_id, key=key)
     state = lax.while_loop(
         lambda state: ~jnp.all(state.done),
-        lambda state: step(decoding, state, sizes, sampler),
-        state,
+        lambda state: request.step(decoding, state),
+        request.prefill(decoding),
     )
-    tokens = state.tokens[:, : prompt_ids.shape[1] + sizes.max_new_tokens]
-    is_token = jnp.arange(tokens.shape[1]) < state.lengths[:, None]
+    max_length = request.prompt_ids.shape[1] + request.shape.max_new_tokens
+    is_token = jnp.arange(max_length) < state.lengths[:, None]
     return Generation(
-        tokens=jnp.where(is_token, tokens, 0),
+        tokens=jnp.where(is_token, state.tokens[:, :max_length], 0),
         lengths=state.lengths,
-        prompt_lengths=prompt_lengths,
+        prompt_lengths=request.prompt_lengths,
         num_steps=state.num_steps,
         num_drafted=jnp.broadcast_to(state.num_steps[:, None], state.num_accepted.shape),
         num_accepted=state.num_accepted,
@@ -287,19 +283,11 @@ def _lay_out(model: MTPModel) -> DecodingModel:
 
 
 @eqx.filter_jit
-def _prefill(
-    sizes: Sizes,
-    model: DecodingModel,
-    sampler: Sampler,
-    prompt_ids: Array,
-    prompt_lengths: Array,
-    eos_id: Array,
-    key: PRNGKeyArray,
-) -> DecodingState:
-    return prefill(model, prompt_ids, prompt_lengths, sizes, sampler, eos_id=eos_id, key=key)
+def _prefill(request: _Request, model: DecodingModel) -> DecodingState:
+    return request.prefill(model)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _step(constant: tuple[Sizes, DecodingModel, Sampler], state: DecodingState) -> DecodingState:
-    sizes, model, sampler = constant
-    return step(model, state, sizes, sampler)
+def _step(constant: tuple[_Request, DecodingModel], state: DecodingState) -> DecodingState:
+    request, model = constant
+    return request.step(model, state)

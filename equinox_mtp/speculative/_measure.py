@@ -10,11 +10,11 @@ from jaxtyping import Array, Integer
 
 from .._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
 from .._checks import check_ids, check_integer
-from .._head import head_vocab_size
 from .._losses import add_counts
 from .._model import MTPModel
 from .._shift import default_position_ids, inputs_and_targets
 from .._types import HostOrDeviceArray, at_hand, checked
+from ..cross_entropy import head_vocab_size
 
 
 class PositionalAcceptance(eqx.Module):

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Float32
 
 from .._config import MTPConfig
 from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer
-from .._head import LinearHead
-from .._layer import MultiTokenPredictionLayer
+from .._layer import MultiTokenPredictionLayer, enter_first_depth
 from .._model import MTPModel
+from ..cross_entropy import LinearHead
 
 
 def check_cached_steps(model: MTPModel) -> None:
@@ -65,9 +65,7 @@ class DecodingModel(eqx.Module):
         self, hidden_states: Float[Array, "batch seq embed"]
     ) -> Float[Array, "batch seq embed"]:
         """The main model's hidden states, as depth 1 takes them."""
-        if self.config.input_hidden_state == "after_norm":
-            return self.decoder.final_norm(hidden_states)
-        return hidden_states
+        return enter_first_depth(self.config, hidden_states, self.decoder.final_norm)
 
     def logits(self, normed: Float[Array, "batch seq embed"]) -> Float32[Array, "batch seq vocab"]:
         """The output head, after the norm."""

@@ -112,6 +112,10 @@ class Sampler(eqx.Module):
         return jnp.where(is_defined, ids, -1).astype(jnp.int32)
 
 
+GREEDY = Sampler()
+"""Takes the best token."""
+
+
 def _best_ids(logits: Float[Array, "*batch vocab"]) -> Int32[Array, "*batch"]:
     """The first of the best tokens; -1 if the highest logit is not finite."""
     best = jnp.argmax(logits, axis=-1, keepdims=True)  # the first NaN, if there is one

@@ -18,7 +18,7 @@ _MAX_DRAFTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class DecodingShape:
     """What a compiled decoding step is for; everything else is an array.
 
     **Raises:** `ValueError` unless 0 ≤ `num_drafts` ≤ 64 (a step is compiled with a layer for every
@@ -48,7 +48,7 @@ def prefill(
     model: DecodingModel,
     prompt_ids: Int32[Array, "batch prompt"],
     prompt_lengths: Int32[Array, "batch"],
-    sizes: Sizes,
+    shape: DecodingShape,
     sampler: Sampler,
     *,
     eos_id: Int32[Array, ""],
@@ -60,7 +60,7 @@ def prefill(
     """
     decoder = model.decoder
     batch, prompt = prompt_ids.shape
-    max_length = prompt + sizes.max_new_tokens + sizes.num_drafts + 1
+    max_length = prompt + shape.max_new_tokens + shape.num_drafts + 1
     # Padding may be no token at all.
     prompt_ids = jnp.where(jnp.arange(prompt) < prompt_lengths[:, None], prompt_ids, 0)
     position_ids = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32), prompt_ids.shape)
@@ -68,21 +68,21 @@ def prefill(
         prompt_ids, decoder.init_cache(batch, max_length), position_ids=position_ids
     )
     key, draw_key = jax.random.split(key)
-    last = _take(hidden_states, prompt_lengths[:, None] - 1)
+    last = _gather_rows(hidden_states, prompt_lengths[:, None] - 1)
     first_ids, _ = sampler.choose(model.logits(decoder.final_norm(last))[:, 0], draw_key)
     tokens = jnp.pad(prompt_ids, ((0, 0), (0, max_length - prompt)))
-    tokens = _put(tokens, prompt_lengths[:, None], first_ids[:, None])
-    end_lengths = prompt_lengths + sizes.max_new_tokens
+    tokens = _scatter_rows(tokens, prompt_lengths[:, None], first_ids[:, None])
+    end_lengths = prompt_lengths + shape.max_new_tokens
     _, ends = committed_mask(
         first_ids[:, None], jnp.zeros_like(first_ids), end_lengths - prompt_lengths, eos_id
     )
     states, draft_caches = model.enter(hidden_states), []
-    for depth in range(1, sizes.num_drafts + 1):
+    for depth in range(1, shape.num_drafts + 1):
         layer: Any = model.layer(depth).transformer_layer
         cache = layer.init_cache(batch, max_length, hidden_states.dtype)
         states, _, cache = _run_depth(model, depth, states, tokens, cache, position_ids)
         draft_caches.append(cache)
-    places = prompt_lengths[:, None] - sizes.window + jnp.arange(sizes.window, dtype=jnp.int32)
+    places = prompt_lengths[:, None] - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
     return DecodingState(
         tokens=tokens,
         lengths=prompt_lengths + 1,
@@ -91,10 +91,10 @@ def prefill(
         eos_id=eos_id,
         main_cache=main_cache,
         draft_caches=tuple(draft_caches),
-        hidden_states=_take(hidden_states, places),
+        hidden_states=_gather_rows(hidden_states, places),
         key=key,
         num_steps=jnp.zeros_like(prompt_lengths),
-        num_accepted=jnp.zeros((batch, sizes.num_drafts), jnp.int32),
+        num_accepted=jnp.zeros((batch, shape.num_drafts), jnp.int32),
     )
 
 
@@ -102,7 +102,7 @@ def prefill(
 def draft(
     model: DecodingModel,
     state: DecodingState,
-    sizes: Sizes,
+    shape: DecodingShape,
     sampler: Sampler,
     *,
     key: PRNGKeyArray,
@@ -115,17 +115,17 @@ def draft(
     another draft.
     """
     last = state.lengths[:, None] - 1
-    place_ids = last - sizes.window + jnp.arange(sizes.window, dtype=jnp.int32)
+    positions = last - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
     tokens, states = state.tokens, model.enter(state.hidden_states)
-    keys = jax.random.split(key, max(sizes.num_drafts, 1))
+    keys = jax.random.split(key, max(shape.num_drafts, 1))
     ids, distributions, caches = [], [], []
-    for depth in range(1, sizes.num_drafts + 1):
+    for depth in range(1, shape.num_drafts + 1):
         states, normed, cache = _run_depth(
-            model, depth, states, tokens, state.draft_caches[depth - 1], place_ids
+            model, depth, states, tokens, state.draft_caches[depth - 1], positions
         )
         logits = model.logits(normed[:, -1:])[:, 0]
         draft_ids, probabilities = sampler.choose(logits, keys[depth - 1])
-        tokens = _put(tokens, last + depth, draft_ids[:, None])
+        tokens = _scatter_rows(tokens, last + depth, draft_ids[:, None])
         ids.append(draft_ids)
         distributions.append(probabilities)
         caches.append(cache)
@@ -145,7 +145,7 @@ def verify(
     """One pass of the main model over the last token and the drafts, and the verdict on them."""
     decoder = model.decoder
     last = state.lengths[:, None] - 1
-    ids = _take(state.tokens, last)
+    ids = _gather_rows(state.tokens, last)
     if drafts is not None:
         ids = jnp.concatenate([ids, drafts.ids], axis=1)
     ids = jnp.maximum(ids, 0)  # -1 is no token
@@ -172,13 +172,13 @@ def commit(
     verification: Verification,
     main_cache: Cache,
     draft_caches: tuple[Cache, ...],
-    sizes: Sizes,
+    shape: DecodingShape,
     *,
     key: PRNGKeyArray,
 ) -> DecodingState:
     """Appends the accepted drafts and the token after them to each row that is not done."""
     num_accepted, next_ids = verification.num_accepted, verification.next_ids
-    offsets = jnp.arange(sizes.num_drafts + 1, dtype=jnp.int32)
+    offsets = jnp.arange(shape.num_drafts + 1, dtype=jnp.int32)
     new_ids = next_ids[:, None]
     if drafts is not None:
         is_draft = offsets < num_accepted[:, None]
@@ -189,19 +189,19 @@ def commit(
     places = state.lengths[:, None] + offsets
     places = jnp.where(offsets < num_new[:, None], places, state.tokens.shape[1])
     hidden_states = jnp.concatenate([state.hidden_states, verification.hidden_states], axis=1)
-    window = jnp.arange(sizes.window, dtype=jnp.int32)
+    window = jnp.arange(shape.window, dtype=jnp.int32)
     active = (~state.done).astype(jnp.int32)
     # What was committed: a row may end before the last draft that was accepted.
-    accepted = jnp.arange(sizes.num_drafts) < jnp.minimum(num_accepted, num_new)[:, None]
+    accepted = jnp.arange(shape.num_drafts) < jnp.minimum(num_accepted, num_new)[:, None]
     return DecodingState(
-        tokens=_put(state.tokens, places, new_ids),
+        tokens=_scatter_rows(state.tokens, places, new_ids),
         lengths=state.lengths + num_new,
         end_lengths=state.end_lengths,
         done=state.done | ends,
         eos_id=state.eos_id,
         main_cache=main_cache,
         draft_caches=draft_caches,
-        hidden_states=_take(hidden_states, num_new[:, None] + window),
+        hidden_states=_gather_rows(hidden_states, num_new[:, None] + window),
         key=key,
         num_steps=state.num_steps + active,
         num_accepted=state.num_accepted + accepted,
@@ -210,17 +210,17 @@ def commit(
 
 @checked
 def step(
-    model: DecodingModel, state: DecodingState, sizes: Sizes, sampler: Sampler
+    model: DecodingModel, state: DecodingState, shape: DecodingShape, sampler: Sampler
 ) -> DecodingState:
     """Draft, verify, commit: one pass of the main model."""
     # Nothing is drawn greedily; the keys would be made in each step for nobody.
     is_greedy = sampler.is_greedy
     key, draft_key, verify_key = [state.key] * 3 if is_greedy else jax.random.split(state.key, 3)
     drafts, draft_caches = None, state.draft_caches
-    if sizes.num_drafts:
-        drafts, draft_caches = draft(model, state, sizes, sampler, key=draft_key)
+    if shape.num_drafts:
+        drafts, draft_caches = draft(model, state, shape, sampler, key=draft_key)
     verification, main_cache = verify(model, state, drafts, sampler, key=verify_key)
-    return commit(state, drafts, verification, main_cache, draft_caches, sizes, key=key)
+    return commit(state, drafts, verification, main_cache, draft_caches, shape, key=key)
 
 
 # The model
@@ -232,29 +232,27 @@ def _run_depth(
     hidden_states: Float[Array, "batch seq embed"],
     tokens: Int32[Array, "batch max_length"],
     cache: Cache,
-    place_ids: Int32[Array, "batch seq"],
+    positions: Int32[Array, "batch seq"],
 ) -> tuple[Array, Array, Cache]:
     """One depth at some places: the hidden states for the next, those for the head, the cache."""
     layer = model.layer(depth)
-    position_ids = place_ids + depth
-    ids = jnp.maximum(_take(tokens, position_ids), 0)  # -1 is no token
+    position_ids = positions + depth
+    ids = jnp.maximum(_gather_rows(tokens, position_ids), 0)  # -1 is no token
     embeddings = model.decoder.embed(ids, jnp.maximum(position_ids, 0))
-    hidden_states, cache = layer.decode(hidden_states, embeddings, cache, position_ids=place_ids)
-    norm = model.decoder.final_norm if layer.output_norm is None else layer.output_norm
-    normed = norm(hidden_states)
-    carried = normed if model.config.carried_hidden_state == "after_norm" else hidden_states
+    hidden_states, cache = layer.decode(hidden_states, embeddings, cache, position_ids=positions)
+    normed, carried = layer.normed_and_carried(hidden_states, model.decoder.final_norm)
     return carried, normed, cache
 
 
-# Rows that stand at different places
+# Rows whose last tokens are at different positions
 
 
-def _take(x: Array, places: Int32[Array, "batch seq"]) -> Array:
+def _gather_rows(x: Array, places: Int32[Array, "batch seq"]) -> Array:
     """`x[b, places[b, i]]`; the first or last entry for a place outside."""
     places = jnp.clip(places, 0, x.shape[1] - 1)
     return x[jnp.arange(x.shape[0])[:, None], places]
 
 
-def _put(x: Array, places: Int32[Array, "batch seq"], values: Array) -> Array:
+def _scatter_rows(x: Array, places: Int32[Array, "batch seq"], values: Array) -> Array:
     """`x` with `values` at places; those at the end or beyond are dropped."""
     return x.at[jnp.arange(x.shape[0])[:, None], places].set(values, mode="drop")

@@ -30,8 +30,8 @@ from ._generate import (
 )
 from ._interrupt import Interrupted as Interrupted
 from ._packing import (
-    Batch as Batch,
     PackedRows as PackedRows,
+    Rows as Rows,
 )
 from ._placement import (
     ONE_DEVICE as ONE_DEVICE,

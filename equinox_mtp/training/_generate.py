@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 import equinox_mtp as emtp
-from equinox_mtp.speculative import StreamedStep, stream
+from equinox_mtp.speculative import Sampler, StreamedStep, stream
 
 from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
 from ._compare import compare, describe_acceptance
@@ -96,9 +96,7 @@ def _continue_text(
         np.asarray([len(prompt)]),
         max_new_tokens=config.max_new_tokens,
         num_drafts=config.drafts,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
+        sampler=Sampler(config.temperature, config.top_k, config.top_p),
         eos_id=TEXT_END,
         key=key,
     )

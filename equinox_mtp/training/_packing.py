@@ -12,20 +12,19 @@ from .._types import HostOrDeviceArray
 from ._corpus import Corpus
 
 
-class Batch(eqx.Module):
+class Rows(eqx.Module):
     """Packed rows: one token more than positions, so that every position has a target."""
 
     tokens: Int32[HostOrDeviceArray, "*microbatch batch tokens"]
     segment_ids: Int32[HostOrDeviceArray, "*microbatch batch tokens"]
-    position_ids: Int32[HostOrDeviceArray, "*microbatch batch seq"]
 
 
 class PackedRows:
     """Documents laid end to end and cut into rows; each row remembers what belongs together.
 
     A row's last token is the next row's first, so that every pair of neighbours is in one row.
-    Segment ids count the documents of a row from 1; 0 is the padding of the last row. Positions
-    start anew with each document, and with each row. Tokens are read when their row is.
+    Segment ids count the documents of a row from 1; 0 is the padding of the last row. Tokens are
+    read when their row is.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int):
@@ -47,11 +46,8 @@ class PackedRows:
     def __len__(self) -> int:
         return max(1, -(-(self._corpus.num_tokens - 1) // self._seq_len))
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The rows of these indices `[… batch]`, on the host.
-
-        Tokens and segment ids are `[… batch seq+1]`, positions `[… batch seq]`.
-        """
+    def read(self, rows: np.ndarray) -> Rows:
+        """The rows of these indices `[… batch]`, on the host."""
         columns = np.arange(self._seq_len + 1)
         where = rows[..., None] * self._seq_len + columns
         exists = where < self._corpus.num_tokens
@@ -60,11 +56,9 @@ class PackedRows:
         within = where - (self._ends - self._corpus.lengths)[documents]
         starts = np.diff(documents, axis=-1, prepend=documents[..., :1]) != 0
         segment_ids = np.where(exists, 1 + np.cumsum(starts, axis=-1), 0)
-        segment_starts = np.maximum.accumulate(np.where(starts, columns, 0), axis=-1)
-        return Batch(
+        return Rows(
             tokens=np.where(exists, self._corpus.read(documents, within), 0).astype(np.int32),
             segment_ids=segment_ids.astype(np.int32),
-            position_ids=(columns - segment_starts)[..., :-1].astype(np.int32),
         )
 
     def in_order(self, batch_size: int, max_rows: int) -> Iterator[np.ndarray]:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -21,11 +21,12 @@ from equinox_mtp.sharding import (
     parameter_shardings,
     reorder,
     restore,
+    use_rules,
     zigzag_order,
 )
 
 from ._config import TrainConfig
-from ._packing import Batch, PackedRows
+from ._packing import PackedRows, Rows
 
 Tree = TypeVar("Tree")
 
@@ -72,21 +73,21 @@ class Placement:
             )
         return cls(mesh, rules)
 
-    def active(self) -> contextlib.AbstractContextManager[Any]:
-        """Sets the mesh."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Sets the mesh, and the rules for it."""
+        if self.mesh is None:
+            yield
+        else:
+            with jax.set_mesh(self.mesh), use_rules(self.rules):
+                yield
 
     def transformer(self, config: TrainConfig, vocab_size: int) -> emtp.nn.TransformerConfig:
-        """The main model's configuration, with its sharding."""
+        """The main model's configuration, with an attention that follows reordered positions."""
         transformer = config.transformer(vocab_size)
-        if self.mesh is None:
+        if self._num_shards_of_positions == 1:
             return transformer
-        attention = transformer.attention
-        if self._num_shards_of_positions > 1:
-            attention = emtp.nn.causal_attention_by_position
-        return dataclasses.replace(
-            transformer, sharding=self.rules.head_sharding(self.mesh), attention=attention
-        )
+        return dataclasses.replace(transformer, attention=emtp.nn.causal_attention_by_position)
 
     def constrain(self, tree: Tree) -> Tree:
         """Parameters, in `jit`, where they belong."""
@@ -115,43 +116,37 @@ class Placement:
         """Positions in the order of the text."""
         return tree if self.mesh is None else restore(tree, self._order_of(tree))
 
-    def load(self, rows: PackedRows, indices: np.ndarray) -> Batch:
+    def load(self, rows: PackedRows, indices: np.ndarray) -> Rows:
         """Rows `[… batch]`; each process reads those of its own devices."""
         mesh = self.mesh
         if mesh is None:
-            return rows.batch(indices)
+            return rows.read(indices)
         num_rows = indices.shape[-1]
         sharding = batch_sharding(
             mesh, self.rules, " ".join(["_"] * (indices.ndim - 1) + ["batch", "_"])
         )
-        parts = functools.cache(lambda start, stop: rows.batch(indices[..., start:stop]))
+        parts = functools.cache(lambda start, stop: rows.read(indices[..., start:stop]))
 
-        def of_devices(field: Callable[[Batch], Any]) -> jax.Array:
+        def of_devices(field: Callable[[Rows], Any]) -> jax.Array:
             def of_device(where: Any) -> np.ndarray:
                 return field(parts(*where[-2].indices(num_rows)[:2]))
 
             width = field(parts(0, 0)).shape[-1]
             return jax.make_array_from_callback((*indices.shape, width), sharding, of_device)
 
-        return Batch(
-            tokens=of_devices(lambda batch: batch.tokens),
-            segment_ids=of_devices(lambda batch: batch.segment_ids),
-            position_ids=of_devices(lambda batch: batch.position_ids),
+        return Rows(
+            tokens=of_devices(lambda part: part.tokens),
+            segment_ids=of_devices(lambda part: part.segment_ids),
         )
 
-    def on_one_device(self, model: emtp.MTPModel, like: emtp.MTPModel) -> emtp.MTPModel:
-        """A model as if it had never been split; on a device of each process.
-
-        `like` is the model of shapes that was never to be split.
-        """
+    def on_one_device(self, model: emtp.MTPModel) -> emtp.MTPModel:
+        """A model that was never split, on one device of each process."""
         if self.mesh is None:
             return model
-        arrays = eqx.filter(model, eqx.is_array)
+        arrays, static = eqx.partition(model, eqx.is_array)
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         whole = jax.jit(lambda arrays: arrays, out_shardings=everywhere)(arrays)
-        local = [x.addressable_data(0) for x in jax.tree.leaves(whole)]
-        shapes, rest = eqx.partition(like, lambda x: isinstance(x, jax.ShapeDtypeStruct))
-        return eqx.combine(jax.tree.unflatten(jax.tree.structure(shapes), local), rest)
+        return eqx.combine(jax.tree.map(lambda x: x.addressable_data(0), whole), static)
 
     @property
     def _num_shards_of_positions(self) -> int:

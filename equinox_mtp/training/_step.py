@@ -2,6 +2,7 @@
 
 import functools
 import math
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float32, Int32, PyTree
 import equinox_mtp as emtp
 
 from ._config import TrainConfig
-from ._packing import Batch, PackedRows
+from ._packing import PackedRows, Rows
 from ._placement import ONE_DEVICE, Placement
 
 
@@ -108,63 +109,9 @@ def make_state(
     return placement.constrain(TrainState(model, optimizer_state, jnp.zeros((), jnp.int32)))
 
 
-def run_model(
-    model: emtp.MTPModel,
-    batch: Batch,
-    placement: Placement = ONE_DEVICE,
-    *,
-    predictions: bool = True,
-    key: Array | None = None,
-    inference: bool = False,
-) -> emtp.ModelOutput:
-    """Runs the model on packed rows."""
-    inputs = (
-        *emtp.inputs_and_targets(batch.tokens, segment_ids=batch.segment_ids),
-        jnp.asarray(batch.position_ids),
-        jnp.asarray(batch.segment_ids)[:, :-1],
-    )
-    targets = align(batch, model.block.config.num_depths)
-    # Which token a depth predicts follows from the text; only then may positions be reordered.
-    (input_ids, target_ids, target_mask, position_ids, segment_ids), targets = placement.reorder(
-        (inputs, targets)
-    )
-    return model(
-        input_ids,
-        target_ids,
-        target_mask,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
-        targets=targets,
-        predictions=predictions,
-        key=key,
-        inference=inference,
-    )
-
-
-def align(batch: Batch, num_depths: int) -> emtp.MTPTargets:
-    """The depths' targets in packed rows."""
-    input_ids, target_ids, target_mask = emtp.inputs_and_targets(
-        batch.tokens, segment_ids=batch.segment_ids
-    )
-    return emtp.align_targets(
-        input_ids,
-        target_ids,
-        target_mask,
-        num_depths=num_depths,
-        segment_ids=batch.segment_ids[:, :-1],
-        position_ids=batch.position_ids,
-    )
-
-
-def count_targets(batch: Batch, num_depths: int) -> tuple[Float32[Array, ""], Array]:
-    """Scored tokens of all microbatches: of the main model, and `[depth]` of the MTP layers."""
-
-    def count(microbatch: Batch) -> tuple[Array, Array]:
-        _, _, mask = emtp.inputs_and_targets(microbatch.tokens, segment_ids=microbatch.segment_ids)
-        return jnp.sum(mask), jnp.sum(align(microbatch, num_depths).mask, axis=(1, 2))
-
-    main, mtp = jax.vmap(count)(batch)
-    return jnp.sum(main).astype(jnp.float32), jnp.sum(mtp, axis=0).astype(jnp.float32)
+def aligned_batch(rows: Rows, num_depths: int) -> emtp.Batch:
+    """Packed rows as the model reads them, with the targets of all depths."""
+    return emtp.make_batch(rows.tokens, segment_ids=rows.segment_ids).align(num_depths)
 
 
 def scaling_switch_step(config: TrainConfig) -> int:
@@ -173,31 +120,41 @@ def scaling_switch_step(config: TrainConfig) -> int:
     return math.floor(round(config.mtp_scaling_switch * config.steps, 6))
 
 
+def count_targets(batches: emtp.Batch) -> tuple[Float32[Array, ""], Float32[Array, "depth"]]:
+    """Scored tokens of all microbatches: of the main model, and of each MTP layer."""
+    assert batches.targets is not None
+    mtp = jnp.sum(batches.targets.mask, axis=(0, 2, 3), dtype=jnp.float32)
+    return jnp.sum(batches.target_mask, dtype=jnp.float32), mtp
+
+
 @eqx.filter_jit(donate="all-except-first")
 def train_step(
-    inputs: tuple[Batch, TrainConfig, optax.GradientTransformation, Placement], state: TrainState
+    inputs: tuple[Rows, TrainConfig, optax.GradientTransformation, Placement], state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step over microbatches `[microbatch batch …]`.
+    """One optimizer step over rows `[microbatch batch …]`.
 
     The gradient is that of the whole batch, however many microbatches it is split into: every
     microbatch's sums are divided by the counts of all.
     """
-    batch, config, optimizer, placement = inputs
+    rows, config, optimizer, placement = inputs
     first, then = config.mtp_scaling
     is_first = state.step < scaling_switch_step(config)
     scaling_factor = jnp.where(is_first, first, then).astype(jnp.float32)
-    main_count, mtp_counts = count_targets(batch, config.depths)
+    # Which token a depth predicts follows from the text; only then may positions be reordered.
+    batches = placement.reorder(jax.vmap(partial(aligned_batch, num_depths=config.depths))(rows))
+    main_count, mtp_counts = count_targets(batches)
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-    def loss_fn(model: emtp.MTPModel, microbatch: Batch, key: Array):
-        output = run_model(model, microbatch, placement, predictions=False, key=key)
-        mtp_loss = emtp.calculate_mtp_loss(
-            output.mtp.losses, scaling_factor=scaling_factor, total_weights=mtp_counts
-        )
-        main_loss = output.main.loss / jnp.maximum(main_count, 1)
-        return main_loss + mtp_loss, (output.main, output.mtp.losses)
+    objective = partial(
+        emtp.calculate_mtp_loss, scaling_factor=scaling_factor, total_weights=mtp_counts
+    )
 
-    def run_microbatch(total: PyTree[Any], inputs: tuple[Batch, Array]):
+    def loss_fn(model: emtp.MTPModel, batch: emtp.Batch, key: Array):
+        output = model(batch, objective=objective, predictions=False, key=key, inference=False)
+        main_loss = output.main.loss / jnp.maximum(main_count, 1)
+        return main_loss + output.mtp.loss, (output.main, output.mtp.losses)
+
+    def run_microbatch(total: PyTree[Any], inputs: tuple[emtp.Batch, Array]):
         (_, losses), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(state.model, *inputs)
         return jax.tree.map(jnp.add, total, (losses, grads)), None
 
@@ -208,7 +165,7 @@ def train_step(
         jax.tree.map(jnp.zeros_like, params),
     )
     keys = jax.random.split(step_key, config.accumulate)
-    ((main, mtp), grads), _ = jax.lax.scan(run_microbatch, zeros, (batch, keys))
+    ((main, mtp), grads), _ = jax.lax.scan(run_microbatch, zeros, (batches, keys))
 
     updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
     model = eqx.apply_updates(state.model, updates)
@@ -217,9 +174,10 @@ def train_step(
 
 
 @eqx.filter_jit
-def evaluate_batch(model: emtp.MTPModel, batch: Batch, placement: Placement) -> Evaluation:
+def evaluate_batch(model: emtp.MTPModel, rows: Rows, placement: Placement) -> Evaluation:
     """Losses and acceptance on one batch."""
-    output = run_model(model, batch, placement, inference=True)
+    batch = placement.reorder(aligned_batch(rows, model.block.config.num_depths))
+    output = model(batch, inference=True)
     acceptance, predictions = placement.restore((output.mtp.acceptance, output.predictions))
     return Evaluation(
         main=output.main,

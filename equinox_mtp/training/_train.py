@@ -13,6 +13,7 @@ import optax
 from tqdm import tqdm
 
 import equinox_mtp as emtp
+from equinox_mtp.sharding import use_rules
 
 from ._checkpoint import (
     CheckpointInfo,
@@ -41,7 +42,6 @@ from ._report import (
 from ._step import (
     TrainState,
     evaluate,
-    make_model,
     make_optimizer,
     make_state,
     train_step,
@@ -261,12 +261,12 @@ def compare_on_held_out(
     prompts = held_out_prompts(held_out, num_prompts=config.compare_prompts, length=length)
     if not prompts or not config.depths:
         return []
-    shapes = eqx.filter_eval_shape(make_model, config, held_out.vocab_size)
-    model = placement.on_one_device(model, shapes)
-    return [
-        compare(model, prompts, max_new_tokens=config.seq_len - length, num_drafts=num_drafts)
-        for num_drafts in sorted({1, config.depths})
-    ]
+    model = placement.on_one_device(model)
+    with use_rules(None):
+        return [
+            compare(model, prompts, max_new_tokens=config.seq_len - length, num_drafts=num_drafts)
+            for num_drafts in sorted({1, config.depths})
+        ]
 
 
 def record_evaluation(run: Run, state: TrainState, metrics: MetricsFile) -> float:

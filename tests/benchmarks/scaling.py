@@ -42,7 +42,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 import equinox_mtp as emtp
-from equinox_mtp.sharding import DEFAULT_RULES, constrain_model, make_mesh, parameter_shardings
+from equinox_mtp.sharding import (
+    DEFAULT_RULES,
+    constrain_model,
+    make_mesh,
+    parameter_shardings,
+    use_rules,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -114,7 +120,6 @@ def make_model(sizes: Sizes, mesh: Mesh) -> emtp.MTPModel:
         dtype=sizes.dtype,
         remat=True,
         attention=attention,
-        sharding=DEFAULT_RULES.head_sharding(mesh),
     )
     decoder_key, block_key = jax.random.split(jax.random.key(0))
     return emtp.MTPModel(
@@ -187,7 +192,7 @@ def lower(sizes: Sizes, layout: Layout, mesh: Mesh) -> tuple[Any, int]:
         state, loss = train_step(eqx.combine(arrays, static), batch, mesh)
         return eqx.filter(state, eqx.is_array), loss
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), use_rules():
         return step.lower(arrays, batch), sum(x.size for x in jax.tree.leaves(params))
 
 

@@ -1,4 +1,13 @@
-"""A loop over tiles of tokens that leaves sharded arrays where they are."""
+"""A loop over tiles of tokens that leaves sharded arrays where they are.
+
+A tile holds every n-th position, not a run of them. With 12 positions on two devices, and three
+tiles, the digits say to which tile a position belongs:
+
+    device 0: 0 1 2 0 1 2 | device 1: 0 1 2 0 1 2
+
+So each device has an equal part of each tile, and works on its own part alone. Were tiles runs of
+positions, the first would lie on device 0 only, and XLA would move it to all others.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ._devices import shards_of
+from ._partitioning import shards_of
 
 Visit: TypeAlias = Callable[[Any, Any, Array], tuple[Any, Any]]
 PadWith: TypeAlias = Literal["zeros", "last_token"]

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
 """The mesh axis, or axes, over which an array axis is split; `None` if it is not."""
@@ -72,103 +72,84 @@ class HeadSharding:
                         f"{words} must be split over different mesh axes; {name!r} is named twice."
                     )
         if self.mesh is not None:
-            check_axes(self, self.mesh, "`mesh` has")
+            self._check_axes(self.mesh, "`mesh` has")
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
         """The mesh axes over which rows are split."""
-        return _names(self.batch)
+        return mesh_axis_names(self.batch)
 
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The mesh axes over which tokens are split."""
-        return (*self.batch_axes, *_names(self.seq))
+        return (*self.batch_axes, *mesh_axis_names(self.seq))
 
     @property
     def vocab_axes(self) -> tuple[str, ...]:
         """The mesh axes over which the vocabulary is split."""
-        return _names(self.vocab)
+        return mesh_axis_names(self.vocab)
 
     @property
     def embed_axes(self) -> tuple[str, ...]:
         """The mesh axes over which the embedding's features are split."""
-        return _names(self.embed)
+        return mesh_axis_names(self.embed)
 
     def spec(self, axis_words: str) -> P:
         """The partition spec of an array with these axis words."""
         split = {"batch": self.batch, "seq": self.seq, "vocab": self.vocab}
         return P(*(split.get(word) for word in axis_words.split()))
 
+    def active_mesh(self) -> Mesh | AbstractMesh | None:
+        """The mesh on which arrays lie; `None` inside a `shard_map`, or if no mesh is known.
 
-def constrain_hidden_states(
-    hidden_states: Float[Array, "batch seq embed"], sharding: HeadSharding | None
-) -> Float[Array, "batch seq embed"]:
-    """Hidden states, laid on the mesh as the head wants them.
+        **Raises:** `ValueError` if the mesh that is set is not `mesh`.
+        """
+        current = jax.sharding.get_abstract_mesh()
+        if current.manual_axes:
+            return None
+        if current.empty:
+            return self.mesh
+        self.check_current_mesh(current)
+        return current
 
-    What XLA would choose follows from the parameters otherwise, and changes with their sharding.
-    Inside a `shard_map`, or where no mesh is known, they stay as they are.
-    """
-    mesh = active_mesh(sharding)
-    if sharding is None or mesh is None:
-        return hidden_states
-    return constrain(hidden_states, NamedSharding(mesh, sharding.spec("batch seq embed")))
+    def check_current_mesh(self, current: AbstractMesh) -> None:
+        """**Raises:** `ValueError` if the mesh that is set is not `mesh`, or lacks an axis."""
+        mesh = self.mesh
+        if mesh is not None and mesh.shape_tuple != current.shape_tuple:
+            raise ValueError(
+                "`mesh` of `HeadSharding` must be the one set by `jax.set_mesh`, "
+                f"{current.shape}; got {mesh.shape}. Leave `mesh` out to take that one."
+            )
+        self._check_axes(current, "the mesh set by `jax.set_mesh` has")
 
+    def check_sizes(self, mesh: Mesh | AbstractMesh, sizes: Mapping[str, int]) -> None:
+        """**Raises:** `ValueError` if a size is no multiple of the devices that share it."""
+        for word, mend in _HOW_TO_SPLIT.items():
+            axes = mesh_axis_names(getattr(self, word))
+            devices = math.prod(mesh.shape[axis] for axis in axes)
+            if sizes.get(word, 0) % devices:
+                raise ValueError(
+                    f"`{word}` must be a multiple of the {devices} devices over which "
+                    f"`HeadSharding` splits it, {' · '.join(map(repr, axes))}; got {sizes[word]}. "
+                    f"{mend}"
+                )
 
-def active_mesh(sharding: HeadSharding | None) -> Mesh | AbstractMesh | None:
-    """The mesh on which arrays lie; `None` inside a `shard_map`, or if no mesh is known.
-
-    **Raises:** `ValueError` if the mesh that is set is not that of `sharding`.
-    """
-    current = jax.sharding.get_abstract_mesh()
-    if sharding is None or current.manual_axes:
-        return None
-    if current.empty:
-        return sharding.mesh
-    check_current_mesh(sharding, current)
-    return current
-
-
-def check_current_mesh(sharding: HeadSharding, current: AbstractMesh) -> None:
-    """**Raises:** `ValueError` if the mesh that is set is not that of `sharding`."""
-    mesh = sharding.mesh
-    if mesh is not None and mesh.shape_tuple != current.shape_tuple:
-        raise ValueError(
-            f"`mesh` of `HeadSharding` must be the one set by `jax.set_mesh`, {current.shape}; got "
-            f"{mesh.shape}. Leave `mesh` out to take that one."
-        )
-    check_axes(sharding, current, "the mesh set by `jax.set_mesh` has")
+    def _check_axes(self, mesh: Mesh | AbstractMesh, whose: str) -> None:
+        for name in (*self.token_axes, *self.vocab_axes, *self.embed_axes):
+            if name not in mesh.axis_names:
+                known = ", ".join(repr(axis) for axis in mesh.axis_names)
+                raise ValueError(f"{whose} the axes {known}; {name!r} is none of them.")
 
 
 def constrain(array: Array, sharding: NamedSharding) -> Array:
-    """An array, laid on a mesh so, whatever the type of its axes."""
+    """Lays an array on a mesh, whether its axes are of `Auto` or of `Explicit` type."""
     if sharding.mesh.explicit_axes:
         return jax.sharding.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)
 
 
-def _names(axes: MeshAxes) -> tuple[str, ...]:
+def mesh_axis_names(axes: MeshAxes) -> tuple[str, ...]:
+    """One mesh axis, several or none, as a tuple."""
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def check_axes(sharding: HeadSharding, mesh: Mesh | AbstractMesh, whose: str) -> None:
-    """**Raises:** `ValueError` if the mesh lacks an axis."""
-    for name in (*sharding.token_axes, *sharding.vocab_axes, *sharding.embed_axes):
-        if name not in mesh.axis_names:
-            known = ", ".join(repr(axis) for axis in mesh.axis_names)
-            raise ValueError(f"{whose} the axes {known}; {name!r} is none of them.")
-
-
-def check_sizes(
-    sharding: HeadSharding, mesh: Mesh | AbstractMesh, sizes: Mapping[str, int]
-) -> None:
-    """**Raises:** `ValueError` if a size is no multiple of the devices that share it."""
-    for word, mend in _HOW_TO_SPLIT.items():
-        axes = _names(getattr(sharding, word))
-        devices = math.prod(mesh.shape[axis] for axis in axes)
-        if sizes.get(word, 0) % devices:
-            raise ValueError(
-                f"`{word}` must be a multiple of the {devices} devices over which `HeadSharding` "
-                f"splits it, {' · '.join(map(repr, axes))}; got {sizes[word]}. {mend}"
-            )

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
-from .._head_sharding import constrain
 from .._types import AXIS_WORDS, checked
+from ._head_sharding import constrain
 from ._rules import DEFAULT_RULES, UNSPLIT, ShardingRules
 
 Tree = TypeVar("Tree")
@@ -83,8 +83,8 @@ def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
     On several hosts too: each hands in the same values. A model too large for one device is better
     made where it shall lie, with `constrain_model` inside `jit`.
 
-    The arguments are those of `parameter_shardings`. A decoder should also know where hidden states
-    and its head lie: `TransformerConfig(..., sharding=rules.head_sharding(mesh))`.
+    The arguments are those of `parameter_shardings`. Run the model in `jax.set_mesh(mesh)` and
+    `use_rules(rules)`, so that hidden states and the loss are split accordingly.
     """
     shardings = parameter_shardings(model, mesh, rules)
     return jax.tree.map(

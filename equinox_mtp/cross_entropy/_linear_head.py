@@ -8,47 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._devices import default_platform, tokens_on_all_devices
-from ._head_sharding import HeadSharding
-from ._types import checked
-
-
-def default_token_tile(vocab_size: int) -> int:
-    """How many tokens a tile holds, unless it is said, on the platform that JAX runs on.
-
-    On a CPU 1024 tokens keep a tile of logits in its caches. On an accelerator the head's gradient
-    is read and written once for every tile of tokens: the more tokens, the less that costs beside
-    the products. 4096 are enough on an H100; more take memory for nothing. Their logits are kept
-    for all ids, so there are fewer for a large vocabulary: those of 2 GiB.
-    """
-    if default_platform() == "cpu":
-        return 1024
-    in_two_gib = 2**29 // max(vocab_size, 1)
-    return min(4096, max(1024, 2 ** int(math.log2(max(in_two_gib, 1)))))
-
-
-def default_vocab_tile(vocab_size: int, *, keeps_logits: bool) -> int:
-    """How many ids a tile holds, unless it is said.
-
-    A CPU wants tiles in its caches. An accelerator wants large products: all ids at once, if the
-    logits of all of them are kept anyway.
-    """
-    if default_platform() == "cpu":
-        return 2048
-    return max(vocab_size, 1) if keeps_logits else 32_768
-
-
-def head_vocab_size(head: Any) -> int | None:
-    """The number of ids that an output head knows, if it is a matrix or a `LinearHead`."""
-    if isinstance(head, LinearHead):
-        return head.weight.shape[0]
-    return None if callable(head) else head.shape[0]
-
-
-def accumulation_dtype(hidden_states: Array) -> Any:
-    """The dtype of logits, losses and sums of gradients: float32, or float64 for float64."""
-    is_double = hidden_states.dtype == jnp.float64
-    return hidden_states.dtype if is_double else jnp.dtype(jnp.float32)
+from .._types import OutputHead, checked
+from ..sharding import HeadSharding, current_head_sharding
+from ._partitioning import tokens_on_all_devices
+from ._tile_sizes import accumulation_dtype, default_token_tile, default_vocab_tile
 
 
 class LinearHead(eqx.Module):
@@ -86,7 +49,8 @@ class LinearHead(eqx.Module):
         - `bias`: added to the logits.
         - `soft_cap`: bounds the logits' magnitude, positive and finite; `None` leaves them as they
             are.
-        - `sharding`: where things lie on a mesh, if on several devices.
+        - `sharding`: where things lie on a mesh; by default as the rules of `sharding.use_rules`
+            say.
         - `recompute_logits`: whether a summed loss computes the logits again in the backward pass,
             rather than keep the head's gradient from the forward pass: less memory, more time.
         - `token_tile`, `vocab_tile`: on each device logits are computed for this many tokens and
@@ -120,7 +84,7 @@ class LinearHead(eqx.Module):
     @checked
     def __call__(self, hidden_states: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """The logits of all token ids, accumulated in float32 (float64 for float64)."""
-        return self.logits(hidden_states, self.weight, self.bias)
+        return self.logits(hidden_states)
 
     @property
     def defers_gradients(self) -> bool:
@@ -160,21 +124,21 @@ class LinearHead(eqx.Module):
             return self.vocab_tile
         return default_vocab_tile(self.weight.shape[0], keeps_logits=not self.defers_gradients)
 
-    def with_arrays(self, weight: Array, bias: Array | None) -> "LinearHead":
-        """The same head of other arrays, or their gradients."""
+    def with_arrays(self, weight: Any, bias: Any) -> "LinearHead":
+        """The same head with other arrays, or with what describes them: specs, axis words."""
         head = eqx.tree_at(lambda head: head.weight, self, weight)
         return head if bias is None else eqx.tree_at(lambda head: head.bias, head, bias)
 
-    def logits(self, hidden_states: Array, weight: Array, bias: Array | None) -> Array:
-        """The logits of some of the ids: those of the rows of `weight` and `bias`."""
+    def logits(self, hidden_states: Array) -> Array:
+        """`__call__`, without its checks."""
         logits = jnp.einsum(
             "...e,ve->...v",
             hidden_states,
-            weight.astype(hidden_states.dtype),
+            self.weight.astype(hidden_states.dtype),
             preferred_element_type=accumulation_dtype(hidden_states),
         )
-        if bias is not None:
-            logits += bias.astype(logits.dtype)
+        if self.bias is not None:
+            logits += self.bias.astype(logits.dtype)
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
     def cotangent(self, logits: Array, cotangent: Array) -> Array:
@@ -182,3 +146,35 @@ class LinearHead(eqx.Module):
         if self.soft_cap is None:
             return cotangent
         return cotangent * (1 - jnp.square(logits / self.soft_cap))
+
+
+def as_linear_head(head: OutputHead) -> LinearHead | None:
+    """A matrix or a `LinearHead`, with its own sharding or that of the rules in force.
+
+    `None` for a callable of another kind.
+    """
+    if not isinstance(head, LinearHead):
+        if callable(head):
+            return None
+        head = LinearHead(head)
+    if head.sharding is not None:
+        return head
+    sharding = current_head_sharding()
+    if sharding is None:
+        return head
+    return LinearHead(
+        head.weight,
+        head.bias,
+        soft_cap=head.soft_cap,
+        sharding=sharding,
+        recompute_logits=head.recompute_logits,
+        token_tile=head.token_tile,
+        vocab_tile=head.vocab_tile,
+    )
+
+
+def head_vocab_size(head: Any) -> int | None:
+    """The number of ids that an output head knows, if it is a matrix or a `LinearHead`."""
+    if isinstance(head, LinearHead):
+        return head.weight.shape[0]
+    return None if callable(head) else head.shape[0]

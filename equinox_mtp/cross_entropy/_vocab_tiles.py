@@ -1,13 +1,23 @@
-"""The loops over the vocabulary, for one tile of tokens on one device."""
+"""The loops over the vocabulary, for one tile of tokens on one device.
 
-from typing import Any, NamedTuple
+The forward loop is an online softmax: it keeps, of the ids it has been through, the highest logit m
+and s = Σ exp(logit - m). A tile with a higher maximum m' turns s into s · exp(m - m') and adds its
+own Σ exp(logit - m'). At the end log s + m is the log-sum-exp, and no exponential has overflowed
+(Milakov and Gimelshein, arXiv 1805.02867).
+
+The backward loop has softmax = exp(logit - m) / s and multiplies it, less the onehot of the target,
+by the head's rows and by the hidden states. The forward loop may hand it the exponentials.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int32, Integer
 
-from ._head import LinearHead, accumulation_dtype
+from ._linear_head import LinearHead
+from ._tile_sizes import accumulation_dtype, unscaled_dtype
 
 
 class VocabSums(NamedTuple):
@@ -76,31 +86,7 @@ class Normalizer(NamedTuple):
         return self.max_logit + self.log_sum
 
 
-class HeadGradient(NamedTuple):
-    """The gradient of the head, accumulated in float32, or in float64 for such hidden states."""
-
-    weight: Float[Array, "vocab embed"]
-    bias: Float[Array, "vocab"] | None
-
-    @classmethod
-    def zeros(cls, head: LinearHead, dtype: DTypeLike) -> "HeadGradient":
-        """No gradient yet."""
-        return cls(*jax.tree.map(lambda x: _zeros_like(x, dtype), (head.weight, head.bias)))
-
-    def over_devices(self, head: LinearHead) -> tuple[Array, Array | None]:
-        """The gradient from all devices' tokens, in a dtype that is as wide as it need be.
-
-        That is the dtype of the parameters, unless a factor that is still to come may bring the
-        gradient into its range.
-        """
-        total = lax.psum(self, head.token_axes) if head.token_axes else self
-        weight = total.weight.astype(unscaled_dtype(head.weight.dtype))
-        if head.bias is None or total.bias is None:
-            return weight, None
-        return weight, total.bias.astype(unscaled_dtype(head.bias.dtype))
-
-
-class KeptTiles(NamedTuple):
+class TileResiduals(NamedTuple):
     """A tile of tokens, as the pass over the vocabulary leaves it for the backward pass.
 
     `values` are exp(logits - max_logit), with `max_logit` each tile's own: so the softmax takes no
@@ -114,25 +100,29 @@ class KeptTiles(NamedTuple):
 class _Tile(NamedTuple):
     """A tile's rows of the head, its first id, and which of its ids no tile before it had."""
 
-    weight: Array
-    bias: Array | None
+    head: LinearHead
     start: Array
     is_new: Array | None
+
+
+def zero_gradient(head: LinearHead, dtype: DTypeLike) -> LinearHead:
+    """A gradient of the head to add to, in the dtype in which it is accumulated."""
+    return jax.tree.map(lambda x: _zeros_like(x, dtype), head)
+
+
+def gradient_over_devices(gradient: LinearHead, head: LinearHead) -> LinearHead:
+    """The gradient from all devices' tokens, in a dtype that is as wide as it need be.
+
+    That is the dtype of the parameters, unless a factor that is still to come may bring the
+    gradient into its range.
+    """
+    total = lax.psum(gradient, head.token_axes) if head.token_axes else gradient
+    return jax.tree.map(lambda x, like: x.astype(unscaled_dtype(like.dtype)), total, head)
 
 
 def _zeros_like(x: Array, dtype: DTypeLike) -> Float[Array, "..."]:
     # Not `zeros(x.shape)`: in a `shard_map` the type says on which devices `x` differs.
     return jnp.zeros_like(x, dtype)
-
-
-def unscaled_dtype(dtype: DTypeLike) -> Any:
-    """The dtype to keep a gradient of `dtype` in until it is multiplied by the cotangent.
-
-    float16 and float8 have a smaller range than float32: what fits after the multiplication need
-    not fit before. bfloat16 has the same.
-    """
-    has_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp
-    return jnp.dtype(dtype) if has_range else jnp.dtype(jnp.float32)
 
 
 def _tile_size(head: LinearHead) -> int:
@@ -150,15 +140,14 @@ def _take_tile(head: LinearHead, index: Array) -> _Tile:
     start = jnp.minimum(index * size, vocab - size)
     ids = start + jnp.arange(size)
     return _Tile(
-        weight=lax.dynamic_slice_in_dim(head.weight, start, size),
-        bias=None if head.bias is None else lax.dynamic_slice_in_dim(head.bias, start, size),
+        head=jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), head),
         start=start,
         is_new=None if vocab % size == 0 else ids >= index * size,
     )
 
 
-def _tile_logits(head: LinearHead, hidden_states: Array, tile: _Tile) -> Array:
-    logits = head.logits(hidden_states, tile.weight, tile.bias)
+def _tile_logits(hidden_states: Array, tile: _Tile) -> Array:
+    logits = tile.head.logits(hidden_states)
     return logits if tile.is_new is None else jnp.where(tile.is_new, logits, -jnp.inf)
 
 
@@ -176,12 +165,12 @@ def sum_over_vocabulary(
     *,
     predictions: bool,
     keep_tiles: bool = False,
-) -> tuple[VocabSums, KeptTiles | None]:
+) -> tuple[VocabSums, TileResiduals | None]:
     """One pass over the vocabulary, with a running maximum."""
 
-    def visit(sums: VocabSums, index: Array) -> tuple[VocabSums, KeptTiles | None]:
+    def visit(sums: VocabSums, index: Array) -> tuple[VocabSums, TileResiduals | None]:
         tile = _take_tile(head, index)
-        logits = _tile_logits(head, hidden_states, tile)
+        logits = _tile_logits(hidden_states, tile)
         # Finite also for a tile whose ids are all ruled out by a bias of -inf. What is subtracted
         # from all logits alike changes no loss: it needs no derivative.
         tile_max = jnp.maximum(jnp.max(lax.stop_gradient(logits), axis=-1), lowest)
@@ -197,7 +186,7 @@ def sum_over_vocabulary(
             best_id = jnp.where(tile_max > sums.max_logit, first, best_id)
         kept = logits if head.soft_cap is not None else exponentials
         return VocabSums(max_logit, sum_exp, target_logit, best_id), (
-            KeptTiles(kept, tile_max) if keep_tiles else None
+            TileResiduals(kept, tile_max) if keep_tiles else None
         )
 
     dtype = accumulation_dtype(hidden_states)
@@ -227,30 +216,30 @@ def backward_over_vocabulary(
     *,
     softmax_weight: Float[Array, "batch seq"],
     target_weight: Float[Array, "batch seq"],
-    head_gradient: HeadGradient,
-    head_weight: Float[Array, ""] | float = 1.0,
-    kept_tiles: KeptTiles | None = None,
-) -> tuple[Float[Array, "batch seq embed"], HeadGradient]:
+    head_gradient: LinearHead,
+    depth_weight: Float[Array, ""] | float = 1.0,
+    tile_residuals: TileResiduals | None = None,
+) -> tuple[Float[Array, "batch seq embed"], LinearHead]:
     """Pulls a cotangent of the logits, `softmax_weight · softmax - target_weight · onehot`, back.
 
     Tiles that were not kept are computed again.
 
-    **Returns:** the hidden states' gradient, and `head_gradient` plus `head_weight` times the
-    head's.
+    **Returns:** the hidden states' gradient, and `head_gradient` plus `depth_weight` times the
+    gradient of the head.
     """
     max_logit, log_sum = normalizer
     scale = _scale_into_range(hidden_states.dtype, softmax_weight, target_weight)
     softmax_weight, target_weight = softmax_weight * scale, target_weight * scale
 
-    def softmax_and_logits(tile: _Tile, kept: KeptTiles | None) -> tuple[Array, Array | None]:
+    def softmax_and_logits(tile: _Tile, kept: TileResiduals | None) -> tuple[Array, Array | None]:
         if kept is None or head.soft_cap is not None:
-            logits = _tile_logits(head, hidden_states, tile) if kept is None else kept.values
+            logits = _tile_logits(hidden_states, tile) if kept is None else kept.values
             return jnp.exp((logits - max_logit[..., None]) - log_sum[..., None]), logits
         return kept.values * jnp.exp((kept.max_logit - max_logit) - log_sum)[..., None], None
 
     def visit(
-        carry: tuple[Array, HeadGradient], inputs: tuple[Array, KeptTiles | None]
-    ) -> tuple[tuple[Array, HeadGradient], None]:
+        carry: tuple[Array, LinearHead], inputs: tuple[Array, TileResiduals | None]
+    ) -> tuple[tuple[Array, LinearHead], None]:
         hidden_gradient, head_gradient = carry
         index, kept = inputs
         tile = _take_tile(head, index)
@@ -264,20 +253,18 @@ def backward_over_vocabulary(
             cotangent = jnp.where(tile.is_new, cotangent, 0.0)
         low = cotangent.astype(hidden_states.dtype)
         hidden_gradient += jnp.einsum(
-            "bsv,ve->bse", low, tile.weight.astype(low.dtype), preferred_element_type=dtype
+            "bsv,ve->bse", low, tile.head.weight.astype(low.dtype), preferred_element_type=dtype
         )
         weight = jnp.einsum("bsv,bse->ve", low, hidden_states, preferred_element_type=dtype)
-        tile_gradient = HeadGradient(
-            tile_weight * weight,
-            None if tile.bias is None else tile_weight * jnp.sum(cotangent, axis=(0, 1)),
-        )
+        bias = None if head.bias is None else tile_weight * jnp.sum(cotangent, axis=(0, 1))
+        tile_gradient = head.with_arrays(tile_weight * weight, bias)
         return (hidden_gradient, _add_tile(head_gradient, tile_gradient, tile.start)), None
 
     dtype = accumulation_dtype(hidden_states)
-    tile_weight = head_weight / scale
+    tile_weight = depth_weight / scale
     start = (_zeros_like(hidden_states, dtype), head_gradient)
     indices = jnp.arange(_num_tiles(head), dtype=jnp.int32)
-    (hidden_gradient, head_gradient), _ = lax.scan(visit, start, (indices, kept_tiles))
+    (hidden_gradient, head_gradient), _ = lax.scan(visit, start, (indices, tile_residuals))
     return hidden_gradient / scale, head_gradient
 
 
@@ -295,7 +282,7 @@ def _scale_into_range(dtype: DTypeLike, *weights: Array) -> Array | float:
     return jnp.exp2(limit - jnp.ceil(jnp.log2(largest)))
 
 
-def _add_tile(gradient: HeadGradient, tile: HeadGradient, start: Array) -> HeadGradient:
+def _add_tile(gradient: LinearHead, tile: LinearHead, start: Array) -> LinearHead:
     """Adds in place: nothing of the head's size is made."""
 
     def add(total: Array, part: Array) -> Array:

@@ -1,7 +1,8 @@
 """The loss on one device, on several, or in the user's own `shard_map`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
-from ._head_sharding import HeadSharding, check_current_mesh, check_sizes
+from ..sharding import HeadSharding
 
 _CLOSURE_NOTE = (
     "On a mesh of explicit axes `head` must not close over arrays: make it an `equinox.Module` "
@@ -22,49 +23,53 @@ _CLOSURE_NOTE = (
 
 
 def on_devices(
-    sharding: HeadSharding | None,
-    function: Callable[..., Any],
-    words: Sequence[str],
-    out_words: Sequence[str],
+    sharding: HeadSharding | None, function: Callable[..., Any], words: Any, out_words: Any
 ) -> Callable[..., Any]:
-    """`function` on every device's part of arrays with these axis words.
+    """Runs `function` on each device's part of arrays with these axis words.
 
-    Gradients are never taken through this: each strategy maps its forward and backward pass.
+    `words` and `out_words` hold the axis words of each array, in the structure of the arguments and
+    of the results: `"depth batch seq"`, or a `LinearHead` of such words. They may stand for several
+    arrays with the same axes, and for `None`.
+
+    No gradient is taken through this: each strategy maps its forward and its backward pass.
     """
     if sharding is None:
-        return lambda *arrays: _whole_heads(function(*_whole_heads(arrays, words)), out_words)
+        return lambda *arrays: _gather_heads(function(*_gather_heads(arrays, words)), out_words)
 
-    def on_mesh(*arrays: Array | None) -> Any:
+    def check(mesh: Mesh | AbstractMesh, words: str, arrays: Any) -> None:
+        for array in jax.tree.leaves(arrays):
+            sharding.check_sizes(mesh, dict(zip(words.split(), array.shape, strict=True)))
+
+    def on_mesh(*arrays: Any) -> Any:
         mesh = _mesh(sharding)
-        for array, axis_words in zip(arrays, words, strict=True):
-            if array is not None:
-                check_sizes(sharding, mesh, dict(zip(axis_words.split(), array.shape, strict=True)))
+        jax.tree.map(partial(check, mesh), words, arrays)
         return jax.shard_map(
             function,
             mesh=mesh,
-            in_specs=tuple(map(sharding.spec, words)),
-            out_specs=tuple(map(sharding.spec, out_words)),
+            in_specs=jax.tree.map(sharding.spec, words),
+            out_specs=jax.tree.map(sharding.spec, out_words),
             check_vma=False,
         )(*arrays)
 
     return on_mesh
 
 
-def _whole_heads(arrays: Sequence[Array | None], words: Sequence[str]) -> tuple[Array | None, ...]:
-    """Puts split arrays of the head together, where the mesh is known.
+def _gather_heads(arrays: Any, words: Any) -> Any:
+    """Puts the parts of a head together, where the mesh is known.
 
-    Outside of the loops, that is: XLA would do so for every tile. Outside of `jit` arrays stay
-    where they are.
+    Once, outside of the loops: XLA would do so for every tile. Outside of `jit` arrays stay where
+    they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
-        return tuple(arrays)
-    return tuple(
-        jax.lax.with_sharding_constraint(array, P())
-        if isinstance(array, Tracer) and "vocab" in axis_words
-        else array
-        for array, axis_words in zip(arrays, words, strict=True)
-    )
+        return arrays
+
+    def gather(words: str, arrays: Any) -> Any:
+        if isinstance(arrays, Tracer) and "vocab" in words:
+            return jax.lax.with_sharding_constraint(arrays, P())
+        return arrays
+
+    return jax.tree.map(gather, words, arrays)
 
 
 def _mesh(sharding: HeadSharding) -> Mesh | AbstractMesh:
@@ -78,7 +83,7 @@ def _mesh(sharding: HeadSharding) -> Mesh | AbstractMesh:
                 "`with jax.set_mesh(mesh):`, or pass `HeadSharding(mesh, ...)`."
             )
         return _with_auto_axes(mesh)
-    check_current_mesh(sharding, current)
+    sharding.check_current_mesh(current)
     if current.manual_axes:
         raise ValueError(
             f"`sharding` of the head does not go with a `shard_map` around the loss; got "
@@ -124,14 +129,6 @@ def _num_devices() -> int | None:
     if mesh.empty:
         return None
     return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
-
-
-def default_platform() -> str:
-    """The platform that JAX compiles for unless it is told otherwise: cpu, gpu or tpu."""
-    device = getattr(jax.config, "jax_default_device", None)
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
 
 
 # The types that JAX gives to sharded arrays

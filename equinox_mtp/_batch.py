@@ -1,0 +1,143 @@
+"""One batch of rows of text, with everything that a model reads of it."""
+
+import dataclasses
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Integer
+
+from ._checks import check_ids
+from ._shift import MTPTargets, align_targets
+from ._types import HostOrDeviceArray, checked
+
+
+class Batch(eqx.Module):
+    """Rows of text as a model reads them; made by `make_batch`.
+
+    A pytree of integer arrays, all `[batch seq]`: `sharding.reorder` and `sharding.shard_batch`
+    take it whole.
+
+    **Fields:**
+
+    - `input_ids`, `target_ids`: each token, and its successor.
+    - `target_mask`: which targets count.
+    - `position_ids`: each token's position in its document.
+    - `segment_ids`: which document each token belongs to; 0 is padding. `None` means that every row
+        is one document.
+    - `targets`: what each prediction depth reads and is scored on, `[depth batch seq]`, or `None`:
+        then the model aligns them when it is called.
+
+    **Raises:** `ValueError` if the fields differ in shape.
+    """
+
+    input_ids: Integer[HostOrDeviceArray, "batch seq"]
+    target_ids: Integer[HostOrDeviceArray, "batch seq"]
+    target_mask: Bool[HostOrDeviceArray, "batch seq"]
+    position_ids: Integer[HostOrDeviceArray, "batch seq"]
+    segment_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None
+    targets: MTPTargets | None = None
+
+    def __check_init__(self) -> None:
+        names = ("input_ids", "target_ids", "target_mask", "position_ids", "segment_ids")
+        fields = {name: getattr(self, name) for name in names}
+        shapes = {name: x.shape for name, x in fields.items() if x is not None}
+        if self.targets is not None:
+            shapes["targets"] = self.targets.mask.shape[1:]
+        if len(set(shapes.values())) > 1:
+            raise ValueError(
+                "`Batch` must have fields of one shape (batch, seq); got "
+                f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())}."
+            )
+
+    @checked
+    def align(self, num_depths: int, *, chain_mask: bool = False) -> "Batch":
+        """The same batch with `targets` for this many depths; see `align_targets`.
+
+        Needed before positions are put in another order, or split over devices by hand: which token
+        a depth predicts follows from the order of the text.
+        """
+        targets = align_targets(
+            self.input_ids,
+            self.target_ids,
+            self.target_mask,
+            num_depths=num_depths,
+            segment_ids=self.segment_ids,
+            position_ids=self.position_ids,
+            chain_mask=chain_mask,
+        )
+        return dataclasses.replace(self, targets=targets)
+
+
+@checked
+def make_batch(
+    tokens: Integer[HostOrDeviceArray, "batch tokens"],
+    *,
+    segment_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
+) -> Batch:
+    """Makes a batch of rows of `seq + 1` tokens.
+
+    Inputs are `tokens[:, :-1]` and targets `tokens[:, 1:]`. A target counts if it lies in the same
+    document as its input, `segment_ids[i] == segment_ids[i+1] != 0`. Positions count from 0 in each
+    document, that is in each run of one segment id.
+
+        batch = make_batch(np.arange(18).reshape(2, 9))
+        batch.target_ids[0]  # [1 2 3 4 5 6 7 8]
+
+    **Arguments:**
+
+    - `tokens`: `[batch, seq + 1]`.
+    - `segment_ids`: which document each of these tokens belongs to; 0 is padding. With `None` every
+        row is one document.
+
+    **Returns:** `Batch`; of NumPy arrays, if the arguments are.
+
+    **Raises:** `ValueError` if a row has fewer than two tokens, or ids on the host do not fit 32
+    bits.
+    """
+    if tokens.shape[1] < 2:
+        raise ValueError(
+            f"`tokens` must have at least two tokens a row, an input and its target; got shape "
+            f"{tokens.shape}. Make rows of `seq + 1` tokens."
+        )
+    tokens = check_ids("tokens", tokens)
+    input_ids, target_ids = tokens[:, :-1], tokens[:, 1:]
+    on_host = isinstance(tokens, np.ndarray)
+    if segment_ids is None:
+        xp = np if on_host else jnp
+        positions = xp.arange(input_ids.shape[1], dtype=np.int32)
+        return Batch(
+            input_ids,
+            target_ids,
+            target_mask=xp.ones(input_ids.shape, bool),
+            position_ids=xp.broadcast_to(positions, input_ids.shape),
+        )
+    segments = check_ids("segment_ids", segment_ids)
+    is_next_same = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] != 0)
+    return Batch(
+        input_ids,
+        target_ids,
+        target_mask=is_next_same,
+        position_ids=_positions_in_runs(segments[:, :-1]),
+        segment_ids=segments[:, :-1],
+    )
+
+
+def _positions_in_runs(
+    segment_ids: Integer[HostOrDeviceArray, "batch seq"],
+) -> Integer[HostOrDeviceArray, "batch seq"]:
+    """How far each position is from the first of its run of equal ids."""
+    on_host = isinstance(segment_ids, np.ndarray)
+    xp = np if on_host else jnp
+    positions = xp.arange(segment_ids.shape[1], dtype=np.int32)
+    is_start = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = xp.pad(xp.where(is_start, positions[1:], 0), ((0, 0), (1, 0)))
+    run_starts = _running_maximum(starts)
+    return positions - run_starts
+
+
+def _running_maximum(x: HostOrDeviceArray) -> HostOrDeviceArray:
+    if isinstance(x, Array):
+        return lax.cummax(x, axis=1)
+    return np.maximum.accumulate(x, axis=1)

@@ -1,0 +1,27 @@
+"""The cross-entropy of an output head, from hidden states to losses, without the logits.
+
+    linear_cross_entropy ─────────┐
+    summed_linear_cross_entropy ──┼─► _token_losses     each token's loss; logits are computed twice
+    summed_cross_entropy_by_depth ┼─► _weighted_losses  sums; gradients come with the forward pass
+                                  └─► _callable_head    any callable; JAX's own gradients
+                                            │
+                                            ▼
+                                      _partitioning     each device's own part, on a mesh
+                                      _token_tiles      a loop over tiles of tokens
+                                      _vocab_tiles      for each of them, loops over tiles of ids
+                                      _linear_head      the logits of one tile
+
+`_tile_sizes` says how large tiles are on each platform.
+"""
+
+from ._linear_cross_entropy import (
+    CrossEntropy as CrossEntropy,
+    SummedCrossEntropy as SummedCrossEntropy,
+    linear_cross_entropy as linear_cross_entropy,
+    summed_cross_entropy_by_depth as summed_cross_entropy_by_depth,
+    summed_linear_cross_entropy as summed_linear_cross_entropy,
+)
+from ._linear_head import (
+    LinearHead as LinearHead,
+    head_vocab_size as head_vocab_size,
+)

@@ -1,0 +1,57 @@
+"""How many tokens and ids a tile holds by default, and in what dtype its logits are."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike
+
+
+def default_token_tile(vocab_size: int) -> int:
+    """How many tokens a tile holds, by default, on the platform that JAX runs on.
+
+    On a CPU 1024 tokens keep a tile of logits in its caches. On an accelerator the head's gradient
+    is read and written once for every tile of tokens: the more tokens, the less that costs beside
+    the products. 4096 are enough on an H100; more take memory for nothing. Their logits are kept
+    for all ids, so there are fewer for a large vocabulary: those of 2 GiB.
+    """
+    if _default_platform() == "cpu":
+        return 1024
+    in_two_gib = 2**29 // max(vocab_size, 1)
+    return min(4096, max(1024, 2 ** int(math.log2(max(in_two_gib, 1)))))
+
+
+def default_vocab_tile(vocab_size: int, *, keeps_logits: bool) -> int:
+    """How many ids a tile holds, by default.
+
+    A CPU wants tiles in its caches. An accelerator wants large products: all ids at once, if the
+    logits of all of them are kept anyway.
+    """
+    if _default_platform() == "cpu":
+        return 2048
+    return max(vocab_size, 1) if keeps_logits else 32_768
+
+
+def accumulation_dtype(hidden_states: Array) -> Any:
+    """The dtype of logits, losses and sums of gradients: float32, or float64 for float64."""
+    is_double = hidden_states.dtype == jnp.float64
+    return hidden_states.dtype if is_double else jnp.dtype(jnp.float32)
+
+
+def unscaled_dtype(dtype: DTypeLike) -> Any:
+    """The dtype to keep a gradient of `dtype` in until it is multiplied by the cotangent.
+
+    float16 and float8 have a smaller range than float32: what fits after the multiplication need
+    not fit before. bfloat16 has the same.
+    """
+    has_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp
+    return jnp.dtype(dtype) if has_range else jnp.dtype(jnp.float32)
+
+
+def _default_platform() -> str:
+    """The platform that JAX compiles for unless it is told otherwise: cpu, gpu or tpu."""
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform

@@ -1,0 +1,61 @@
+"""The rules in force, as a context: like the mesh, they are no part of a model."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from .._types import checked
+from ._head_sharding import HeadSharding, constrain
+from ._rules import DEFAULT_RULES, ShardingRules
+
+# A part of the key under which `jit` keeps compiled functions: other rules trace anew.
+_RULES: Any = jax.make_user_context(None)
+
+
+@checked
+def use_rules(rules: ShardingRules | None = DEFAULT_RULES) -> AbstractContextManager[Any]:
+    """Says how hidden states, embedding lookup and loss are split over the mesh that is set.
+
+        with jax.set_mesh(mesh), use_rules(rules):
+            model, loss = train_step(model, batch)
+
+    `nn.TransformerDecoder`, `nn.embed_tokens` and the loss follow the rules; a model is built,
+    saved and loaded without them. Without rules results are the same, and XLA decides what moves
+    between devices; `HeadSharding` tells what that costs. Compiled functions are traced again under
+    other rules. Inside a `shard_map`, or where no mesh is set, rules do nothing.
+
+    **Arguments:**
+
+    - `rules`: which axis of an array lies on which axis of the mesh; `None` for no rules.
+    """
+    return _RULES(rules)
+
+
+def current_head_sharding() -> HeadSharding | None:
+    """What the rules in force say of the mesh that is set.
+
+    `None` if no rules are in force, no mesh is set, or inside a `shard_map`.
+    """
+    rules, mesh = _RULES.value, jax.sharding.get_abstract_mesh()
+    if rules is None or mesh.empty or mesh.manual_axes:
+        return None
+    return rules.head_sharding(mesh)
+
+
+@checked
+def constrain_hidden_states(
+    hidden_states: Float[Array, "batch seq embed"],
+) -> Float[Array, "batch seq embed"]:
+    """Lays hidden states on the mesh as the rules in force say; for the layers of a decoder.
+
+    Without it XLA would choose from how the parameters are split, and choose differently from layer
+    to layer. Hidden states stay as they are where `use_rules` does nothing.
+    """
+    sharding = current_head_sharding()
+    if sharding is None:
+        return hidden_states
+    mesh = jax.sharding.get_abstract_mesh()
+    return constrain(hidden_states, NamedSharding(mesh, sharding.spec("batch seq embed")))

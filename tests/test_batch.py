@@ -1,0 +1,177 @@
+"""`Batch`: made of tokens, and read by the model, alignment, reordering and sharding alike."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from hypothesis.extra import numpy as hnp
+
+import equinox_mtp as emtp
+from equinox_mtp import Batch, MTPConfig, MTPModel, make_batch, nn, sharding
+
+VOCAB = 13
+segment_arrays = hnp.arrays(
+    np.int32,
+    st.tuples(st.integers(1, 3), st.integers(2, 9)),
+    elements=st.integers(0, 2),
+)
+
+
+def make_rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    segments = np.asarray([[1, 1, 1, 2, 2, 2, 2, 2, 2], [1, 1, 2, 1, 1, 1, 1, 0, 0]], np.int32)
+    return rng.integers(0, VOCAB, segments.shape).astype(np.int32), segments
+
+
+def make_model(num_depths: int = 2) -> MTPModel:
+    config = nn.TransformerConfig(vocab_size=VOCAB, embed_size=8, num_layers=1, num_heads=2)
+    return MTPModel(
+        nn.TransformerDecoder(config, key=jax.random.key(0)),
+        emtp.MultiTokenPredictionBlock(
+            MTPConfig(num_depths),
+            partial(nn.TransformerDecoderLayer, config),
+            embed_size=8,
+            key=jax.random.key(1),
+        ),
+    )
+
+
+@given(segments=segment_arrays)
+@pytest.mark.parametrize("on_host", [True, False])
+def test_against_a_loop(segments: np.ndarray, on_host: bool) -> None:
+    tokens = np.arange(segments.size, dtype=np.int32).reshape(segments.shape)
+    to = np.asarray if on_host else jnp.asarray
+    batch = make_batch(to(tokens), segment_ids=to(segments))
+    assert all(isinstance(x, np.ndarray) == on_host for x in jax.tree.leaves(batch))
+    for row, (ids, segment) in enumerate(zip(tokens, segments, strict=True)):
+        position = 0
+        for i in range(len(ids) - 1):
+            position = position + 1 if i and segment[i] == segment[i - 1] else 0
+            assert batch.position_ids[row, i] == position
+            assert batch.input_ids[row, i] == ids[i]
+            assert batch.target_ids[row, i] == ids[i + 1]
+            assert batch.target_mask[row, i] == (segment[i] == segment[i + 1] != 0)
+            assert batch.segment_ids is not None
+            assert batch.segment_ids[row, i] == segment[i]
+
+
+def test_rows_of_one_document_each() -> None:
+    tokens = np.arange(10).reshape(2, 5)
+    for batch in (make_batch(tokens), make_batch(jnp.asarray(tokens))):
+        assert batch.segment_ids is None
+        assert np.asarray(batch.position_ids).tolist() == [[0, 1, 2, 3]] * 2
+        assert np.asarray(batch.target_mask).all()
+
+
+def test_make_batch_is_inputs_and_targets() -> None:
+    tokens, segments = make_rows()
+    batch = jax.jit(lambda tokens, segments: make_batch(tokens, segment_ids=segments))(
+        tokens, segments
+    )
+    expected = emtp.inputs_and_targets(tokens, segment_ids=segments)
+    for ours, theirs in zip(
+        (batch.input_ids, batch.target_ids, batch.target_mask), expected, strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_align_is_align_targets() -> None:
+    tokens, segments = make_rows()
+    batch = make_batch(tokens, segment_ids=segments)
+    for chain_mask in (False, True):
+        expected = emtp.align_targets(
+            batch.input_ids,
+            batch.target_ids,
+            batch.target_mask,
+            num_depths=3,
+            segment_ids=batch.segment_ids,
+            position_ids=batch.position_ids,
+            chain_mask=chain_mask,
+        )
+        aligned = batch.align(3, chain_mask=chain_mask)
+        jax.tree.map(np.testing.assert_array_equal, aligned.targets, expected)
+        assert dataclasses.replace(aligned, targets=None).target_ids is batch.target_ids
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_model_takes_a_batch_as_its_fields(aligned: bool) -> None:
+    tokens, segments = make_rows()
+    batch, model = make_batch(tokens, segment_ids=segments), make_model()
+    expected = eqx.filter_jit(model)(
+        batch.input_ids,
+        batch.target_ids,
+        batch.target_mask,
+        position_ids=batch.position_ids,
+        segment_ids=batch.segment_ids,
+    )
+    output = eqx.filter_jit(model)(batch.align(2) if aligned else batch)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), output, expected)
+
+
+def test_reordered_and_restored() -> None:
+    tokens, segments = make_rows()
+    model = make_model()
+    model = eqx.tree_at(
+        lambda m: m.decoder,
+        model,
+        nn.TransformerDecoder(
+            dataclasses.replace(
+                model.decoder.config,  # type: ignore[attr-defined]
+                attention=nn.causal_attention_by_position,
+            ),
+            key=jax.random.key(0),
+        ),
+    )
+    # Attention by position in the depths too.
+    config: Any = model.decoder.config  # type: ignore[attr-defined]
+    block = emtp.MultiTokenPredictionBlock(
+        MTPConfig(2),
+        partial(nn.TransformerDecoderLayer, config),
+        embed_size=8,
+        key=jax.random.key(1),
+    )
+    model = MTPModel(model.decoder, block)
+    batch = make_batch(tokens, segment_ids=segments)
+    order = sharding.zigzag_order(8, 2)
+    reordered = sharding.reorder(jax.tree.map(np.asarray, batch.align(2)), order)
+    output, expected = eqx.filter_jit(model)(reordered), eqx.filter_jit(model)(batch)
+    np.testing.assert_allclose(output.mtp.loss, expected.mtp.loss, rtol=1e-5)
+    np.testing.assert_allclose(output.main.loss, expected.main.loss, rtol=1e-5)
+    restored = sharding.restore(output.predictions, order)
+    np.testing.assert_array_equal(restored, expected.predictions)
+
+
+def test_a_batch_on_a_mesh() -> None:
+    tokens, segments = make_rows()
+    mesh = sharding.make_mesh({"data": 2, "context": 4})
+    batch: Any = make_batch(tokens, segment_ids=segments).align(2)
+    batch = sharding.shard_batch(batch, mesh)
+    assert batch.targets.mask.sharding.shard_shape((2, 2, 8)) == (2, 1, 2)
+    assert batch.position_ids.sharding.shard_shape((2, 8)) == (1, 2)
+
+
+def test_what_does_not_fit() -> None:
+    tokens, segments = make_rows()
+    batch, model = make_batch(tokens, segment_ids=segments), make_model()
+    with pytest.raises(ValueError, match="`target_ids` must be `None` if `input_ids` is a `Batch`"):
+        model(batch, batch.target_ids)
+    with pytest.raises(ValueError, match="`segment_ids` must be `None` if `input_ids` is a `Ba"):
+        model(batch, segment_ids=batch.segment_ids)
+    with pytest.raises(ValueError, match="`target_ids` must be given with `input_ids`"):
+        model(batch.input_ids)
+    with pytest.raises(ValueError, match=r"fields of one shape .*position_ids \(2, 7\)"):
+        dataclasses.replace(batch, position_ids=np.asarray(batch.position_ids)[:, 1:])
+    with pytest.raises(ValueError, match="`tokens` must have at least two tokens a row"):
+        make_batch(tokens[:, :1])
+    with pytest.raises(ValueError, match=r"`tokens` must lie in .* 32 bits"):
+        make_batch(np.full((1, 4), 2**40))
+    outside = make_batch(np.where(np.arange(9) == 4, VOCAB, tokens))
+    with pytest.raises(ValueError, match="`target_ids` must lie in 0 … 12"):
+        model(outside)
+    assert isinstance(batch, Batch)
