@@ -1,8 +1,7 @@
-"""README's examples run as they stand, and show what it says they show."""
+"""The examples of README and of each package's README run as they stand, and show what they say."""
 
 import contextlib
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +12,101 @@ import numpy as np
 import pytest
 from helpers import as_float64
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+import equinox_mtp as emtp
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PACKAGES = ROOT / "equinox_mtp"
 
 
-@pytest.fixture(scope="module")
-def namespaces(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def blocks(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def run_blocks(path: Path, folder: Path) -> list[dict[str, Any]]:
     """What is defined after each block."""
     names: dict[str, Any] = {}
     snapshots = []
-    with contextlib.chdir(tmp_path_factory.mktemp("readme")):
-        for block in BLOCKS:
-            exec(compile(block, "README.md", "exec"), names)
+    with contextlib.chdir(folder):
+        for block in blocks(path):
+            exec(compile(block, str(path), "exec"), names)
             snapshots.append(dict(names))
     return snapshots
 
 
-def test_training_loop_learns(namespaces: list[dict[str, Any]]) -> None:
+def test_readme_can_be_read_in_two_minutes() -> None:
+    lines = README.read_text(encoding="utf8").splitlines()
+    assert len(lines) <= 160
+    code = [line for line in blocks(README)[0].splitlines() if line.strip()]
+    assert len(code) <= 22
+    (wrapper,) = (block for block in blocks(README) if "class GPTDecoder" in block)
+    decoder = wrapper.split("class GPTLayer")[0]
+    assert len([line for line in decoder.splitlines() if line.strip()]) <= 15
+
+
+@pytest.mark.parametrize(
+    "path",
+    [README, *sorted(PACKAGES.rglob("README.md")), ROOT / "tests" / "benchmarks" / "README.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf8"))
+    local = [link for link in links if not link.startswith("http")]
+    missing = [link for link in local if not (path.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_examples(tmp_path: Path) -> None:
+    """In one test: its examples build on one another, and take long to compile."""
+    readme = run_blocks(README, tmp_path)
+    check_training_loop_learns(readme)
+    check_packed_example_counts(readme)
+    check_generation_is_plain_decoding_and_the_file_holds_the_model(readme)
+    check_wrapped_model_shares_its_weights(readme)
+
+
+def check_training_loop_learns(readme: list[dict[str, Any]]) -> None:
+    names = readme[0]
     uniform_guess = 1.3 * np.log(257)  # λ = 0.3
-    assert float(namespaces[0]["loss"]) < 0.75 * uniform_guess
-    assert float(namespaces[0]["output"].main.mean) < 0.75 * np.log(257)
-    assert namespaces[1]["acceptance"].scored.tolist() == [127, 126]
-    code_lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
-    assert len(code_lines) <= 22
+    assert float(names["loss"]) < 0.75 * uniform_guess
+    assert float(names["output"].main.mean) < 0.75 * np.log(257)
+    assert readme[1]["acceptance"].scored.tolist() == [127, 126]
 
 
-def test_packed_example_counts(namespaces: list[dict[str, Any]]) -> None:
-    np.testing.assert_array_equal(namespaces[2]["output"].mtp.losses.weights, [4.0, 2.0])
+def check_packed_example_counts(readme: list[dict[str, Any]]) -> None:
+    names = readme[2]
+    np.testing.assert_array_equal(names["model"](names["packed"]).mtp.losses.weights, [4.0, 2.0])
 
 
-def test_wrapped_model_shares_its_weights(namespaces: list[dict[str, Any]]) -> None:
-    namespace = namespaces[-1]
-    gpt, model = namespace["gpt"], namespace["model"]
-    assert model.decoder.gpt is gpt
+def check_generation_is_plain_decoding_and_the_file_holds_the_model(
+    readme: list[dict[str, Any]],
+) -> None:
+    names = readme[3]
+    plain = emtp.speculative.generate(
+        names["model"], names["prompts"], names["lengths"], max_new_tokens=12, num_drafts=0
+    )
+    np.testing.assert_array_equal(names["generation"].tokens, plain.tokens)
+    np.testing.assert_array_equal(names["generation"].num_generated, [12, 12])
+    assert eqx.tree_equal(names["loaded"], names["model"])
+
+
+def check_wrapped_model_shares_its_weights(readme: list[dict[str, Any]]) -> None:
+    names = readme[-1]
+    gpt = names["gpt"]
+    model = emtp.MTPModel(names["GPTDecoder"](gpt), names["block"])
     assert model.decoder.output_head() is gpt.head.weight
-    output = namespace["output"]
     input_ids = jnp.ones((2, 64), int)
 
     def logits(ids: jax.Array) -> jax.Array:
-        x = jax.vmap(gpt.tokens)(ids) + gpt.positions.weight[: len(ids)]
+        x = jax.vmap(gpt.tokens)(ids)
         for layer in gpt.layers:
             x = layer(x)
         return jax.vmap(gpt.head)(jax.vmap(gpt.norm)(x))
 
     log_probabilities = jax.nn.log_softmax(jax.vmap(logits)(input_ids))
+    output = names["output"]
     np.testing.assert_allclose(output.main.mean, -log_probabilities[..., 1].mean(), rtol=1e-5)
     np.testing.assert_array_equal(output.mtp.losses.weights, [2 * 63, 2 * 62])
     grads = eqx.filter_grad(
@@ -65,15 +115,8 @@ def test_wrapped_model_shares_its_weights(namespaces: list[dict[str, Any]]) -> N
     assert float(jnp.abs(grads.decoder.gpt.head.weight).max()) > 0
 
 
-def test_wrapper_is_short() -> None:
-    (wrapper,) = (block for block in BLOCKS if "class GPTDecoder" in block)
-    decoder = wrapper.split("class GPTLayer")[0]
-    lines = [line for line in decoder.splitlines() if line.strip()]
-    assert len(lines) <= 15
-
-
-def test_losses_without_logits_are_those_with_logits(namespaces: list[dict[str, Any]]) -> None:
-    token, summed = (next(n for n in namespaces if name in n) for name in ("token", "out"))
+def test_losses_without_logits_are_those_with_logits(tmp_path: Path) -> None:
+    token, summed = run_blocks(PACKAGES / "cross_entropy" / "README.md", tmp_path)
     hidden_states, matrix = token["hidden_states"], token["head"].weight
     logits = as_float64(hidden_states) @ as_float64(matrix).T
     logits = 30 * np.tanh(logits / 30)
@@ -83,42 +126,30 @@ def test_losses_without_logits_are_those_with_logits(namespaces: list[dict[str, 
     np.testing.assert_allclose(summed["loss"], expected, rtol=1e-5)
 
 
-def test_sharded_example_is_that_of_one_device(namespaces: list[dict[str, Any]]) -> None:
-    names = namespaces[-1]
-    output, batch = names["sharded_output"], names["batch"]
-    decoder = names["emtp"].nn.TransformerDecoder(names["config"], key=jax.random.key(0))
-    block = names["emtp"].MultiTokenPredictionBlock(
-        names["emtp"].MTPConfig(num_depths=2),
-        partial(names["emtp"].nn.TransformerDecoderLayer, decoder.config),
-        embed_size=64,
-        key=jax.random.key(1),
-    )
-    expected = eqx.filter_jit(names["emtp"].MTPModel(decoder, block))(*batch)
-    np.testing.assert_allclose(output.main.loss, expected.main.loss, rtol=1e-5)
-    np.testing.assert_allclose(output.mtp.losses.losses, expected.mtp.losses.losses, rtol=1e-5)
-    # The reordered targets are those of the text, elsewhere.
-    order = names["order"]
-    assert names["targets"].target_ids.shape == (2, 8, 64)
-    assert names["positions"][0].tolist() == order.tolist()
+def test_sharded_example_is_that_of_one_device(tmp_path: Path) -> None:
+    names = run_blocks(PACKAGES / "sharding" / "README.md", tmp_path)[-1]
+    expected = eqx.filter_jit(names["model"])(names["batch"])
+    for output in (names["sharded_output"], names["output"]):
+        np.testing.assert_allclose(output.main.loss, expected.main.loss, rtol=1e-5)
+        np.testing.assert_allclose(output.mtp.losses.losses, expected.mtp.losses.losses, rtol=1e-5)
+    np.testing.assert_array_equal(names["predictions"], expected.predictions)
+    assert names["reordered"].position_ids[0].tolist() == names["order"].tolist()
 
 
-def test_generation_is_plain_decoding(namespaces: list[dict[str, Any]]) -> None:
-    names = next(n for n in namespaces if "generation" in n)
-    generation, prompts, lengths = (
-        names[name] for name in ("generation", "prompt_ids", "prompt_lengths")
-    )
-    plain = names["emtp"].speculative.generate(
-        names["emtp"].MTPModel(names["decoder"], names["drafting_block"]),
-        prompts,
-        lengths,
+def test_generation_of_its_package(tmp_path: Path) -> None:
+    (names,) = run_blocks(PACKAGES / "speculative" / "README.md", tmp_path)
+    plain = emtp.speculative.generate(
+        names["model"],
+        names["prompt_ids"],
+        names["prompt_lengths"],
         max_new_tokens=12,
         num_drafts=0,
     )
-    np.testing.assert_array_equal(generation.tokens, plain.tokens)
-    np.testing.assert_array_equal(generation.num_generated, [12, 12])
+    np.testing.assert_array_equal(names["generation"].tokens, plain.tokens)
 
 
-def test_saved_model_comes_back(namespaces: list[dict[str, Any]]) -> None:
-    saved, loaded = namespaces[-1]["sharded_model"], namespaces[-1]["loaded_model"]
-    assert eqx.tree_equal(jax.device_get(loaded), jax.device_get(saved))
-    assert loaded.decoder.embedding.devices() == {jax.devices()[0]}
+def test_shim_example_is_the_functional_loss(tmp_path: Path) -> None:
+    (names,) = run_blocks(PACKAGES / "linen" / "README.md", tmp_path)
+    losses = jax.tree.leaves(names["outputs"]["mtp_losses"])
+    assert all(np.isfinite(x).all() for x in losses)
+    assert 0 < float(names["mtp_loss"]) < 0.2 * np.log(257)
