@@ -29,7 +29,7 @@ class MTPOutput(eqx.Module):
     - `losses`: sums and counts, for reports and for `calculate_mtp_loss`.
     - `acceptance`: for `calculate_mtp_acceptance_rate`; `None` if predictions were not asked for.
     - `hidden_states`: each MTP layer's raw output, before any norm.
-    - `auxiliary`: what the transformer layers returned beside hidden states, or `None`.
+    - `auxiliary`: what the transformer layers returned alongside hidden states, or `None`.
     """
 
     loss: Float[Array, ""]

@@ -97,7 +97,7 @@ class MTPConfig:
                 object.__setattr__(self, field.name, value)
         if not (self.checkpoint_policy is None or callable(self.checkpoint_policy)):
             raise ValueError(
-                "`checkpoint_policy` must be a function, such as those of "
+                "`checkpoint_policy` must be a function, such as one of "
                 f"`jax.checkpoint_policies`, or `None`; got {self.checkpoint_policy!r}."
             )
         if self.repeated_layer and self.num_depths == 0:

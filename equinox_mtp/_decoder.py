@@ -83,7 +83,7 @@ class AbstractDecoder(eqx.Module):
     ) -> HiddenStates:
         """Embeds and runs all layers, up to the hidden states **before** the final norm.
 
-        The arguments are those of `AbstractDecoderLayer`. **Returns:** hidden states, or
+        See `AbstractDecoderLayer` for the arguments. **Returns:** hidden states, or
         `(hidden_states, auxiliary)`.
         """
 
@@ -111,7 +111,7 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
     def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> Cache:
         """An empty cache for positions `0 … max_length - 1` of `batch_size` rows.
 
-        `dtype` is that of the hidden states.
+        `dtype` is the hidden states' own.
         """
 
     @abc.abstractmethod
@@ -125,7 +125,7 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
         """Runs the layer at some positions, and puts them into the cache.
 
         Every position attends to the cached ones up to and including itself, and to no later one.
-        Hence nothing need be deleted to go back: positions from there on are written anew before
+        Hence nothing need be deleted to go back: positions from there on are written again before
         they are read. Positions outside the cache are not written.
 
         **Arguments:**
@@ -133,7 +133,7 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
         - `hidden_states`: of the new positions only.
         - `cache`: of `init_cache`, or of the call before.
         - `position_ids`: where each of them stands in its row. They follow one another; rows may
-            stand at different places, and places below 0 are none.
+            stand at different positions; one below 0 stands for no token.
 
         **Returns:** the layer's output, and the cache.
         """

@@ -105,7 +105,7 @@ class MultiTokenPredictionLayer(eqx.Module):
         **Arguments:**
 
         - `hidden_states`: of the depth before; at depth 1, of the main model.
-        - `token_embeddings`: of the tokens k places later, `[batch seq embed]`.
+        - `token_embeddings`: of the tokens k positions later, `[batch seq embed]`.
         - `position_ids`, `segment_ids`: of the query positions, **not** shifted.
         - `token_mask`: where `token_embeddings` are of a token, and not of fill; passed to a
             transformer layer that takes it.

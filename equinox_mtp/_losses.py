@@ -125,9 +125,9 @@ def calculate_mtp_loss(
 
     - `losses`: of one batch, or the sum of several.
     - `scaling_factor`: λ, not negative. Pass an array into a compiled function, so that a schedule
-        does not compile anew.
+        does not recompile.
     - `depth_weights`: one weight for each depth, not negative; need not add up to 1. May be traced.
-        `exponential_depth_weights` gives those of FastMTP.
+        `exponential_depth_weights` gives FastMTP's.
     - `reduction`: see above.
     - `total_weights`: the counts C_k to divide by, if not `losses.weights`. For exact gradient
         accumulation: give each microbatch the counts of the whole batch, and add up gradients.

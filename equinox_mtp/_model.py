@@ -27,7 +27,7 @@ class ModelOutput(eqx.Module):
     - `main`: the main model's cross-entropy, as sum and count; `main.mean` is its loss.
     - `mtp`: the block's output; `mtp.loss` is what it adds to the main model's loss.
     - `predictions`: the main model's argmax at each position, or `None` if not asked for.
-    - `auxiliary`: what the decoder returned beside hidden states, or `None`.
+    - `auxiliary`: what the decoder returned alongside hidden states, or `None`.
     """
 
     main: TokenLoss

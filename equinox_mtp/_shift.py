@@ -119,7 +119,7 @@ def _shift_left_across_shards(
 
 
 def _from_shard_to_the_right(x: Array, distance: int, num_shards: int, axis_name: str) -> Array:
-    """Receives `x` from the shard `distance` places to the right; zeros where there is none."""
+    """Receives `x` from the shard `distance` to the right; zeros where there is none."""
     if distance == 0 or x.shape[1] == 0:
         return x
     sources = range(distance, num_shards)

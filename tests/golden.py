@@ -1,4 +1,4 @@
-"""The original system's numbers in `tests/data`, loaded into this library's modules."""
+"""MaxText system's numbers in `tests/data`, loaded into this library's modules."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ _TRANSFORMER = nn.TransformerConfig(
     vocab_size=256, embed_size=64, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=128
 )
 
-# Where the original's parameters stand in ours. The decoder's head is transposed.
+# Where MaxText's parameters stand in ours. The decoder's head is transposed.
 _LAYER_PARAMETERS: dict[str, Callable[[MultiTokenPredictionLayer], Any]] = {
     "embedding_norm.scale": lambda m: m.embedding_norm.scale,
     "hidden_state_norm.scale": lambda m: m.hidden_state_norm.scale,
@@ -109,7 +109,7 @@ def load_targets(numbers: dict[str, np.ndarray], num_depths: int) -> MTPTargets:
 def named_gradients(
     decoder: GoldenDecoder, block: MultiTokenPredictionBlock, main_hidden_state: Array
 ) -> dict[str, np.ndarray]:
-    """Gradients of the three, under the original's names and in its layouts."""
+    """Gradients of the three, under MaxText's names and in its layouts."""
     gradients = {
         "token_embedder.embedding": decoder.embedding,
         "decoder.decoder_norm.scale": decoder.norm.scale,
@@ -169,7 +169,7 @@ def _original_name(depth: int, name: str) -> str:
 
 
 def _make_layer(*, key: PRNGKeyArray) -> nn.TransformerDecoderLayer:
-    # The original folds 1/sqrt(head_dim) into the query's initial values.
+    # MaxText folds 1/sqrt(head_dim) into the query's initial values.
     layer = nn.TransformerDecoderLayer(_TRANSFORMER, key=key)
     attention = nn.GroupedQueryAttention(64, 4, 2, 16, scale=1.0, key=key)
     return eqx.tree_at(lambda m: m.attention, layer, attention)

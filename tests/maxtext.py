@@ -17,7 +17,7 @@ LAMBDA = 0.1
 
 
 def make_config(num_depths: int = 1, eval_depth: int = 0, **overrides: Any) -> SimpleNamespace:
-    """The attributes of the original's configuration, with the golden model's sizes."""
+    """The attributes of MaxText's configuration, with the golden model's sizes."""
     return SimpleNamespace(
         **{
             "mtp_num_layers": num_depths,
@@ -39,7 +39,7 @@ def make_config(num_depths: int = 1, eval_depth: int = 0, **overrides: Any) -> S
 
 
 class Decoder(eqx.Module):
-    """The two methods that the original's block calls."""
+    """The two methods that MaxText's block calls."""
 
     decoder_norm: nn.RMSNorm
     head: Array
@@ -100,7 +100,7 @@ def golden_params(num_depths: int) -> dict[str, np.ndarray]:
 
 
 def golden_inputs(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the original's block in one recorded case."""
+    """The arguments of MaxText's block in one recorded case."""
     numbers = golden.load_numbers(name)
     embedding = jnp.asarray(golden.load_numbers("params")["token_embedder.embedding"])
     names = ("main_hidden_state", "input_ids", "target_ids", "target_mask")
@@ -146,7 +146,7 @@ class ToyLayer(emtp.AbstractDecoderLayer):
 
 
 class MaxTextLayer(eqx.Module):
-    """The same with the original's constructor and call."""
+    """The same with MaxText's constructor and call."""
 
     inner: ToyLayer
 

@@ -1,4 +1,4 @@
-"""The block against the original system's numbers, in float32.
+"""The block against MaxText system's numbers, in float32.
 
 Two measures, both with tolerance 1e-5: max|a - b| / max|b| of each array, and element by element
 |a - b| <= 1e-5 · (|b| + max|b|).

@@ -1,4 +1,4 @@
-"""The Linen-style shim: the original's numbers, collections and calls."""
+"""The Linen-style shim: MaxText's numbers, collections and calls."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -29,7 +29,7 @@ CASES = [("a", 1), ("a", 2), ("c", 1)]
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-D{case[1]}")
 
 
-# The original's numbers
+# MaxText's numbers
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_golden_acceptance(name: str, num_depths: int, eval_depth: int) -> None:
 
 @pytest.mark.usefixtures("_full_precision")
 def test_golden_through_the_modules() -> None:
-    # The original's constructors, called outside of `jit`.
+    # MaxText's constructors, called outside of `jit`.
     numbers = golden.load_numbers("c")
     args, rows = maxtext.golden_inputs("c")
     params = maxtext.golden_params(1)
@@ -245,7 +245,7 @@ def test_packed_documents_do_not_leak_as_they_do_in_the_original() -> None:
     block = toy_block()
     inputs = toy_inputs()
     _, collections = block.apply(block.init(jax.random.key(0)), **inputs, mutable=True)
-    # The original shifts the segment ids themselves from depth to depth, and compares neighbours.
+    # MaxText shifts the segment ids themselves from depth to depth, and compares neighbours.
     segments, mask = SEGMENTS.copy(), SEGMENTS != 0
     original = []
     for _ in range(2):

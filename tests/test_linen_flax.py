@@ -189,7 +189,7 @@ def test_keys_of_both_kinds_draw_alike(is_typed: bool) -> None:
 
 
 class NNXLayer(nnx.Module):
-    """A layer as the original has them."""
+    """A layer as MaxText has them."""
 
     def __init__(self, config: Any, mesh: Any, model_mode: str, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(config.emb_dim, config.emb_dim, rngs=rngs)
@@ -208,7 +208,7 @@ class NNXLayer(nnx.Module):
 
 
 class NNXDecoder(nnx.Module):
-    """A decoder as the original has them."""
+    """A decoder as MaxText has them."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.norm = nnx.RMSNorm(8, rngs=rngs)

@@ -1,4 +1,4 @@
-"""README's table of the original's names: every row is there, and both sides do the same."""
+"""README's table of MaxText's names: every row is there, and both sides do the same."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Parameters under the original's names, bit for bit, and every wrong entry named."""
+"""Parameters under MaxText's names, bit for bit, and every wrong entry named."""
 
 from typing import Any
 

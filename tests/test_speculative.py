@@ -462,9 +462,11 @@ def test_equal_distributions_leave_no_residual(is_greedy: bool) -> None:
 def test_drafts_that_cannot_be_verified() -> None:
     ids, q = jnp.zeros((2, 1), jnp.int32), jnp.full((2, 1, 4), 0.25)
     p, key = jnp.full((2, 2, 4), 0.25), jax.random.key(0)
-    for places in (1, 3):
-        wrong = jnp.full((2, places, 4), 0.25)
-        with pytest.raises(ValueError, match=f"`probabilities` must be of 2 places.*got {places}"):
+    for positions in (1, 3):
+        wrong = jnp.full((2, positions, 4), 0.25)
+        with pytest.raises(
+            ValueError, match=f"`probabilities` must hold 2 positions.*got {positions}"
+        ):
             accept_drafts(ids, q, wrong, Sampler(1.0), key=key)
     for draft_id in (-1, 4):
         with pytest.raises(ValueError, match=r"`draft_ids` must lie in 0 … 3"):

@@ -153,8 +153,8 @@ def summed_cross_entropy_by_depth(
 ) -> WeightedLosses:
     """`summed_linear_cross_entropy` for each depth.
 
-    `expected_cotangents` are those of the sums, up to a common factor; all the same if `None`. If
-    others come back the head's gradient takes two more matrix products.
+    `expected_cotangents` are the sums' cotangents, up to a common factor; all equal if `None`. If
+    others come back, the head's gradient takes two more matrix products.
     """
     dtype = accumulation_dtype(hidden_states)
     z_loss_weight = jnp.asarray(0.0 if z_loss_weight is None else z_loss_weight, dtype)

@@ -19,7 +19,7 @@ class LinearHead(eqx.Module):
 
         logits = cap · tanh((weight · hidden_states + bias) / cap)
 
-    The soft-cap is that of Gemma 2 (arXiv 2408.00118, §2). The loss computes such a head in tiles
+    The soft-cap is Gemma 2's (arXiv 2408.00118, §2). The loss computes such a head in tiles
     of the vocabulary; a plain matrix stands for `LinearHead(matrix)`.
     """
 
@@ -54,9 +54,9 @@ class LinearHead(eqx.Module):
         - `recompute_logits`: whether a summed loss computes the logits again in the backward pass,
             rather than keep the head's gradient from the forward pass: less memory, more time.
         - `token_tile`, `vocab_tile`: on each device logits are computed for this many tokens and
-            ids at a time. A summed loss keeps those of `token_tile` tokens and all ids, in float32.
-            `None` takes what was measured to be fast: 1024 tokens × 2048 ids on a CPU; on an
-            accelerator up to 4096 tokens (those whose logits take 2 GiB, if fewer) × all ids, or
+            ids at a time. A summed loss keeps the logits of `token_tile` tokens and all ids, in
+            float32. `None` takes what was measured to be fast: 1024 tokens × 2048 ids on a CPU; on
+            an accelerator up to 4096 tokens (those whose logits take 2 GiB, if fewer) × all ids, or
             × 32,768 if logits are computed again.
 
         **Raises:** `ValueError` for a soft-cap or a tile that is not positive, a soft-cap that is
@@ -142,14 +142,14 @@ class LinearHead(eqx.Module):
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
     def cotangent(self, logits: Array, cotangent: Array) -> Array:
-        """The cotangent before the soft-cap, from that of the logits."""
+        """The cotangent before the soft-cap, from the logits' cotangent."""
         if self.soft_cap is None:
             return cotangent
         return cotangent * (1 - jnp.square(logits / self.soft_cap))
 
 
 def as_linear_head(head: OutputHead) -> LinearHead | None:
-    """A matrix or a `LinearHead`, with its own sharding or that of the rules in force.
+    """A matrix or a `LinearHead`, with its own sharding or the one of the rules in force.
 
     `None` for a callable of another kind.
     """

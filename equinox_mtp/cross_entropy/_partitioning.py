@@ -103,8 +103,8 @@ def _with_auto_axes(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
 def tokens_on_all_devices(tokens: int) -> int:
     """The size of a tile that has `tokens` tokens on each device.
 
-    Under automatic partitioning shapes are those of all devices of the current mesh together; in a
-    `shard_map` they are those of one.
+    Under automatic partitioning an array has the shape of all devices' parts together; in a
+    `shard_map` it has the shape of one part.
     """
     return tokens * (_num_devices() or 1)
 
@@ -140,8 +140,8 @@ def with_auto_axes(
     """`function` under automatic partitioning, whatever the axes of the mesh.
 
     Explicit axes are in the arrays' types, where tiles of split axes have none. `out_specs` makes
-    the outputs' partition specs of that of `tokens`; gradients get the types of what they are
-    gradients of.
+    the outputs' partition specs from the one of `tokens`; a gradient gets the type of its
+    parameter.
     """
 
     def run(*arguments: Any) -> Any:

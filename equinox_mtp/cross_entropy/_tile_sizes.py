@@ -12,9 +12,9 @@ def default_token_tile(vocab_size: int) -> int:
     """How many tokens a tile holds, by default, on the platform that JAX runs on.
 
     On a CPU 1024 tokens keep a tile of logits in its caches. On an accelerator the head's gradient
-    is read and written once for every tile of tokens: the more tokens, the less that costs beside
-    the products. 4096 are enough on an H100; more take memory for nothing. Their logits are kept
-    for all ids, so there are fewer for a large vocabulary: those of 2 GiB.
+    is read and written once for every tile of tokens: with more tokens that costs less, compared
+    with the products. 4096 tokens are enough on an H100; more take memory and save no time. Their
+    logits are kept for all ids: for a large vocabulary there are as many tokens as fit in 2 GiB.
     """
     if _default_platform() == "cpu":
         return 1024

@@ -62,8 +62,8 @@ def weighted_losses(
 ) -> WeightedLosses:
     """Weighted sums of token losses, one for each depth.
 
-    `expected_cotangents` are those of the sums, up to a common factor. Wrong ones cost the time of
-    two products, and never exactness.
+    `expected_cotangents` are the sums' cotangents, up to a common factor. Wrong ones cost the time
+    of two products, and never exactness.
     """
     token: Any = token_losses(predictions, head, hidden_states, target_ids)
     return sum_by_depth(token, weights, z_loss_weight)

@@ -1,4 +1,4 @@
-"""The original's construction, collections and parameter names over the library's modules.
+"""MaxText's construction, collections and parameter names over the library's modules.
 
 For people who come from MaxText: nothing of Flax is needed, and nothing is computed here.
 """

@@ -1,4 +1,4 @@
-"""The original's collections, and the functions that read them."""
+"""MaxText's collections, and the functions that read them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from ._shift import roll_and_mask
 from ._trees import unboxed
 
 BLOCK_NAME = "mtp_block"
-"""The name under which the original's model holds its block."""
+"""The name under which MaxText's model holds its block."""
 
 
 class mtp_losses(eqx.Module):  # noqa: N801
@@ -39,7 +39,7 @@ class mtp_losses(eqx.Module):  # noqa: N801
 class mtp_acceptance(eqx.Module):  # noqa: N801
     """The collection `mtp_acceptance`: at the depth of interest, predictions and scored positions.
 
-    Predictions are floats, as in the original.
+    Predictions are floats, as in MaxText.
     """
 
     mtp_preds: Float[Array, "one batch seq"]

@@ -1,4 +1,4 @@
-"""The original's configuration object, read and checked."""
+"""MaxText's configuration object, read and checked."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from ..nn import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a block needs of the original's configuration."""
+    """What a block needs of MaxText's configuration."""
 
     conventions: MTPConfig
     eval_depth: int
@@ -32,7 +32,7 @@ class Settings:
 
 
 def read_settings(config: Any) -> Settings:
-    """Reads a block's settings from an object with the original's attribute names.
+    """Reads a block's settings from an object with MaxText's attribute names.
 
     `mtp_final_norm` may be missing, as it is in older generations; it is `False` then. If it is
     set, every depth has a norm of its own before the head, and passes on the state before it.
@@ -81,9 +81,9 @@ def read_eval_depth(config: Any, num_depths: int | None = None) -> int:
 
 
 def read_transformer(config: Any) -> TransformerConfig:
-    """The reference layer with the original's sizes, in the conventions of its Llama layer.
+    """The reference layer with MaxText's sizes, in the conventions of its Llama layer.
 
-    The original has no 1/√head_dim in its attention: it is in the query's initial values.
+    MaxText has no 1/√head_dim in its attention: it is in the query's initial values.
     """
     heads, kv_heads = (_read_size(config, name) for name in ("num_query_heads", "num_kv_heads"))
     if heads % kv_heads:

@@ -1,4 +1,4 @@
-"""Decoders as the original lends them to its block."""
+"""Decoders as MaxText lends them to its block."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +58,7 @@ class BorrowedDecoder(AbstractDecoder):
 
 
 class OriginalHead(eqx.Module):
-    """One of the original decoder's methods from hidden states to logits."""
+    """One of the methods of MaxText's decoder from hidden states to logits."""
 
     decoder: Any
     shared_embedding: Any
@@ -75,7 +75,7 @@ class OriginalHead(eqx.Module):
 
 
 class OriginalDecoder(AbstractDecoder):
-    """An object with the original decoder's methods.
+    """An object with the methods of MaxText's decoder.
 
     Its output head holds the final norm, unless the MTP layers have one of their own.
     """
@@ -176,7 +176,7 @@ def _with_embedding(decoder: AbstractDecoder, shared_embedding: Any) -> Abstract
 def sharding_of_embeddings(mesh: Mesh | AbstractMesh | None, config: Any) -> NamedSharding | None:
     """How embeddings `[batch seq embed]` lie on a mesh; `None` to leave them where they are.
 
-    `config.logical_axis_rules` says over which mesh axes, as in the original. On a mesh with
+    `config.logical_axis_rules` says over which mesh axes, as in MaxText. On a mesh with
     explicit axes nothing is said: JAX tracks them in the arrays' types.
 
     **Raises:** `ValueError` for rules that are not pairs.

@@ -1,4 +1,4 @@
-"""Transformer layers as the original makes and calls them."""
+"""Transformer layers as MaxText makes and calls them."""
 
 import inspect
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from ._config import read_transformer
 from ._nnx import is_nnx_module, loaded_nnx
 
 TRAIN = "train"
-"""The original's name for the mode in which losses are collected."""
+"""MaxText's name for the mode in which losses are collected."""
 
 
 class CallableLayer(AbstractDecoderLayer):
-    """A layer with the original's call convention:
+    """A layer with MaxText's call convention:
 
         function(inputs=, decoder_segment_ids=, decoder_positions=, deterministic=, model_mode=)
 
@@ -52,7 +52,7 @@ class CallableLayer(AbstractDecoderLayer):
 
 
 def layer_maker(transformer_layer_module: Any, *, config: Any, mesh: Any) -> MakeLayer:
-    """`make_layer(key=key)` from what the original takes as `transformer_layer_module`.
+    """`make_layer(key=key)` from what MaxText takes as `transformer_layer_module`.
 
     That is the class `nn.TransformerDecoderLayer`, with sizes from `config`; a class or factory,
     called with those of `config`, `mesh`, `model_mode`, `rngs` and `key` that it has arguments for

@@ -58,8 +58,8 @@ class LinenBlock:
 
         **Arguments:**
 
-        - `rngs`: a key, or something that holds one for the stream `"params"`; that of construction
-            if `None`.
+        - `rngs`: a key, or something that holds one for the stream `"params"`. `None` takes
+            the one given at construction.
         - `args`, `kwargs`: as in `apply`. They are checked, and otherwise not needed.
         - `mutable`: there for Linen's sake; parameters are all that a block has.
 
@@ -71,7 +71,7 @@ class LinenBlock:
     def init_with_output(
         self, rngs: Any = None, *args: Any, mutable: Any = True, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`(output, variables)`; the output is the `{}` of the original."""
+        """`(output, variables)`; the output is the `{}` of MaxText."""
         del mutable
         key = initial_key(self._key if rngs is None else rngs)
         variables = {_PARAMS: to_linen_params(self._make(key).block)}
@@ -92,10 +92,10 @@ class LinenBlock:
 
         **Arguments:**
 
-        - `variables`: `{"params": …}` of `init`, or of the original. `params["decoder"]` may hold
+        - `variables`: `{"params": …}` of `init`, or of MaxText. `params["decoder"]` may hold
             parameters of the decoder, by the names of `decoder_params`: they take the place of its
             own, so that they have gradients.
-        - `args`, `kwargs`: those of the original's block, as in `MultiTokenPredictionBlock`:
+        - `args`, `kwargs`: the arguments of MaxText's block, as in `MultiTokenPredictionBlock`:
             `(shared_embedding, main_hidden_state, input_ids, target_ids, target_mask, *,
             position_ids, decoder_segment_ids, model_mode, deterministic)`.
         - `mutable`: the collections to return: `False`, `True` for all, one name or several, or
@@ -103,7 +103,7 @@ class LinenBlock:
         - `rngs`: a key, or something that holds one for the stream `"dropout"`.
 
         **Returns:** as Linen does, the output, or `(output, collections)` if `mutable` is not
-        `False`. The output is the `{}` of the original: see `calculate_mtp_loss` and
+        `False`. The output is the `{}` of MaxText: see `calculate_mtp_loss` and
         `calculate_mtp_acceptance_rate` for the collections.
 
         **Raises:** `ValueError` for parameters that are unknown, missing, twice there or misshapen.
@@ -214,25 +214,25 @@ def multi_token_prediction_block_as_linen(
     rngs: Any,
     name: str | None = None,
 ) -> LinenBlock:
-    """A Multi-Token Prediction block with the original's construction, and Linen's use.
+    """A Multi-Token Prediction block with MaxText's construction, and Linen's use.
 
     **Arguments:**
 
-    - `config`: an object with the original's attributes: `mtp_num_layers`,
+    - `config`: an object with MaxText's attributes: `mtp_num_layers`,
         `mtp_eval_target_module`, `emb_dim`, `normalization_layer_epsilon`, `dtype` and
         `weight_dtype`; `mtp_final_norm` for depths with their own output norm, and
         `logical_axis_rules` for meshes, if it has them.
     - `mesh`: over which embeddings are laid out, or `None`.
     - `transformer_layer_module`: the class `nn.TransformerDecoderLayer`, which takes its sizes from
-        `config` (`num_query_heads`, `num_kv_heads`, `head_dim`, `mlp_dim`) and is the original's
+        `config` (`num_query_heads`, `num_kv_heads`, `head_dim`, `mlp_dim`) and is MaxText's
         Llama layer; a class or factory of an `AbstractDecoderLayer`, or of an object with the
         original's call convention; or a function that is such a layer, without parameters. Of
         `config`, `mesh`, `model_mode`, `rngs` and `key` a class or factory is given those that it
         has arguments for; `rngs` and `key` are a key.
     - `decoder`: lends embedding, final norm and output head: an `AbstractDecoder`, or an object
-        with the original's `_apply_embedding` and `apply_output_head`, which must be pure.
+        with MaxText's `_apply_embedding` and `apply_output_head`, which must be pure.
     - `rngs`: for `init` without one: a key, a mapping with one for `"params"`, or Flax's `Rngs`.
-    - `name`: shown by `repr`; the collections are those of `mtp_block` always.
+    - `name`: shown by `repr`; the collections are always named `mtp_block`.
 
     **Returns:** `LinenBlock`.
 
@@ -267,7 +267,7 @@ def _with_constants(skeleton: Any, make: Callable[[PRNGKeyArray], Any]) -> Any:
     leaves, structure = jax.tree.flatten(skeleton)
     if not any(map(is_constant, leaves)):
         return skeleton
-    # Without their structure: that of another instance need not be equal.
+    # Without their structure: another instance's need not be equal.
     constants = iter(
         jax.jit(lambda key: [x for x in jax.tree.leaves(make(key)) if is_constant(x)])(
             jax.random.key(0)

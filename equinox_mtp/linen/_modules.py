@@ -1,4 +1,4 @@
-"""The original's modules: its constructors and call conventions over the library's."""
+"""MaxText's modules: its constructors and call conventions over the library's."""
 
 from collections.abc import Collection
 from typing import Any
@@ -30,7 +30,7 @@ ALL_COLLECTIONS = frozenset({mtp_losses.__name__, mtp_acceptance.__name__})
 
 
 class MultiTokenPredictionLayer(eqx.Module):
-    """`equinox_mtp.MultiTokenPredictionLayer`, constructed and called as the original's."""
+    """`equinox_mtp.MultiTokenPredictionLayer`, constructed and called as MaxText's."""
 
     layer: _layer.MultiTokenPredictionLayer
     layer_number: int = eqx.field(static=True)
@@ -48,7 +48,7 @@ class MultiTokenPredictionLayer(eqx.Module):
     ):
         """**Arguments:**
 
-        - `config`: an object with the original's attributes.
+        - `config`: an object with MaxText's attributes.
         - `mesh`: passed on to `transformer_layer_module`, if that takes one.
         - `layer_number`: the depth, from 1 on.
         - `transformer_layer_module`: as in `multi_token_prediction_block_as_linen`.
@@ -121,9 +121,9 @@ class MultiTokenPredictionLayer(eqx.Module):
 
 
 class MultiTokenPredictionBlock(eqx.Module):
-    """`equinox_mtp.MultiTokenPredictionBlock`, constructed and called as the original's.
+    """`equinox_mtp.MultiTokenPredictionBlock`, constructed and called as MaxText's.
 
-    The original stores what it collects in itself; here a call returns it.
+    MaxText stores what it collects in itself; here a call returns it.
     """
 
     block: _block.MultiTokenPredictionBlock
@@ -140,7 +140,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         decoder: Any,
         rngs: Any,
     ):
-        """The arguments are those of `multi_token_prediction_block_as_linen`."""
+        """See `multi_token_prediction_block_as_linen` for the arguments."""
         settings = read_settings(config)
         check_decoder(decoder, own_norm=settings.own_norm)
         make_layer = layer_maker(transformer_layer_module, config=config, mesh=mesh)
@@ -158,7 +158,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         self.embedding_sharding = sharding_of_embeddings(mesh, config)
 
     def __getattr__(self, name: str) -> MultiTokenPredictionLayer:
-        # The original has an attribute for each depth.
+        # MaxText has an attribute for each depth.
         prefix, _, depth = name.rpartition("_")
         if prefix != "mtp_layer" or not depth.isdigit():
             raise AttributeError(f"`{type(self).__name__}` has no attribute `{name}`.")
@@ -204,7 +204,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         - `collections`: which to fill.
         - `rngs`: a key, or something that holds one for the stream `"dropout"`.
 
-        **Returns:** what the original collects, by collection:
+        **Returns:** what MaxText collects, by collection:
         `{"mtp_losses": {"mtp_block": {"losses": [depth], "weights": [depth]}},
         "mtp_acceptance": {"mtp_block": {"mtp_preds": [1 batch seq], "mtp_mask": [1 batch seq]}}}`.
         """

@@ -1,4 +1,4 @@
-"""Parameters under the original's names, and back."""
+"""Parameters under MaxText's names, and back."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ _Decoder = TypeVar("_Decoder")
 DECODER = "decoder"
 """The key of the decoder's parameters, beside those of the block."""
 
-# The reference layer is the original's Llama layer, which has names of its own.
+# The reference layer is MaxText's Llama layer, which has names of its own.
 _LLAMA_NAMES: dict[Path, Path] = {
     ("attention_norm", "scale"): ("pre_self_attention_layer_norm", "scale"),
     ("attention", "query_kernel"): ("self_attention", "query", "kernel"),
@@ -46,7 +46,7 @@ _MODULE_NAMES = {"projection_layer": "projection", "output_norm": "final_norm"}
 
 @checked
 def to_linen_params(block: MultiTokenPredictionBlock) -> dict[str, Any]:
-    """A block's parameters as the original's tree, bit for bit.
+    """A block's parameters as MaxText's tree, bit for bit.
 
         mtp_layer_1/mtp_1_embedding_norm/scale        [embed]
         mtp_layer_1/mtp_1_hidden_state_norm/scale     [embed]
@@ -55,7 +55,7 @@ def to_linen_params(block: MultiTokenPredictionBlock) -> dict[str, Any]:
         mtp_layer_1/mtp_1_final_norm/scale            [embed], if depths have their own norm
         mtp_layer_2/…
 
-    The reference layer has the names of the original's Llama layer (`self_attention/query/kernel`
+    The reference layer has the names of MaxText's Llama layer (`self_attention/query/kernel`
     `[embed, heads, head_dim]`, `mlp/wi_0/kernel`, …); the arrays of other layers have the names of
     their attributes.
 
@@ -79,14 +79,14 @@ def to_linen_params(block: MultiTokenPredictionBlock) -> dict[str, Any]:
 def from_linen_params(
     params: Mapping[str, Any], like: MultiTokenPredictionBlock
 ) -> MultiTokenPredictionBlock:
-    """A block with the parameters of the original's tree, bit for bit.
+    """A block with the parameters of MaxText's tree, bit for bit.
 
     **Arguments:**
 
     - `params`: the tree of `to_linen_params`, of NumPy or JAX arrays, boxed by Flax or not; under
         `"params"` or `"mtp_block"`, too, and with keys joined by `/` or `.`.
     - `like`: a block of the same structure, for instance `model.block`. Its arrays' values do not
-        matter: one made by `equinox.filter_eval_shape` will do. For the original's own checkpoints
+        matter: one made by `equinox.filter_eval_shape` will do. For MaxText's own checkpoints
         its attention has `scale=1.0` (`TransformerConfig(attention_scale=1.0)`).
 
     **Raises:** `ValueError` that lists entries which are unknown, missing, there twice or of
@@ -178,7 +178,7 @@ def _layer(block: MultiTokenPredictionBlock) -> AbstractDecoderLayer | None:
 
 
 def _original_path(names: Path, depth: int, layer: AbstractDecoderLayer | None) -> Path:
-    """Where the original has an array of `MultiTokenPredictionLayer` at some depth."""
+    """Where MaxText has an array of `MultiTokenPredictionLayer` at some depth."""
     module, *inner = names
     if module == "transformer_layer":
         if isinstance(layer, TransformerDecoderLayer):

@@ -1,4 +1,4 @@
-"""The original's shifting functions, which find the mesh axis "context" by themselves."""
+"""MaxText's shifting functions, which find the mesh axis "context" by themselves."""
 
 import jax
 from jaxtyping import Array, Integer, Shaped
@@ -36,7 +36,7 @@ def roll_and_mask_by_segment(
 ) -> Shaped[Array, "batch seq *rest"]:
     """`equinox_mtp.roll_and_mask_by_segment` with zeros for fill, across shards as `roll_and_mask`.
 
-    The original takes only a shift of -1; here any shift is right within documents.
+    MaxText takes only a shift of -1; here any shift is right within documents.
 
     **Arguments:**
 

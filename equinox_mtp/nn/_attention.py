@@ -56,8 +56,9 @@ def causal_attention_by_position(
     segment_ids: Integer[Array, "batch seq"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """`causal_attention` for rows in any order: a position sees those of its document that are not
-    beyond it by `position_ids`.
+    """`causal_attention` for rows in any order.
+
+    A position sees the positions of its document that `position_ids` does not put after it.
 
     They must tell the order of the text: all different within a document. The arguments are those
     of `causal_attention`.
@@ -89,10 +90,10 @@ class KeyValueCache(eqx.Module):
         """Puts keys and values at their positions; drops what is outside."""
         rows = jnp.arange(position_ids.shape[0])[:, None]
         # A negative index would count from the end.
-        places = jnp.where(position_ids < 0, self.value.shape[2], position_ids)
+        slots = jnp.where(position_ids < 0, self.value.shape[2], position_ids)
         return KeyValueCache(
-            self.key.at[rows, :, :, places].set(key, mode="drop"),
-            self.value.at[rows, :, places].set(value, mode="drop"),
+            self.key.at[rows, :, :, slots].set(key, mode="drop"),
+            self.value.at[rows, :, slots].set(value, mode="drop"),
         )
 
     @checked
@@ -116,8 +117,8 @@ class KeyValueCache(eqx.Module):
         groups = heads // kv_heads
         query = query.reshape(batch, seq, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-        places, offsets = jnp.arange(max_length), jnp.arange(seq)
-        is_before = jnp.broadcast_to(places < position_ids[:, :1, None], (batch, seq, max_length))
+        slots, offsets = jnp.arange(max_length), jnp.arange(seq)
+        is_before = jnp.broadcast_to(slots < position_ids[:, :1, None], (batch, seq, max_length))
         is_causal = (offsets <= offsets[:, None]) & (position_ids >= 0)[:, None]
 
         def logits(keys: Array, visible: Array) -> Array:
@@ -220,7 +221,7 @@ class GroupedQueryAttention(eqx.Module):
         position_ids: Integer[Array, "batch seq"],
         segment_ids: Integer[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """Attends; the arguments are those of `AbstractDecoderLayer`."""
+        """Attends; see `AbstractDecoderLayer` for the arguments."""
         attended = self.attention(
             *self._project(hidden_states, position_ids),
             position_ids=position_ids,

@@ -31,14 +31,14 @@ def embed_tokens(
         over `sharding.embed`.
     - `input_ids`: in `[0, vocab)`. An id outside is looked up as the nearest that is inside,
         however the embedding is split: inside `jit` nothing can be raised.
-    - `dtype`: of the result; that of `embedding` if `None`.
+    - `dtype`: of the result; `embedding`'s own if `None`.
     - `sharding`: where things lie on a mesh; by default as the rules of `sharding.use_rules` say.
         Inside a `shard_map`, or where no mesh is known, it is ignored.
 
     **Returns:** one embedding for each token, split as `input_ids` are.
 
-    **Raises:** `ValueError` if a size is no multiple of the devices that share it, or another mesh
-    is set than that of `sharding`.
+    **Raises:** `ValueError` if a size is no multiple of the devices that share it, or the mesh that
+    is set is not the one of `sharding`.
     """
     dtype = jnp.dtype(embedding.dtype if dtype is None else dtype)
     wide = input_ids.astype(jnp.promote_types(input_ids.dtype, jnp.int32))

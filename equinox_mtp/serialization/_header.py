@@ -53,6 +53,6 @@ def array_entries(leaves: Leaves) -> dict[str, dict[str, Any]]:
 
 
 def in_file_order(leaves: Leaves) -> Leaves:
-    """The arrays, those of larger numbers first: so each begins at a multiple of its own."""
+    """The arrays, wider dtypes first: each begins at a multiple of its item size."""
     arrays = [(name, x) for name, x in leaves if is_array(x)]
     return sorted(arrays, key=lambda leaf: -np.dtype(leaf[1].dtype).itemsize)

@@ -36,8 +36,8 @@ def read_header(path: Path, file: BinaryIO, limit: int) -> dict[str, Any]:
         )
     if length > limit:
         raise ValueError(
-            f"`like` does not fit {path}: its header takes {length} bytes, where that of `like` "
-            f"takes no more than {limit}."
+            f"`like` does not fit {path}: its header takes {length} bytes, where the header "
+            f"of `like` takes at most {limit}."
         )
     file.seek(8)
     text = file.read(length)

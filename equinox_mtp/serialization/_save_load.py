@@ -38,9 +38,9 @@ def save(path: str | Path, tree: Any) -> None:
     - `path`: the file's name, in a folder that exists.
     - `tree`: a pytree of arrays of any values, those that are not finite included. All parts of its
         arrays are on devices of this process, split over them or not. For larger ones, and for
-        those of a training run, see the checkpoints of `equinox_mtp.training`.
+        training runs, see the checkpoints of `equinox_mtp.training`.
 
-    **Raises:** `ValueError`, before anything is written, if there are shapes in the place of
+    **Raises:** `ValueError`, before anything is written, if there are shapes in place of
     arrays, random keys, or dtypes that the format lacks; `FileNotFoundError` if there is no such
     folder; `OSError` if the file cannot be written.
     """

@@ -11,7 +11,7 @@ from .._types import checked
 from ._head_sharding import HeadSharding, constrain
 from ._rules import DEFAULT_RULES, ShardingRules
 
-# A part of the key under which `jit` keeps compiled functions: other rules trace anew.
+# A part of the key under which `jit` keeps compiled functions: other rules trace again.
 _RULES: Any = jax.make_user_context(None)
 
 

@@ -38,9 +38,9 @@ class HeadSharding:
     loss; losses of tokens come back sharded as the target ids are, and gradients as what they are
     gradients of. A head that is a callable must then be a pytree of its arrays.
 
-    Inside a `shard_map` of your own leave it out: the loss is then that of the device's tokens, to
-    be summed. The gradient of a head that is the same on all devices is a sum over them already
-    if `check_vma` is on, as JAX has it, and each device's part otherwise.
+    Inside a `shard_map` of your own leave it out: the loss is then a sum over the device's own
+    tokens, for you to add up. The gradient of a head that is the same on all devices is a sum over
+    them already if `check_vma` is on, as JAX has it, and each device's part otherwise.
 
     **Fields:**
 

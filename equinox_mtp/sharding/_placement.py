@@ -83,7 +83,7 @@ def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
     On several hosts too: each hands in the same values. A model too large for one device is better
     made where it shall lie, with `constrain_model` inside `jit`.
 
-    The arguments are those of `parameter_shardings`. Run the model in `jax.set_mesh(mesh)` and
+    See `parameter_shardings` for the arguments. Run the model in `jax.set_mesh(mesh)` and
     `use_rules(rules)`, so that hidden states and the loss are split accordingly.
     """
     shardings = parameter_shardings(model, mesh, rules)

@@ -42,7 +42,7 @@ def generate(
     tokens at once as for one after the other: in float32 to its rounding, which decides between
     tokens that are equally good; in bfloat16 more tokens are that close, and some rows differ. The
     whole loop is one compiled program: for other prompts of the same padded
-    length and batch size it is not compiled anew.
+    length and batch size it is not compiled again.
 
     **Arguments:**
 
@@ -104,8 +104,8 @@ def stream(
 ) -> Iterator[StreamedStep]:
     """`generate`, step by step: yields the tokens that each step has committed.
 
-    The first one comes from the prompts' pass. The arguments are those of `generate`, and so are
-    the tokens and the errors. The state is donated from step to step: it takes the memory of one.
+    The first one comes from the prompts' pass. Arguments, tokens and errors are the same as in
+    `generate`. The state is donated from step to step: it takes the memory of one.
     """
     request = _request(
         model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, sampler, eos_id, key
@@ -123,8 +123,8 @@ def _stream(request: "_Request", model: MTPModel) -> Iterator[StreamedStep]:
         new_lengths, done, tokens = map(np.asarray, (state.lengths, state.done, state.tokens))
         so_far = np.asarray(state.num_accepted).sum(axis=1).astype(np.int32)
         num_new = new_lengths - lengths
-        places = np.minimum(lengths[:, None] + np.arange(width), tokens.shape[1] - 1)
-        new_ids = np.take_along_axis(tokens, places, axis=1)
+        positions = np.minimum(lengths[:, None] + np.arange(width), tokens.shape[1] - 1)
+        new_ids = np.take_along_axis(tokens, positions, axis=1)
         ends = np.take_along_axis(tokens, new_lengths[:, None] - 1, axis=1)
         _check_finite(ends, new_lengths - np.asarray(request.prompt_lengths))
         yield StreamedStep(new_ids, num_new, so_far - accepted)
@@ -135,7 +135,7 @@ def _stream(request: "_Request", model: MTPModel) -> Iterator[StreamedStep]:
 
 
 class _Request(NamedTuple):
-    """Checked arguments of a generation, beside the model."""
+    """Checked arguments of a generation, without the model."""
 
     shape: DecodingShape
     prompt_ids: Int32[Array, "batch prompt"]

@@ -53,7 +53,7 @@ def measure_acceptance(
     Teacher-forced: every draft follows the text's own tokens, at every position. `joint` is the
     probability that the first k drafts of greedy decoding are accepted, `conditional` that the k-th
     is if those before it are. On text that the model has generated greedily itself, the average
-    over positions is that of real decoding up to where its steps begin.
+    over positions is the acceptance of real decoding, up to where its steps begin.
 
     **Arguments:**
 

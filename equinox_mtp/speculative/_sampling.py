@@ -152,21 +152,21 @@ def accept_drafts(
     **Arguments:**
 
     - `draft_ids`, `draft_probabilities`: the drafts, and the distributions q they were drawn from.
-    - `probabilities`: p, the model's at the same places and after the last draft.
+    - `probabilities`: p, the model's at the same positions and after the last draft.
     - `sampler`: draws the token; if greedy, all distributions are on one token, and nothing is left
         to chance.
     - `key`: for the draws.
 
     `next_ids` is -1 where p is 0 everywhere or holds NaN.
 
-    **Raises:** `ValueError` if `probabilities` is not of one place more than there are drafts, or
-    for drafts outside of the vocabulary. Inside `jit` such drafts are never accepted.
+    **Raises:** `ValueError` if `probabilities` does not hold one position more than there are
+    drafts, or for drafts outside the vocabulary. Inside `jit` such drafts are never accepted.
     """
     num_drafts, vocab_size = draft_ids.shape[1], probabilities.shape[2]
     if probabilities.shape[1] != num_drafts + 1:
         raise ValueError(
-            f"`probabilities` must be of {num_drafts + 1} places a row, those of the {num_drafts} "
-            f"draft(s) and one after them; got {probabilities.shape[1]}."
+            f"`probabilities` must hold {num_drafts + 1} positions a row, one for each of the "
+            f"{num_drafts} draft(s) and one after them; got {probabilities.shape[1]}."
         )
     check_ids("draft_ids", at_hand(draft_ids), vocab_size)
     return accept_drawn(draft_ids, draft_probabilities, probabilities, sampler, key)
@@ -228,8 +228,8 @@ def committed_mask(
     -1, the token of logits that are not finite.
     """
     num_new = jnp.minimum(num_accepted + 1, num_left)
-    places = jnp.arange(new_ids.shape[1])
-    is_eos = ((new_ids == eos_id) | (new_ids < 0)) & (places < num_new[:, None])
+    positions = jnp.arange(new_ids.shape[1])
+    is_eos = ((new_ids == eos_id) | (new_ids < 0)) & (positions < num_new[:, None])
     ends = jnp.any(is_eos, axis=1)
     first_eos = jnp.argmax(is_eos, axis=1).astype(jnp.int32)
     num_new = jnp.where(ends, first_eos + 1, num_new)

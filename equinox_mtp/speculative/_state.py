@@ -10,7 +10,7 @@ from .._decoder import Cache
 class DecodingState(eqx.Module):
     """Everything that a step changes; preallocated, of a static size.
 
-    With n the place of a row's last committed token, the main model has run on the tokens before
+    With n the position of a row's last committed token, the main model has run on the tokens before
     it, and their keys and values are in `main_cache`.
 
     **Fields:**
@@ -22,8 +22,8 @@ class DecodingState(eqx.Module):
     - `done`: rows that have ended.
     - `eos_id`: the token that ends a row; -1 if there is none.
     - `main_cache`, `draft_caches`: of the decoder's layers, and of each draft's.
-    - `hidden_states`: the main model's, before its final norm, at the last places before n: those
-        where a draft may have stood that was not to be.
+    - `hidden_states`: the main model's, before its final norm, at the last positions before n,
+        where a rejected draft may have stood.
     - `key`: for the next step.
     - `num_steps`: passes of the main model after the prompt's, while the row was not done.
     - `num_accepted`: in how many of them the first, the second, … draft was committed.

@@ -36,9 +36,9 @@ class DecodingShape:
     def window(self) -> int:
         """Places before the last token that the draft layers run anew in each step.
 
-        With n the last token's place, a drafts accepted and m ≤ a+1 tokens committed: at depth k
-        the places after n+a-k saw a refused draft, and the m new ones were not run; that is
-        max(m, `num_drafts`) places in all.
+        With n the last token's position, a drafts accepted and m ≤ a+1 tokens committed: at depth k
+        the positions after n+a-k saw a refused draft, and the m new ones were not run; that is
+        max(m, `num_drafts`) positions in all.
         """
         return self.num_drafts + 1 if self.num_drafts else 0
 
@@ -82,7 +82,7 @@ def prefill(
         cache = layer.init_cache(batch, max_length, hidden_states.dtype)
         states, _, cache = _run_depth(model, depth, states, tokens, cache, position_ids)
         draft_caches.append(cache)
-    places = prompt_lengths[:, None] - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
+    positions = prompt_lengths[:, None] - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
     return DecodingState(
         tokens=tokens,
         lengths=prompt_lengths + 1,
@@ -91,7 +91,7 @@ def prefill(
         eos_id=eos_id,
         main_cache=main_cache,
         draft_caches=tuple(draft_caches),
-        hidden_states=_gather_rows(hidden_states, places),
+        hidden_states=_gather_rows(hidden_states, positions),
         key=key,
         num_steps=jnp.zeros_like(prompt_lengths),
         num_accepted=jnp.zeros((batch, shape.num_drafts), jnp.int32),
@@ -109,10 +109,10 @@ def draft(
 ) -> tuple[Drafts, tuple[Cache, ...]]:
     """Proposes tokens by the prediction depths: depth k the k-th, the last one all beyond it.
 
-    At depth k and place i a layer takes the hidden state of depth k-1 and the token at i+k. The
-    drafts come from the place before the last token. The places before that are run again, with
-    tokens and hidden states that are verified by now: the caches end up as if there had never been
-    another draft.
+    At depth k and position i a layer takes the hidden state of depth k-1 and the token at i+k. The
+    drafts come from the position before the last token. Earlier positions are run again, with
+    tokens and hidden states that are verified by now: the caches end up as if no other draft had
+    ever been made.
     """
     last = state.lengths[:, None] - 1
     positions = last - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
@@ -186,15 +186,15 @@ def commit(
     num_left = state.end_lengths - state.lengths
     num_new, ends = committed_mask(new_ids, num_accepted, num_left, state.eos_id)
     num_new = jnp.where(state.done, 0, num_new)
-    places = state.lengths[:, None] + offsets
-    places = jnp.where(offsets < num_new[:, None], places, state.tokens.shape[1])
+    positions = state.lengths[:, None] + offsets
+    positions = jnp.where(offsets < num_new[:, None], positions, state.tokens.shape[1])
     hidden_states = jnp.concatenate([state.hidden_states, verification.hidden_states], axis=1)
     window = jnp.arange(shape.window, dtype=jnp.int32)
     active = (~state.done).astype(jnp.int32)
     # What was committed: a row may end before the last draft that was accepted.
     accepted = jnp.arange(shape.num_drafts) < jnp.minimum(num_accepted, num_new)[:, None]
     return DecodingState(
-        tokens=_scatter_rows(state.tokens, places, new_ids),
+        tokens=_scatter_rows(state.tokens, positions, new_ids),
         lengths=state.lengths + num_new,
         end_lengths=state.end_lengths,
         done=state.done | ends,
@@ -234,7 +234,7 @@ def _run_depth(
     cache: Cache,
     positions: Int32[Array, "batch seq"],
 ) -> tuple[Array, Array, Cache]:
-    """One depth at some places: the hidden states for the next, those for the head, the cache."""
+    """One depth at some positions: hidden states for the next depth and for the head, the cache."""
     layer = model.layer(depth)
     position_ids = positions + depth
     ids = jnp.maximum(_gather_rows(tokens, position_ids), 0)  # -1 is no token
@@ -247,12 +247,12 @@ def _run_depth(
 # Rows whose last tokens are at different positions
 
 
-def _gather_rows(x: Array, places: Int32[Array, "batch seq"]) -> Array:
-    """`x[b, places[b, i]]`; the first or last entry for a place outside."""
-    places = jnp.clip(places, 0, x.shape[1] - 1)
-    return x[jnp.arange(x.shape[0])[:, None], places]
+def _gather_rows(x: Array, positions: Int32[Array, "batch seq"]) -> Array:
+    """`x[b, positions[b, i]]`; the first or last entry for a position outside."""
+    positions = jnp.clip(positions, 0, x.shape[1] - 1)
+    return x[jnp.arange(x.shape[0])[:, None], positions]
 
 
-def _scatter_rows(x: Array, places: Int32[Array, "batch seq"], values: Array) -> Array:
-    """`x` with `values` at places; those at the end or beyond are dropped."""
-    return x.at[jnp.arange(x.shape[0])[:, None], places].set(values, mode="drop")
+def _scatter_rows(x: Array, positions: Int32[Array, "batch seq"], values: Array) -> Array:
+    """`x` with `values` at positions; those at the end or beyond are dropped."""
+    return x.at[jnp.arange(x.shape[0])[:, None], positions].set(values, mode="drop")

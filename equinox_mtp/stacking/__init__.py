@@ -1,6 +1,6 @@
 """Layers of several depths as one.
 
-JAX has one structure for what is stacked: that of the first layer. So whatever is no array must
+Stacked layers have one structure in JAX, the first layer's. So whatever is not an array must
 mean the same in all of them.
 """
 

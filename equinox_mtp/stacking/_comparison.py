@@ -36,7 +36,7 @@ class Comparison:
     """Walks through two layers side by side, up to the first difference."""
 
     def __init__(self) -> None:
-        # Things may hold themselves. The pairs are kept alive, as an `id` may be given anew.
+        # Things may hold themselves. The pairs are kept alive, as an `id` may be used again.
         self._pairs: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._left_to_compare: list[tuple[Any, Any, str]] = []
 

@@ -78,7 +78,7 @@ def _contents(cell: types.CellType) -> Any:
 
 
 def _parts_of_node(node: Any, *, is_static: bool) -> list[Part]:
-    """The children of a pytree's node, and what its structure holds beside them."""
+    """The children of a pytree's node, and what its structure holds besides."""
     children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
     parts = [Part(jax.tree_util.keystr(key), child, is_static) for key, child in children]
     if _is_variable(node):
