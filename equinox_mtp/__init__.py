@@ -1,4 +1,25 @@
-"""Multi-Token Prediction for language models in JAX, in the functional style of Equinox."""
+"""Multi-Token Prediction for language models in JAX, in the functional style of Equinox.
+
+    tokens ─ make_batch ─► Batch ─ align_targets ─► MTPTargets           (integers only)
+             decoder.embed ─► layer 1 … layer D                          (hidden states)
+                 summed_linear_cross_entropy                             (sums; no logits)
+                     ─► ModelOutput(main, mtp)                           (losses, acceptance)
+
+`_model.py` is the page to read first: all of it, one call a step. Modules are immutable, and a call
+returns everything that it computed. The rooms, where imports run downward only:
+
+| floor | room | holds |
+|---|---|---|
+| 9 | `__main__`, `training` | `python -m equinox_mtp …`; uses only the public names |
+| 8 | `__init__` | the public names |
+| 7 | `speculative`, `linen` | draft, verify, commit; MaxText's constructors and names |
+| 6 | `_model` | `MTPModel(decoder, block)` |
+| 5 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
+| 4 | `_layer` | one depth |
+| 3 | `cross_entropy`, `nn`, `stacking` | the loss of an output head; the reference decoder; layers of all depths as one |
+| 2 | `_shift`, `_losses`, `_acceptance`, `_decoder`, `sharding`, `serialization` | alignment; reductions; interfaces; rules and placement; files |
+| 1 | `_config`, `_checks`, `_types` | conventions; checks of arguments; the axis words |
+"""  # noqa: E501
 
 from . import linen as linen, nn as nn, sharding as sharding, speculative as speculative
 from ._acceptance import (

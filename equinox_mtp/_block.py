@@ -15,7 +15,7 @@ from ._decoder import AbstractDecoder
 from ._layer import MultiTokenPredictionLayer, enter_first_depth
 from ._losses import MTPLosses, Objective, calculate_mtp_loss, loss_weights
 from ._shift import MTPTargets, default_position_ids
-from ._types import MakeLayer, Scalar, checked
+from ._types import MakeLayer, Scalar, checked, module_of
 from .cross_entropy import summed_cross_entropy_by_depth
 from .stacking import stack_layers
 
@@ -118,11 +118,7 @@ class MultiTokenPredictionBlock(eqx.Module):
                         f"`layers` must follow `config`: `{name}` is {getattr(config, name)!r} "
                         f"there, and {value!r} in the layer of depth {depth}."
                     )
-        # A frozen dataclass with an `__init__` of its own: built as unflattening builds it.
-        block = object.__new__(cls)
-        object.__setattr__(block, "config", config)
-        object.__setattr__(block, "layers", stack_layers(layers))
-        return block
+        return module_of(cls, config=config, layers=stack_layers(layers))
 
     def layer(self, depth: int) -> MultiTokenPredictionLayer:
         """The layer of one depth; depths count from 1.

@@ -18,6 +18,8 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
+import equinox as eqx
+import jax
 import numpy as np
 from beartype import beartype
 from jax import Array
@@ -110,3 +112,24 @@ OutputHead: TypeAlias = Float[Array, "vocab embed"] | Callable[[Array], Array]
 
 MakeLayer: TypeAlias = Callable[..., Any]
 """`make_layer(key=key)` builds a fresh `AbstractDecoderLayer`."""
+
+
+def is_array_or_shape(x: Any) -> bool:
+    """Whether a leaf is an array of JAX or NumPy, or the shape of one."""
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+
+
+def dotted_name(path: Any) -> str:
+    """The name of a leaf in a tree, as `"decoder.layers.attention.query_kernel"`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+_Module = TypeVar("_Module")
+
+
+def module_of(cls: type[_Module], **fields: Any) -> _Module:
+    """A frozen dataclass of these fields, without its `__init__`: as unflattening builds it."""
+    module = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(module, name, value)
+    return module

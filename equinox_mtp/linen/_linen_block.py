@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import PRNGKeyArray
 
-from .._types import checked
+from .._types import checked, is_array_or_shape
 from ._collections import BLOCK_NAME
 from ._modules import ALL_COLLECTIONS, Collections, MultiTokenPredictionBlock
 from ._params import DECODER, from_linen_params, to_linen_params, with_decoder_params
@@ -262,7 +262,7 @@ def _with_constants(skeleton: Any, make: Callable[[PRNGKeyArray], Any]) -> Any:
     """Fills in the arrays that are no parameters, such as tables of integers."""
 
     def is_constant(x: Any) -> bool:
-        return (eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)) and not is_parameter(x)
+        return is_array_or_shape(x) and not is_parameter(x)
 
     leaves, structure = jax.tree.flatten(skeleton)
     if not any(map(is_constant, leaves)):

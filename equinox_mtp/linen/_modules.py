@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Integer, Shaped
 
 from .. import _block, _layer
 from .._shift import align_targets
-from .._types import HostOrDeviceArray, checked
+from .._types import HostOrDeviceArray, checked, module_of
 from ..nn import Linear, RMSNorm
 from ._collections import BLOCK_NAME, mtp_acceptance, mtp_losses
 from ._config import Settings, read_settings
@@ -166,11 +166,12 @@ class MultiTokenPredictionBlock(eqx.Module):
             inner = self.block.layer(int(depth))
         except ValueError as error:
             raise AttributeError(f"there is no `{name}`: {error}") from None
-        layer = object.__new__(MultiTokenPredictionLayer)
-        fields = {"layer": inner, "layer_number": int(depth), "dtype": self.settings.dtype}
-        for field, value in fields.items():
-            object.__setattr__(layer, field, value)
-        return layer
+        return module_of(
+            MultiTokenPredictionLayer,
+            layer=inner,
+            layer_number=int(depth),
+            dtype=self.settings.dtype,
+        )
 
     @checked
     def __call__(

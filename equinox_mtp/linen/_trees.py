@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import dtypes
 from jaxtyping import Array
+
+from .._types import is_array_or_shape
 
 Path: TypeAlias = tuple[str, ...]
 """The keys from the root of a nested dictionary to an array."""
@@ -28,8 +29,7 @@ def joined(path: Path) -> str:
 
 def is_parameter(x: Any) -> bool:
     """Whether a leaf is an array that can be trained, or stands for one."""
-    is_array = eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
-    return bool(is_array and jnp.issubdtype(x.dtype, jnp.inexact))
+    return bool(is_array_or_shape(x) and jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def names_of(path: Iterable[Any]) -> Path:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .._types import dotted_name
+
 Leaves = list[tuple[str, Any]]
 
 METADATA = "__metadata__"
@@ -44,7 +46,7 @@ def named_leaves(tree: Any, argument: str) -> Leaves:
     **Raises:** `ValueError` if there is an array of another dtype than the format has.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    dotted = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    dotted = [dotted_name(path) for path, _ in leaves]
     times = Counter([*dotted, METADATA])
     named = [
         (name if times[name] == 1 else jax.tree_util.keystr(path), x)

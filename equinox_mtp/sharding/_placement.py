@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
-from .._types import AXIS_WORDS, checked
+from .._types import AXIS_WORDS, checked, is_array_or_shape
 from ._head_sharding import constrain
 from ._rules import DEFAULT_RULES, UNSPLIT, ShardingRules
 
@@ -44,7 +44,7 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
     known = set(rules.axes) | AXIS_WORDS | {UNSPLIT}
 
     def place(path: Any, leaf: Any) -> NamedSharding | None:
-        if not (eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+        if not is_array_or_shape(leaf):
             return None
         name, words, is_state = _name_and_words(tree, path)
         rule = _longest_fitting(rules, name)
@@ -169,9 +169,7 @@ def shard_batch(
 
 def _leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [
-        (path, x) for path, x in leaves if eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
-    ]
+    return [(path, x) for path, x in leaves if is_array_or_shape(x)]
 
 
 def _name_and_words(tree: Any, path: Any) -> tuple[str, list[str], bool]:
