@@ -1,6 +1,7 @@
 """Fixtures and settings that every test shares."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -12,6 +13,10 @@ _FLAGS = ["--xla_force_host_platform_device_count=8"]
 # They are tested where the flag is set already, as the second environment of CI does.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     _FLAGS.append("--xla_backend_optimization_level=0")
+    if importlib.metadata.version("jaxlib") < "0.11":
+        # The older emitters compile in a third of the time; later versions have none.
+        _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+        _FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

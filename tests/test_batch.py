@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
+from jaxtyping import TypeCheckError
 
 import equinox_mtp as emtp
 from equinox_mtp import Batch, MTPConfig, MTPModel, make_batch, nn, sharding
@@ -165,7 +166,8 @@ def test_what_does_not_fit() -> None:
         model(batch, segment_ids=batch.segment_ids)
     with pytest.raises(ValueError, match="`target_ids` must be given with `input_ids`"):
         model(batch.input_ids)
-    with pytest.raises(ValueError, match=r"fields of one shape .*position_ids \(2, 7\)"):
+    # The checks of the tests' import hook come before the class's own.
+    with pytest.raises((ValueError, TypeCheckError), match="position_ids"):
         dataclasses.replace(batch, position_ids=np.asarray(batch.position_ids)[:, 1:])
     with pytest.raises(ValueError, match="`tokens` must have at least two tokens a row"):
         make_batch(tokens[:, :1])

@@ -15,7 +15,7 @@ from jaxtyping import Array
 import equinox_mtp as emtp
 from equinox_mtp import MTPConfig, MTPModel, nn, speculative
 from equinox_mtp.speculative import DecodingShape, Sampler, accept_drafts, generate, stream
-from equinox_mtp.speculative._generate import _step
+from equinox_mtp.speculative._generate import _Request, _step
 
 VOCAB, PROMPT, NEW = 5, 6, 9
 
@@ -653,7 +653,10 @@ def test_steps_reuse_the_memory_of_the_state() -> None:
         model, prompt_ids, lengths, sizes, sampler, eos_id=jnp.int32(-1), key=jax.random.key(0)
     )
     caches = jax.tree.leaves((state.main_cache, state.draft_caches))
-    arguments = ((sizes, model, sampler), state)
+    request = _Request(
+        sizes, prompt_ids, lengths, sampler, eos_id=jnp.int32(-1), key=jax.random.key(0)
+    )
+    arguments = ((request, model), state)
     run_step: Any = _step
     memory = run_step.lower(*arguments).compile().compiled.memory_analysis()
     cache_bytes = sum(x.nbytes for x in caches)
