@@ -1,5 +1,7 @@
 """How often the depths' predictions would be accepted as drafts."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,14 @@ class MTPAcceptanceRate(eqx.Module):
     joint_accepted: Integer[HostOrDeviceArray, "depth"]
     joint_scored: Integer[HostOrDeviceArray, "depth"]
     joint_reached: Integer[HostOrDeviceArray, "depth"]
+
+    def __check_init__(self) -> None:
+        shapes = {field.name: getattr(self, field.name).shape for field in dataclasses.fields(self)}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(
+                "`MTPAcceptanceRate` must have fields of the same depths; got "
+                f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())}."
+            )
 
     def __add__(self, other: "MTPAcceptanceRate") -> "MTPAcceptanceRate":
         check_same_depths(self.scored, other.scored, "MTPAcceptanceRate")

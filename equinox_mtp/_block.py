@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from ._acceptance import MTPAcceptance
+from ._checks import check_integer
 from ._config import MTPConfig
 from ._decoder import AbstractDecoder
 from ._layer import MultiTokenPredictionLayer, enter_first_depth
@@ -125,6 +126,7 @@ class MultiTokenPredictionBlock(eqx.Module):
 
         **Raises:** `ValueError` if there is no such depth.
         """
+        depth = check_integer("depth", depth)
         if self.layers is None or not 1 <= depth <= self.config.num_depths:
             raise ValueError(
                 f"`depth` must lie in 1 … {self.config.num_depths}, the depths of this block; got "

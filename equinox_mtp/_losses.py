@@ -168,7 +168,7 @@ def check_not_negative(name: str, numbers: Any) -> None:
     """**Raises:** `ValueError` if a number at hand is negative or not finite."""
     values = on_host(numbers)
     if values is not None and not np.all(np.isfinite(values) & (values >= 0)):
-        raise ValueError(f"`{name}` must be finite and not negative; got {values.tolist()}.")
+        raise ValueError(f"`{name}` must be finite and not negative; got {values.tolist()!s:.80}.")
 
 
 def check_same_depths(one: HostOrDeviceArray, other: HostOrDeviceArray, what: str) -> None:

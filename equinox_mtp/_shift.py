@@ -4,6 +4,7 @@ import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Integer, Shaped
 
@@ -80,15 +81,17 @@ def roll_and_mask(
         then crosses shards, by one collective-permute of the tokens that move (two if the shift is
         longer than a shard and no multiple of it).
 
-    **Returns:** an array of the shape and dtype of `x`.
+    **Returns:** an array of the shape and dtype of `x`; int32 for 64-bit integers of NumPy.
 
-    **Raises:** `ValueError` if `shift` is positive.
+    **Raises:** `ValueError` if `shift` is positive, or integers of NumPy do not fit 32 bits.
     """
     if shift > 0:
         raise ValueError(
             f"`shift` must be zero or negative, as sequences are only shifted to the left; got "
             f"{shift}. Did you mean `shift={-shift}`?"
         )
+    if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.dtype.itemsize == 8:
+        x = check_ids("x", x)
     array = jnp.asarray(x)
     if shift == 0:
         return array

@@ -211,10 +211,10 @@ def test_escape_sequences_are_shown_on_a_terminal(
     else:
         monkeypatch.setenv("NO_COLOR", "1")
     begin, end = ("\033[30;102m", "\033[0m") if colored else "⟦⟧"
-    prompt, new = "é\x1b[2J\r\t\u0090", b"\nz\x1b]0;title\x07" + "中\x7f\0".encode()
+    prompt, new = "é\x1b[2J\r\t\u0090\u202e", b"\nz\x1b]0;title\x07" + "中\x7f\0".encode()
     out = Terminal(io.BytesIO(), encoding="utf8", newline="")
     printed = printed_on(monkeypatch, out, run[0], prompt, new)
-    expected = "é\\x1b[2J\\x0d\t\\x90\n" + begin + "z\\x1b]0;title\\x07中\\x7f\\x00" + end
+    expected = "é\\x1b[2J\\x0d\t\\x90\\u202e\n" + begin + "z\\x1b]0;title\\x07中\\x7f\\x00" + end
     assert printed.startswith(expected + "\n\n")
 
 

@@ -567,12 +567,14 @@ WEIGHT = jnp.ones((33, EMBED))
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"soft_cap": 0}, "`soft_cap` must be positive and finite.* got 0"),
-        ({"soft_cap": -5.0}, r"`soft_cap` must be positive and finite.* got -5\.0"),
-        ({"soft_cap": float("nan")}, "`soft_cap` must be positive and finite.* got nan"),
-        ({"soft_cap": float("inf")}, "`soft_cap` must be positive and finite.* got inf"),
-        ({"token_tile": 0}, "`token_tile` must be at least 1, or `None`; got 0"),
-        ({"vocab_tile": -1}, "`vocab_tile` must be at least 1, or `None`; got -1"),
+        ({"soft_cap": 0}, "`soft_cap` must be above 0; got 0"),
+        ({"soft_cap": -5.0}, "`soft_cap` must be above 0; got -5"),
+        ({"soft_cap": float("nan")}, "`soft_cap` must be finite.* got nan"),
+        ({"soft_cap": float("inf")}, "`soft_cap` must be finite.* got inf"),
+        ({"token_tile": 0}, "`token_tile` must be at least 1; got 0"),
+        ({"vocab_tile": -1}, "`vocab_tile` must be at least 1; got -1"),
+        ({"soft_cap": True}, "`soft_cap` must be a number above 0; got True"),
+        ({"token_tile": True}, "`token_tile` must be an integer at least 1; got True"),
         ({"weight": WEIGHT[:0]}, "`weight` must have a row for each token id"),
     ],
 )
@@ -665,3 +667,15 @@ def test_a_mask_is_a_weight() -> None:
     ]
     expected = np.sum(case.oracle._replace(bias=None).losses[0], where=mask)
     assert_close(sums, [expected] * 2)
+
+
+def test_numbers_of_numpy_are_plain_in_a_head() -> None:
+    head = LinearHead(
+        jnp.ones((3, 2)),
+        soft_cap=np.float32(2.5),
+        token_tile=np.int64(4),
+        vocab_tile=np.int32(2),
+    )
+    fields = (head.soft_cap, head.token_tile, head.vocab_tile)
+    assert fields == (2.5, 4, 2)
+    assert [type(field) for field in fields] == [float, int, int]

@@ -205,11 +205,12 @@ def test_labels_of_nnx_do_not_count(metadata: Any, attributes: Any) -> None:
             r"\.out_sharding.*'x'.* at depth 1, and .*'y'",
         ),
         (({}, {}), ({"name": "relu"}, {"name": "gelu"}), r"\.name` .*'relu' .*'gelu'"),
+        (({}, {}), ({"name": "relu"}, {"name": "relu6"}), r"\.name` .*'relu' .*'relu6'"),
         (({}, {}), ({"window": 1}, {"window": 2}), r"\.window` \(static\) is 1 .* 2"),
         (({}, {}), ({"act": nnx.relu}, {"act": nnx.gelu}), r"\.act.*relu.*gelu"),
         (({}, {}), ({"dtype": jnp.float32}, {"dtype": jnp.float16}), r"\.dtype.*float32.*float16"),
     ],
-    ids=["number", "keys", "sharding", "name", "attribute", "function", "dtype"],
+    ids=["number", "keys", "sharding", "name", "numbered", "attribute", "function", "dtype"],
 )
 def test_what_differs_in_meaning_is_named(metadata: Any, attributes: Any, message: str) -> None:
     with pytest.raises(ValueError, match="depth 2 differs from depth 1: .*" + message) as raised:

@@ -227,6 +227,24 @@ def test_a_token_of_weight_0_adds_nothing_even_if_it_is_not_finite(name: str, va
         assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", ["summed", "recomputed"])
+def test_a_token_of_weight_0_adds_nothing_even_if_its_logits_overflow(name: str) -> None:
+    hidden, head, ids, weights = make_case()
+    weights = weights.at[0, 2].set(0)
+    head = head.at[3].set(1e25)
+    # Of the others this row's logits are far below the rest.
+    hidden = jnp.concatenate([-jnp.abs(hidden[..., :1]), hidden[..., 1:] * 0], axis=-1)
+    broken = hidden.at[0, 2].set(1e25)
+    ids = jnp.where(ids == 3, 4, ids)
+    value_and_grad = jax.value_and_grad(lambda h, w: LOSSES[name](h, w, ids, weights), (0, 1))
+    expected_value, expected = value_and_grad(hidden, head)
+    actual_value, actual = value_and_grad(broken, head)
+    assert_close(actual_value, expected_value)
+    for one, other in zip(actual, expected, strict=True):
+        assert bool(jnp.all(jnp.isfinite(other)))
+        assert_close(one, other)
+
+
 @each_loss
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
 def test_no_tokens_have_loss_0_and_gradient_0(loss: Loss, shape: tuple[int, int]) -> None:
@@ -302,3 +320,14 @@ def run_under_x64(code: str) -> None:
     folder = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(folder.parent)])
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
+
+
+def test_weights_that_are_tiny_do_not_overflow_the_scale() -> None:
+    hidden, head = jnp.ones((1, 4, 2), jnp.float16), jnp.zeros((3, 2), jnp.float16)
+    ids, weight = jnp.zeros((1, 4), jnp.int32), 1e-36
+
+    def loss(head: Any) -> jax.Array:
+        return summed(hidden, head, ids, jnp.full((1, 4), weight)) / weight
+
+    gradient = jax.grad(loss)(head)
+    np.testing.assert_allclose(gradient[:, 0], 4 * np.array([-2 / 3, 1 / 3, 1 / 3]), rtol=2e-3)

@@ -56,6 +56,11 @@ VALUES = {
     "`x` must have the 8 features": "emtp.nn.RMSNorm(8)(jnp.ones((2, 7)))",
     "`embed_size` must be at least 1": "emtp.nn.RMSNorm(0)",
     "`in_features` must be at least 1": "emtp.nn.Linear(0, 3, key=key)",
+    "`depth` must be an integer": "block.layer(1.5)",
+    "`depth_weights` must be finite and not negative": (
+        "emtp.calculate_mtp_loss(emtp.MTPLosses(jnp.ones(99), jnp.ones(99)),"
+        " depth_weights=-np.ones(99))"
+    ),
     "`shift` must be zero or negative": "emtp.roll_and_mask(ids, 1)",
     "`order` must hold each of": "emtp.sharding.reorder(ids, np.array([0, 0, 1, 2]))",
     "`target_ids` must lie in 0 … 10": "model(np.array([[1, 2]]), np.array([[3, 11]]))",

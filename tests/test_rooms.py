@@ -64,9 +64,9 @@ def test_imports_run_downward() -> None:
 
 def test_rooms_are_entered_by_their_doors() -> None:
     for module, target in imports():
-        inside = len(target) > 1 and target[0] in ROOMS and room_of(module) != target[0]
-        if inside:
-            assert not target[1].startswith("_"), f"{module} reaches into {'.'.join(target)}"
+        room, *inside = target
+        if inside and room in ROOMS and room_of(module) != room:
+            assert not inside[0].startswith("_"), f"{module} reaches into {'.'.join(target)}"
 
 
 def test_no_circles() -> None:

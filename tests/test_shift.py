@@ -317,6 +317,8 @@ def test_ids_that_32_bits_cannot_hold() -> None:
         wrong[0, 2] = bad
         with pytest.raises(ValueError, match=r"`tokens` must lie in .* 32 bits"):
             inputs_and_targets(wrong)
+        with pytest.raises(ValueError, match=r"`x` must lie in .* 32 bits"):
+            roll_and_mask(wrong)
         for name in ("input_ids", "target_ids", "segment_ids", "position_ids"):
             arguments: dict[str, Any] = dict.fromkeys(("input_ids", "target_ids"), tokens)
             arguments[name] = wrong

@@ -1,6 +1,8 @@
 """Generation against the full forward pass, token for token and in distribution."""
 
+import dataclasses
 import itertools
+import operator
 from functools import cache, partial
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import assert_close, build, quick_jit
-from jaxtyping import Array
+from jaxtyping import Array, TypeCheckError
 
 import equinox_mtp as emtp
 from equinox_mtp import MTPConfig, MTPModel, nn, speculative
@@ -867,6 +869,27 @@ def test_buckets_that_make_no_sense(num_buckets: int) -> None:
         emtp.speculative.measure_acceptance(
             make_model(1), np.zeros((1, 13), int), num_buckets=num_buckets
         )
+
+
+def test_positions_that_32_bits_cannot_hold() -> None:
+    tokens = np.ones((1, 5), int)
+    with pytest.raises(ValueError, match=r"`position_ids` must lie in .* 32 bits"):
+        emtp.speculative.measure_acceptance(
+            make_model(1), tokens, position_ids=np.arange(5)[None] + 2**32
+        )
+
+
+def test_acceptance_of_different_depths_does_not_add_up() -> None:
+    one, two = (
+        emtp.MTPAcceptanceRate(*[jnp.ones(num_depths, jnp.int32)] * 5) for num_depths in (1, 2)
+    )
+    edges = (0, 4)
+    report = emtp.speculative.PositionalAcceptance(one, (one,), edges)
+    assert (report + report).by_bucket[0].scored.tolist() == [2]
+    with pytest.raises(ValueError, match="must have the same number of depths; got 1 and 2"):
+        operator.add(report, emtp.speculative.PositionalAcceptance(two, (two,), edges))
+    with pytest.raises((ValueError, TypeCheckError), match="scored"):  # the hook's check is first
+        dataclasses.replace(one, scored=two.scored)
 
 
 def test_matrices_are_cast_once_before_decoding() -> None:

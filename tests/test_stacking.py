@@ -267,3 +267,17 @@ def test_constants_of_layers_that_are_made_while_tracing() -> None:
     assert shapes(lambda: jnp.sqrt(2.0), lambda: jnp.sqrt(2.0)).shape == (2, 2)
     with pytest.raises(ValueError, match=r"`.static.power` \(static\) is weak_f32"):
         shapes(lambda: jnp.sqrt(2.0), lambda: jnp.sqrt(jnp.ones(3)))
+
+
+class Named(eqx.Module):
+    """A name that says what is computed."""
+
+    weight: Array
+    name: str = eqx.field(static=True)
+
+
+@pytest.mark.parametrize("other", ["relu6", "top2"])
+def test_a_name_in_an_equinox_module_is_no_label(other: str) -> None:
+    first = {"relu6": "relu", "top2": "top1"}[other]
+    with pytest.raises(ValueError, match=rf"`\.name` .*'{first}' at depth 1, and '{other}'"):
+        stack_layers([Named(jnp.ones(2), first), Named(jnp.ones(2), other)])

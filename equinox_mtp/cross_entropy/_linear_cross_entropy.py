@@ -116,7 +116,8 @@ def summed_linear_cross_entropy(
 
     - `hidden_states`, `head`, `target_ids`, `predictions`: as in `linear_cross_entropy`.
     - `weights`: of the tokens, a mask for instance. A token of weight 0 adds nothing, neither to
-        the loss nor to gradients, even if its hidden states are not finite.
+        the loss nor to gradients, even if its hidden states are not finite. (Under a callable head
+        finite ones whose logits overflow make gradients NaN.)
     - `z_loss_weight`: of the z-loss; `None` for none.
 
     **Returns:** `SummedCrossEntropy`, in nats and float32, or float64 for hidden states of float64.

@@ -1,13 +1,14 @@
 """The output head: from final hidden states to logits."""
 
-import math
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._checks import check_integer, check_number
 from .._types import OutputHead, checked
 from ..sharding import HeadSharding, current_head_sharding
 from ._partitioning import tokens_on_all_devices
@@ -37,11 +38,11 @@ class LinearHead(eqx.Module):
         weight: Float[Array, "vocab embed"],
         bias: Float[Array, "vocab"] | None = None,
         *,
-        soft_cap: float | int | None = None,
+        soft_cap: float | int | np.floating | np.integer | None = None,
         sharding: HeadSharding | None = None,
         recompute_logits: bool = False,
-        token_tile: int | None = None,
-        vocab_tile: int | None = None,
+        token_tile: int | np.integer | None = None,
+        vocab_tile: int | np.integer | None = None,
     ):
         """**Arguments:**
 
@@ -62,24 +63,20 @@ class LinearHead(eqx.Module):
         **Raises:** `ValueError` for a soft-cap or a tile that is not positive, a soft-cap that is
         not finite, or a head without ids.
         """
-        if soft_cap is not None and not 0 < soft_cap < math.inf:
-            raise ValueError(
-                f"`soft_cap` must be positive and finite, or `None` for no cap; got {soft_cap}."
-            )
-        for name, tile in (("token_tile", token_tile), ("vocab_tile", vocab_tile)):
-            if tile is not None and tile < 1:
-                raise ValueError(f"`{name}` must be at least 1, or `None`; got {tile}.")
         if weight.shape[0] == 0:
             raise ValueError(
                 f"`weight` must have a row for each token id, at least one; got {weight.shape}."
             )
         self.weight = weight
         self.bias = bias
-        self.soft_cap = None if soft_cap is None else float(soft_cap)
+        # As plain Python numbers: equal heads are to compile to one program.
+        self.soft_cap = None if soft_cap is None else check_number("soft_cap", soft_cap, above=0)
         self.sharding = sharding
         self.recompute_logits = recompute_logits
-        self.token_tile = token_tile
-        self.vocab_tile = vocab_tile
+        self.token_tile, self.vocab_tile = (
+            None if tile is None else check_integer(name, tile, at_least=1)
+            for name, tile in (("token_tile", token_tile), ("vocab_tile", vocab_tile))
+        )
 
     @checked
     def __call__(self, hidden_states: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:

@@ -249,8 +249,9 @@ def backward_over_vocabulary(
         cotangent -= jnp.where(is_target, target_weight[..., None], 0.0)
         if logits is not None:
             cotangent = head.cotangent(logits, cotangent)
-        if tile.is_new is not None:
-            cotangent = jnp.where(tile.is_new, cotangent, 0.0)
+        # Not left to the factor 0: logits that overflow have a softmax of NaN.
+        counts = is_scored if tile.is_new is None else is_scored & tile.is_new
+        cotangent = jnp.where(counts, cotangent, 0.0)
         low = cotangent.astype(hidden_states.dtype)
         hidden_gradient += jnp.einsum(
             "bsv,ve->bse", low, tile.head.weight.astype(low.dtype), preferred_element_type=dtype
@@ -262,6 +263,7 @@ def backward_over_vocabulary(
 
     dtype = accumulation_dtype(hidden_states)
     tile_weight = depth_weight / scale
+    is_scored = ((softmax_weight != 0) | (target_weight != 0))[..., None]
     start = (_zeros_like(hidden_states, dtype), head_gradient)
     indices = jnp.arange(_num_tiles(head), dtype=jnp.int32)
     (hidden_gradient, head_gradient), _ = lax.scan(visit, start, (indices, tile_residuals))
@@ -272,14 +274,15 @@ def _scale_into_range(dtype: DTypeLike, *weights: Array) -> Array | float:
     """A power of two that brings weights times a softmax into the range of `dtype`.
 
     With the largest weight at 4096, float16 holds the softmax down to 2^-36 of it. Without, a
-    weight of one in 8192 tokens would leave nothing of ids that are as likely as one in 2048.
+    weight of one in 8192 tokens would leave nothing of ids that are as likely as one in 2048. The
+    power is bounded: of weights as small as 1e-36 it would be infinite in float32.
     """
     if unscaled_dtype(dtype) == dtype:
         return 1.0
     largest = jnp.maximum(*(jnp.max(jnp.abs(weight), initial=0.0) for weight in weights))
     largest = lax.stop_gradient(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0))
     limit = min(12, jnp.finfo(dtype).maxexp - 3)
-    return jnp.exp2(limit - jnp.ceil(jnp.log2(largest)))
+    return jnp.exp2(jnp.minimum(limit - jnp.ceil(jnp.log2(largest)), 120))
 
 
 def _add_tile(gradient: LinearHead, tile: LinearHead, start: Array) -> LinearHead:

@@ -87,17 +87,15 @@ def _without_unscored(
     def without(values: Array, is_unscored: Array) -> Array:
         return jnp.where(is_unscored & ~jnp.isfinite(values), 0.0, values)
 
-    square = jnp.square(token.log_sum_exp)
     no_weight = weights == 0
-    return (
-        without(token.negative_log_likelihood, no_weight),
-        without(square, no_weight | (z_loss_weight == 0)),
-    )
+    # Before it is squared: the square of infinity has a derivative that no factor 0 takes away.
+    log_sum_exp = without(token.log_sum_exp, no_weight | (z_loss_weight == 0))
+    return without(token.negative_log_likelihood, no_weight), jnp.square(log_sum_exp)
 
 
 def _softmax_weight(weights: Array, z_loss_weight: Array, log_sum_exp: Array) -> Array:
     """d(nll + z · lse²) / d logits = (1 + 2 · z · lse) · softmax - onehot: the softmax's factor."""
-    return weights * (1 + 2 * z_loss_weight * log_sum_exp)
+    return jnp.where(weights == 0, 0.0, weights * (1 + 2 * z_loss_weight * log_sum_exp))
 
 
 def _weighted_losses_forward(

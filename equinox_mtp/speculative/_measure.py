@@ -3,14 +3,12 @@
 import itertools
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer
 
 from .._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
 from .._checks import check_ids, check_integer
-from .._losses import add_counts
 from .._model import MTPModel
 from .._shift import default_position_ids, inputs_and_targets
 from .._types import HostOrDeviceArray, at_hand, checked
@@ -36,7 +34,11 @@ class PositionalAcceptance(eqx.Module):
             raise ValueError(
                 f"`edges` must be the same to join batches; got {self.edges} and {other.edges}."
             )
-        return jax.tree.map(add_counts, self, other)
+        return PositionalAcceptance(
+            overall=self.overall + other.overall,
+            by_bucket=tuple(a + b for a, b in zip(self.by_bucket, other.by_bucket, strict=True)),
+            edges=self.edges,
+        )
 
 
 @checked
@@ -85,7 +87,7 @@ def measure_acceptance(
     positions = (
         default_position_ids(input_ids)
         if position_ids is None
-        else jnp.asarray(position_ids)[:, :-1]
+        else jnp.asarray(check_ids("position_ids", position_ids))[:, :-1]
     )
     output = model(
         input_ids,

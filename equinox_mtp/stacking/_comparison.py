@@ -4,6 +4,7 @@ Layers that are built alike are seldom equal as structures, because two closures
 Python. Here functions are compared by what they do: by their code, and by what they hold.
 """
 
+import re
 import types
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ import numpy as np
 from jax.core import Tracer
 
 from ._parts import Part, is_node, parts
+
+_NUMBER = re.compile(r"\d+")
 
 
 class Difference(NamedTuple):
@@ -112,11 +115,8 @@ def _same_label(part: Part, other: Part) -> bool:
     x, y = part.value, other.value
     if part.key != ".name":
         return type(x) is type(y) and isinstance(x, (str, int)) and not isinstance(x, bool)
-    return isinstance(x, str) and isinstance(y, str) and _without_digits(x) == _without_digits(y)
-
-
-def _without_digits(text: str) -> str:
-    return "".join(character for character in text if not character.isdigit())
+    # "relu" and "relu6" are no labels: one of them has no number.
+    return isinstance(x, str) and isinstance(y, str) and _NUMBER.sub("0", x) == _NUMBER.sub("0", y)
 
 
 def _is_equal(x: Any, y: Any) -> bool:

@@ -8,6 +8,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 
 _WITHOUT_MEANING = (object, itertools.count, type(threading.Lock()), type(threading.RLock()))
@@ -91,7 +92,8 @@ def _parts_of_node(node: Any, *, is_static: bool) -> list[Part]:
     attributes = getattr(node, "__dict__", {})
     if attributes and names <= attributes.keys():
         return parts + [
-            Part(f".{name}", value, is_label=name == "name")
+            # Equinox gives its modules no names: there it is a field like others.
+            Part(f".{name}", value, is_label=name == "name" and not isinstance(node, eqx.Module))
             for name, value in sorted(attributes.items())
             if name not in names
         ]

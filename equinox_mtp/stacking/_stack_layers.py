@@ -24,9 +24,9 @@ def stack_layers(layers: Sequence[_Layer]) -> _Layer | None:
         stacked; traced ones, as in `jax.eval_shape`, have no value, and only their shapes and
         dtypes are compared. Keys of `jax.random` there do not count, nor do counters of
         `itertools`.
-    - Labels do not count: an attribute `name` whose values differ in digits alone (`"layer_1"`,
-        `"layer_2"`), and text and integers in the metadata of NNX variables, except their sharding
-        and the tag of their random stream.
+    - Labels do not count: an attribute `name`, unless of an Equinox module, whose values differ in
+        the digits of their numbers alone (`"layer_1"`, `"layer_2"`), and text and integers in the
+        metadata of NNX variables, except their sharding and the tag of their random stream.
 
     **Raises:** `ValueError` that says what differs.
     """

@@ -198,12 +198,18 @@ class _Screen:
         return text.encode(self.encoding, "backslashreplace").decode(self.encoding)
 
 
+_TURNS = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
+
+
 def _is_control(character: str) -> bool:
-    return unicodedata.category(character) == "Cc" and character not in "\n\t"
+    # Those that turn the direction of writing can make a text look like another.
+    turns = unicodedata.bidirectional(character) in _TURNS
+    return (unicodedata.category(character) == "Cc" and character not in "\n\t") or turns
 
 
 def _escaped(character: str) -> str:
-    return f"\\x{ord(character):02x}"
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 class _Counts:
