@@ -11,6 +11,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Integer, Shaped
 
 from .. import _block, _layer
+from .._acceptance import MTPAcceptance
+from .._losses import MTPLosses
 from .._shift import align_targets
 from .._types import HostOrDeviceArray, checked, module_of
 from ..nn import Linear, RMSNorm
@@ -210,14 +212,9 @@ class MultiTokenPredictionBlock(eqx.Module):
         "mtp_acceptance": {"mtp_block": {"mtp_preds": [1 batch seq], "mtp_mask": [1 batch seq]}}}`.
         """
         settings = self.settings
-        if model_mode not in _MODES:
-            raise ValueError(
-                f"`model_mode` must be one of {', '.join(map(repr, _MODES))}; got {model_mode!r}. "
-                f"Losses are collected in {TRAIN!r}."
-            )
+        _check_mode(model_mode)
         position_ids = None if position_ids is None else jnp.asarray(position_ids)
         segment_ids = None if decoder_segment_ids is None else jnp.asarray(decoder_segment_ids)
-        mask_dtype = jnp.int32 if target_mask is None else target_mask.dtype
         targets = align_targets(
             input_ids,
             jnp.zeros_like(input_ids) if target_ids is None else target_ids,
@@ -245,19 +242,43 @@ class MultiTokenPredictionBlock(eqx.Module):
             key=key_for(rngs, "dropout"),
             inference=deterministic,
         )
-        collected: Collections = {}
         is_training = model_mode == TRAIN and target_ids is not None
-        if mtp_losses.__name__ in collections and is_training and settings.conventions.num_depths:
-            entries = {"losses": output.losses.losses, "weights": output.losses.weights}
-            collected[mtp_losses.__name__] = {BLOCK_NAME: entries}
-        if with_acceptance and output.acceptance is not None:
-            depth = slice(settings.eval_depth - 1, settings.eval_depth)
-            entries = {
-                "mtp_preds": output.acceptance.predictions[depth].astype(jnp.float32),
-                "mtp_mask": output.acceptance.mask[depth].astype(mask_dtype),
-            }
-            collected[mtp_acceptance.__name__] = {BLOCK_NAME: entries}
-        return collected
+        with_losses = mtp_losses.__name__ in collections and is_training
+        mask_dtype = jnp.int32 if target_mask is None else target_mask.dtype
+        return {
+            **(_collected_losses(output.losses) if with_losses else {}),
+            **_collected_acceptance(output.acceptance, settings.eval_depth, mask_dtype),
+        }
+
+
+def _check_mode(model_mode: str) -> None:
+    if model_mode not in _MODES:
+        raise ValueError(
+            f"`model_mode` must be one of {', '.join(map(repr, _MODES))}; got {model_mode!r}. "
+            f"Losses are collected in {TRAIN!r}."
+        )
+
+
+def _collected_losses(losses: MTPLosses) -> Collections:
+    """The collection of losses; empty without depths."""
+    if losses.losses.shape[0] == 0:
+        return {}
+    entries = {"losses": jnp.asarray(losses.losses), "weights": jnp.asarray(losses.weights)}
+    return {mtp_losses.__name__: {BLOCK_NAME: entries}}
+
+
+def _collected_acceptance(
+    acceptance: MTPAcceptance | None, eval_depth: int, mask_dtype: Any
+) -> Collections:
+    """The collection of one depth's predictions; empty if they were not asked for."""
+    if acceptance is None:
+        return {}
+    depth = slice(eval_depth - 1, eval_depth)
+    entries = {
+        "mtp_preds": acceptance.predictions[depth].astype(jnp.float32),
+        "mtp_mask": acceptance.mask[depth].astype(mask_dtype),
+    }
+    return {mtp_acceptance.__name__: {BLOCK_NAME: entries}}
 
 
 def in_weight_dtype(module: Any, settings: Settings) -> Any:
