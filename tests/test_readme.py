@@ -76,14 +76,14 @@ def check_training_loop_learns(readme: list[dict[str, Any]]) -> None:
 
 
 def check_packed_example_counts(readme: list[dict[str, Any]]) -> None:
-    names = readme[2]
+    names = readme[1]
     np.testing.assert_array_equal(names["model"](names["packed"]).mtp.losses.weights, [4.0, 2.0])
 
 
 def check_generation_is_plain_decoding_and_the_file_holds_the_model(
     readme: list[dict[str, Any]],
 ) -> None:
-    names = readme[3]
+    names = readme[1]
     plain = emtp.speculative.generate(
         names["model"], names["prompts"], names["lengths"], max_new_tokens=12, num_drafts=0
     )
