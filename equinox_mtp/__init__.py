@@ -17,8 +17,8 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 5 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
 | 4 | `_layer` | one depth |
 | 3 | `cross_entropy`, `nn`, `stacking` | the loss of an output head; the reference decoder; layers of all depths as one |
-| 2 | `_shift`, `_losses`, `_acceptance`, `_decoder`, `sharding`, `serialization` | alignment; reductions; interfaces; rules and placement; files |
-| 1 | `_config`, `_checks`, `_types` | conventions; checks of arguments; the axis words |
+| 2 | `_shift`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization` | alignment; reductions; interfaces; what optimizers must know; rules and placement; files |
+| 1 | `_config`, `_checks`, `_types`, `_annotations` | conventions; checks of arguments; the axis words, and where annotations name them |
 """  # noqa: E501
 
 from . import linen as linen, nn as nn, sharding as sharding, speculative as speculative
@@ -56,6 +56,11 @@ from ._losses import (
 from ._model import (
     ModelOutput as ModelOutput,
     MTPModel as MTPModel,
+)
+from ._parameters import (
+    count_parameters as count_parameters,
+    muon_dimension_numbers as muon_dimension_numbers,
+    weight_decay_mask as weight_decay_mask,
 )
 from ._shift import (
     MTPTargets as MTPTargets,
