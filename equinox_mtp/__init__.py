@@ -19,6 +19,21 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 3 | `cross_entropy`, `nn`, `stacking` | the loss of an output head; the reference decoder; layers of all depths as one |
 | 2 | `_shift`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization` | alignment; reductions; interfaces; what optimizers must know; rules and placement; files |
 | 1 | `_config`, `_checks`, `_types`, `_annotations` | conventions; checks of arguments; the axis words, and where annotations name them |
+
+The examples in all docstrings begin with this model and this batch:
+
+    >>> from functools import partial
+    >>> import equinox as eqx, jax, jax.numpy as jnp, numpy as np, optax
+    >>> import equinox_mtp as emtp
+    >>> config = emtp.nn.TransformerConfig(vocab_size=32, embed_size=16, num_layers=1, num_heads=2)
+    >>> decoder = emtp.nn.TransformerDecoder(config, key=jax.random.key(0))
+    >>> make_layer = partial(emtp.nn.TransformerDecoderLayer, config)
+    >>> block = emtp.MultiTokenPredictionBlock(
+    ...     emtp.MTPConfig(num_depths=2), make_layer, embed_size=16, key=jax.random.key(1)
+    ... )
+    >>> model = emtp.MTPModel(decoder, block)
+    >>> batch = emtp.make_batch(np.arange(18).reshape(2, 9))  # two rows of eight tokens and targets
+    >>> output = eqx.filter_jit(model)(batch)
 """  # noqa: E501
 
 from . import linen as linen, nn as nn, sharding as sharding, speculative as speculative

@@ -27,7 +27,6 @@ def count_parameters(tree: PyTree[Any]) -> int:
 
     For a report at the start of training.
 
-        >>> import jax, equinox_mtp as emtp
         >>> emtp.count_parameters(emtp.nn.Linear(3, 5, key=jax.random.key(0)))
         15
 
@@ -48,7 +47,6 @@ def weight_decay_mask(tree: PyTree[Any]) -> PyTree[bool]:
     For `optax.adamw(..., mask=weight_decay_mask)`, as `python -m equinox_mtp train` does, and for
     `optax.contrib.muon(..., weight_decay_mask=weight_decay_mask)`.
 
-        >>> import jax, equinox_mtp as emtp
         >>> emtp.weight_decay_mask(emtp.nn.RMSNorm(8)).scale
         False
         >>> emtp.weight_decay_mask(emtp.nn.Linear(3, 5, key=jax.random.key(0))).kernel
@@ -84,7 +82,6 @@ def muon_dimension_numbers(tree: PyTree[Any]) -> PyTree[Any]:
     of a stack, and each prediction depth, is orthogonalised by itself: Muon treats leading axes as
     a batch. AdamW updates the other parameters.
 
-        >>> import jax, equinox_mtp as emtp
         >>> linear = emtp.nn.Linear(3, 5, key=jax.random.key(0))
         >>> emtp.muon_dimension_numbers(linear).kernel
         MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))

@@ -1,4 +1,10 @@
-"""Models and batches on many devices: rules, placement, and orders of positions."""
+"""Models and batches on many devices: rules, placement, and orders of positions.
+
+The examples are for eight devices:
+
+    >>> mesh = emtp.sharding.make_mesh({"data": 2, "fsdp": 4})
+    >>> rows = emtp.make_batch(np.arange(72).reshape(8, 9) % 32)
+"""
 
 from ._context import (
     constrain_hidden_states as constrain_hidden_states,

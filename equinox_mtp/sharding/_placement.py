@@ -19,6 +19,11 @@ Tree = TypeVar("Tree")
 def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
     """The sharding of every array of a model, of an optimizer's state, or of both.
 
+        >>> shardings = emtp.sharding.parameter_shardings(model, mesh)
+        >>> spec = shardings.decoder.layers.attention.query_kernel.spec
+        >>> spec == jax.P(None, "fsdp", None, None)  # a leading axis for the layers
+        True
+
     **Arguments:**
 
     - `tree`: a pytree with `equinox.Module`s in it: their annotations tell the axes. Arrays may be
@@ -81,6 +86,11 @@ def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
 
     See `parameter_shardings` for the arguments. Run the model in `jax.set_mesh(mesh)` and
     `use_rules(rules)`, so that hidden states and the loss are split accordingly.
+
+        >>> sharded = emtp.sharding.shard_model(model, mesh)
+        >>> embedding = sharded.decoder.embedding
+        >>> embedding.shape, embedding.sharding.shard_shape(embedding.shape)
+        ((32, 16), (32, 4))
     """
     shardings = parameter_shardings(model, mesh, rules)
     return jax.tree.map(
@@ -95,7 +105,10 @@ def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
 def constrain_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Tree:
     """`shard_model` within `jit`: the arrays are made, or kept, where the rules say.
 
-    make = eqx.filter_jit(lambda key: constrain_model(make_model(key=key), mesh))
+    >>> make_head = lambda: emtp.LinearHead(jnp.ones((32, 16)))
+    >>> head = eqx.filter_jit(lambda: emtp.sharding.constrain_model(make_head(), mesh))()
+    >>> head.weight.sharding.shard_shape((32, 16))
+    (32, 4)
     """
     shardings = parameter_shardings(model, mesh, rules)
     return jax.tree.map(
@@ -110,7 +123,11 @@ def constrain_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULE
 def batch_sharding(
     mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, axis_words: str = "batch seq"
 ) -> NamedSharding:
-    """Where a batch lies."""
+    """Where a batch lies.
+
+    >>> emtp.sharding.batch_sharding(mesh).shard_shape((8, 128))
+    (1, 128)
+    """
     return NamedSharding(mesh, rules.spec(axis_words, mesh))
 
 
@@ -119,6 +136,10 @@ def shard_batch(
     batch: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, *, split_seq: bool = True
 ) -> Tree:
     """Puts arrays `[… batch seq]` on a mesh; each host gives its own rows.
+
+        >>> sharded = emtp.sharding.shard_batch(rows, mesh)
+        >>> sharded.input_ids.sharding.shard_shape((8, 8))
+        (1, 8)
 
     **Arguments:**
 
