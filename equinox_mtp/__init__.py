@@ -22,18 +22,18 @@ returns everything that it computed. The rooms, where imports run downward only:
 
 The examples in all docstrings begin with this model and this batch:
 
-    >>> from functools import partial
-    >>> import equinox as eqx, jax, jax.numpy as jnp, numpy as np, optax
-    >>> import equinox_mtp as emtp
-    >>> config = emtp.nn.TransformerConfig(vocab_size=32, embed_size=16, num_layers=1, num_heads=2)
-    >>> decoder = emtp.nn.TransformerDecoder(config, key=jax.random.key(0))
-    >>> make_layer = partial(emtp.nn.TransformerDecoderLayer, config)
-    >>> block = emtp.MultiTokenPredictionBlock(
-    ...     emtp.MTPConfig(num_depths=2), make_layer, embed_size=16, key=jax.random.key(1)
-    ... )
-    >>> model = emtp.MTPModel(decoder, block)
-    >>> batch = emtp.make_batch(np.arange(18).reshape(2, 9))  # two rows of eight tokens and targets
-    >>> output = eqx.filter_jit(model)(batch)
+>>> from functools import partial
+>>> import equinox as eqx, jax, jax.numpy as jnp, numpy as np, optax
+>>> import equinox_mtp as emtp
+>>> config = emtp.nn.TransformerConfig(vocab_size=32, embed_size=16, num_layers=1, num_heads=2)
+>>> decoder = emtp.nn.TransformerDecoder(config, key=jax.random.key(0))
+>>> make_layer = partial(emtp.nn.TransformerDecoderLayer, config)
+>>> block = emtp.MultiTokenPredictionBlock(
+...     emtp.MTPConfig(num_depths=2), make_layer, embed_size=16, key=jax.random.key(1)
+... )
+>>> model = emtp.MTPModel(decoder, block)
+>>> batch = emtp.make_batch(np.arange(18).reshape(2, 9))  # two rows of eight tokens and targets
+>>> output = eqx.filter_jit(model)(batch)
 """  # noqa: E501
 
 from . import linen as linen, nn as nn, sharding as sharding, speculative as speculative

@@ -19,10 +19,10 @@ class Batch(eqx.Module):
     A pytree of integer arrays, all `[batch seq]`: `sharding.reorder` and `sharding.shard_batch`
     take it whole.
 
-        >>> batch.input_ids.shape
-        (2, 8)
-        >>> batch.align(num_depths=3).targets.mask.shape
-        (3, 2, 8)
+    >>> batch.input_ids.shape
+    (2, 8)
+    >>> batch.align(num_depths=2).targets.mask.shape
+    (2, 2, 8)
 
     **Fields:**
 
@@ -87,10 +87,10 @@ def make_batch(
     document as its input, `segment_ids[i] == segment_ids[i+1] != 0`. Positions count from 0 in each
     document, that is in each run of one segment id.
 
-        >>> tokens, segment_ids = np.asarray([[5, 6, 7, 8, 9]]), np.asarray([[1, 1, 1, 2, 2]])
-        >>> packed = emtp.make_batch(tokens, segment_ids=segment_ids)
-        >>> print(packed.target_ids, packed.target_mask, packed.position_ids)
-        [[6 7 8 9]] [[ True  True False  True]] [[0 1 2 0]]
+    >>> tokens, segment_ids = np.asarray([[5, 6, 7, 8, 9]]), np.asarray([[1, 1, 1, 2, 2]])
+    >>> packed = emtp.make_batch(tokens, segment_ids=segment_ids)
+    >>> print(packed.target_ids, packed.target_mask, packed.position_ids)
+    [[6 7 8 9]] [[ True  True False  True]] [[0 1 2 0]]
 
     **Arguments:**
 

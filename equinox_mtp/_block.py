@@ -23,9 +23,9 @@ from .stacking import stack_layers
 class MTPOutput(eqx.Module):
     """Everything that a block computed, stacked over depths.
 
-        >>> mtp = output.mtp
-        >>> mtp.losses.mean.shape, mtp.acceptance.predictions.shape, mtp.hidden_states.shape
-        ((2,), (2, 2, 8), (2, 2, 8, 16))
+    >>> mtp = output.mtp
+    >>> mtp.losses.mean.shape, mtp.acceptance.predictions.shape, mtp.hidden_states.shape
+    ((2,), (2, 2, 8), (2, 2, 8, 16))
 
     **Fields:**
 
@@ -54,11 +54,12 @@ class MultiTokenPredictionBlock(eqx.Module):
     `layers` holds all layers stacked over a leading axis of size D (1 if the layer is repeated, and
     `None` without depths); `block.layer(depth)` takes one out.
 
-        >>> input_ids, position_ids = jnp.asarray(batch.input_ids), jnp.asarray(batch.position_ids)
-        >>> hidden_states = decoder(input_ids, position_ids=position_ids)
-        >>> output = block(decoder, hidden_states, batch.align(num_depths=2).targets)
-        >>> print(output.losses.weights)  # targets scored at depths 1 and 2
-        [14. 12.]
+    >>> input_ids, position_ids = jnp.asarray(batch.input_ids), jnp.asarray(batch.position_ids)
+    >>> hidden_states = eqx.filter_jit(decoder)(input_ids, position_ids=position_ids)
+    >>> targets = batch.align(num_depths=2).targets
+    >>> output = eqx.filter_jit(block)(decoder, hidden_states, targets)
+    >>> print(output.losses.weights)  # targets scored at depths 1 and 2
+    [14. 12.]
     """
 
     layers: MultiTokenPredictionLayer | None
@@ -107,8 +108,8 @@ class MultiTokenPredictionBlock(eqx.Module):
     ) -> "MultiTokenPredictionBlock":
         """A block of given layers, depth 1 first; the inverse of `layer`.
 
-            >>> layers = [block.layer(2), block.layer(1)]
-            >>> swapped = emtp.MultiTokenPredictionBlock.from_layers(block.config, layers)
+        >>> layers = [block.layer(2), block.layer(1)]
+        >>> swapped = emtp.MultiTokenPredictionBlock.from_layers(block.config, layers)
 
         **Raises:** `ValueError` if the number of layers or one of their conventions is not what
         `config` says, or if they differ in structure, shapes or static fields.

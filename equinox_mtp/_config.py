@@ -54,9 +54,9 @@ class MTPConfig:
     DeepSeek-V3 weights as vLLM runs them; Megatron-LM's `multi_token_prediction`; FastMTP (arXiv
     2509.18362) on MiMo-7B. Where the paper is silent its preset takes MaxText's choice.
 
-        >>> config = emtp.MTPConfig(num_depths=2, output_norm="own")
-        >>> config.concat_order
-        'embedding_first'
+    >>> config = emtp.MTPConfig(num_depths=2, output_norm="own")
+    >>> config.concat_order
+    'embedding_first'
 
     **Fields:**
 
@@ -114,8 +114,8 @@ class MTPConfig:
     def preset(cls, name: Preset, num_depths: int = 1, **overrides: Any) -> "MTPConfig":
         """The conventions of a known implementation: a column of the table above.
 
-            >>> emtp.MTPConfig.preset("fast_mtp", num_depths=3).repeated_layer
-            True
+        >>> emtp.MTPConfig.preset("fast_mtp", num_depths=3).repeated_layer
+        True
 
         **Arguments:**
 

@@ -22,17 +22,17 @@ class AbstractDecoderLayer(eqx.Module):
     the last k positions of each document. It is told which if it sets `takes_token_mask` in its
     class, and has the keyword argument `token_mask: Bool[Array, "batch seq"] | None = None` more:
 
-        >>> class Layer(emtp.AbstractDecoderLayer):
-        ...     takes_token_mask = True
-        ...
-        ...     def __call__(self, hidden_states, *, token_mask=None, **unused):
-        ...         return hidden_states, jnp.sum(token_mask)
-        >>> other_block = emtp.MultiTokenPredictionBlock(
-        ...     block.config, lambda key: Layer(), embed_size=16, key=jax.random.key(0)
-        ... )
-        >>> output = emtp.MTPModel(decoder, other_block)(batch)
-        >>> print(output.mtp.auxiliary)  # tokens at depths 1 and 2
-        [14 12]
+    >>> class Layer(emtp.AbstractDecoderLayer):
+    ...     takes_token_mask = True
+    ...
+    ...     def __call__(self, hidden_states, *, token_mask=None, **unused):
+    ...         return hidden_states, jnp.sum(token_mask)
+    >>> other_block = emtp.MultiTokenPredictionBlock(
+    ...     block.config, lambda key: Layer(), embed_size=16, key=jax.random.key(0)
+    ... )
+    >>> output = eqx.filter_jit(emtp.MTPModel(decoder, other_block))(batch)
+    >>> print(output.mtp.auxiliary)  # tokens at depths 1 and 2
+    [14 12]
     """
 
     takes_token_mask: ClassVar[bool] = False
@@ -66,20 +66,20 @@ class AbstractDecoder(eqx.Module):
     `output_head() · final_norm(decoder(input_ids))` are its logits. The MTP layers share `embed`,
     `final_norm` and `output_head` with it, so that its pytree holds every weight once.
 
-        >>> class Bigrams(emtp.AbstractDecoder):  # a model without any layers
-        ...     table: jax.Array
-        ...
-        ...     def embed(self, input_ids, position_ids):
-        ...         return self.table[input_ids]
-        ...     def __call__(self, input_ids, *, position_ids, **unused):
-        ...         return self.embed(input_ids, position_ids)
-        ...     def final_norm(self, hidden_states):
-        ...         return hidden_states
-        ...     def output_head(self):
-        ...         return self.table
-        >>> model = emtp.MTPModel(Bigrams(jnp.zeros((32, 16))), block)
-        >>> model.decoder.output_head().shape
-        (32, 16)
+    >>> class Bigrams(emtp.AbstractDecoder):  # a model without any layers
+    ...     table: jax.Array
+    ...
+    ...     def embed(self, input_ids, position_ids):
+    ...         return self.table[input_ids]
+    ...     def __call__(self, input_ids, *, position_ids, **unused):
+    ...         return self.embed(input_ids, position_ids)
+    ...     def final_norm(self, hidden_states):
+    ...         return hidden_states
+    ...     def output_head(self):
+    ...         return self.table
+    >>> model = emtp.MTPModel(Bigrams(jnp.zeros((32, 16))), block)
+    >>> model.decoder.output_head().shape
+    (32, 16)
     """
 
     @abc.abstractmethod

@@ -36,12 +36,12 @@ class MultiTokenPredictionLayer(eqx.Module):
 
     See DeepSeek-V3 (arXiv 2412.19437, §2.2, eq. 21 and 22).
 
-        >>> hidden_states, token_embeddings = jnp.ones((2, 8, 16)), jnp.ones((2, 8, 16))
-        >>> position_ids = jnp.asarray(batch.position_ids)
-        >>> layer = block.layer(depth=1)
-        >>> hidden_states, _ = layer(hidden_states, token_embeddings, position_ids=position_ids)
-        >>> hidden_states.shape
-        (2, 8, 16)
+    >>> hidden_states, token_embeddings = jnp.ones((2, 8, 16)), jnp.ones((2, 8, 16))
+    >>> position_ids = jnp.asarray(batch.position_ids)
+    >>> layer = eqx.filter_jit(block.layer(depth=1))
+    >>> hidden_states, _ = layer(hidden_states, token_embeddings, position_ids=position_ids)
+    >>> hidden_states.shape
+    (2, 8, 16)
     """
 
     embedding_norm: RMSNorm

@@ -27,8 +27,8 @@ def count_parameters(tree: PyTree[Any]) -> int:
 
     For a report at the start of training.
 
-        >>> emtp.count_parameters(emtp.nn.Linear(3, 5, key=jax.random.key(0)))
-        15
+    >>> emtp.count_parameters(emtp.nn.Linear(3, 5, key=jax.random.key(0)))
+    15
 
     **Arguments:**
 
@@ -47,10 +47,10 @@ def weight_decay_mask(tree: PyTree[Any]) -> PyTree[bool]:
     For `optax.adamw(..., mask=weight_decay_mask)`, as `python -m equinox_mtp train` does, and for
     `optax.contrib.muon(..., weight_decay_mask=weight_decay_mask)`.
 
-        >>> emtp.weight_decay_mask(emtp.nn.RMSNorm(8)).scale
-        False
-        >>> emtp.weight_decay_mask(emtp.nn.Linear(3, 5, key=jax.random.key(0))).kernel
-        True
+    >>> emtp.weight_decay_mask(emtp.nn.RMSNorm(8)).scale
+    False
+    >>> emtp.weight_decay_mask(emtp.nn.Linear(3, 5, key=jax.random.key(0))).kernel
+    True
 
     A parameter decays if its annotation has two axis words or more, `Float[Array, "vocab embed"]`
     for instance, however many axes its layers are stacked over. Without axis words it decays if it
@@ -82,11 +82,11 @@ def muon_dimension_numbers(tree: PyTree[Any]) -> PyTree[Any]:
     of a stack, and each prediction depth, is orthogonalised by itself: Muon treats leading axes as
     a batch. AdamW updates the other parameters.
 
-        >>> linear = emtp.nn.Linear(3, 5, key=jax.random.key(0))
-        >>> emtp.muon_dimension_numbers(linear).kernel
-        MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
-        >>> print(emtp.muon_dimension_numbers(emtp.nn.RMSNorm(8)).scale)
-        None
+    >>> linear = emtp.nn.Linear(3, 5, key=jax.random.key(0))
+    >>> emtp.muon_dimension_numbers(linear).kernel
+    MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,))
+    >>> print(emtp.muon_dimension_numbers(emtp.nn.RMSNorm(8)).scale)
+    None
 
     The last two axis words of a parameter's annotation name the matrix, `x @ kernel`; `heads` (or
     `kv_heads`) and `head_dim` are one axis of it. So `"embed heads head_dim"` is a matrix from

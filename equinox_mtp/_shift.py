@@ -31,10 +31,10 @@ class MTPTargets(eqx.Module):
         at the last k positions of a document and in padding, `input_ids` and `position_ids` are
         fill. `None` if it is not known.
 
-        >>> targets = batch.align(num_depths=2).targets
-        >>> print(targets.target_ids[:, 0])  # depths 1 and 2 of the first row, 0 1 … 8
-        [[2 3 4 5 6 7 8 0]
-         [3 4 5 6 7 8 0 0]]
+    >>> targets = batch.align(num_depths=2).targets
+    >>> print(targets.target_ids[:, 0])  # depths 1 and 2 of the first row, 0 1 … 8
+    [[2 3 4 5 6 7 8 0]
+     [3 4 5 6 7 8 0 0]]
 
     **Raises:** `ValueError` if the fields differ in shape.
     """
@@ -75,8 +75,8 @@ def roll_and_mask(
 
     `out[b, i] = x[b, i - shift]` where that position exists, `fill_value` elsewhere.
 
-        >>> print(emtp.roll_and_mask(jnp.asarray([[5, 6, 7, 8]]), -1, fill_value=-1))
-        [[ 6  7  8 -1]]
+    >>> print(emtp.roll_and_mask(jnp.asarray([[5, 6, 7, 8]]), -1, fill_value=-1))
+    [[ 6  7  8 -1]]
 
     **Arguments:**
 
@@ -149,9 +149,9 @@ def roll_and_mask_by_segment(
     `fill_value` elsewhere. A document is a run of equal ids that are not 0: an id may come again
     later in the row, for another document.
 
-        >>> segment_ids = jnp.asarray([[1, 1, 2, 2]])
-        >>> print(emtp.roll_and_mask_by_segment(jnp.asarray([[5, 6, 7, 8]]), segment_ids))
-        [[6 0 8 0]]
+    >>> segment_ids = jnp.asarray([[1, 1, 2, 2]])
+    >>> print(emtp.roll_and_mask_by_segment(jnp.asarray([[5, 6, 7, 8]]), segment_ids))
+    [[6 0 8 0]]
 
     **Arguments:**
 
@@ -230,13 +230,13 @@ def align_targets(
     documents at every depth. It is a pure function of integers: call it on the global batch, before
     the sequence is reordered or split over devices.
 
-        >>> input_ids, target_ids = np.asarray([[5, 6, 7, 8]]), np.asarray([[6, 7, 8, 9]])
-        >>> targets = emtp.align_targets(input_ids, target_ids, num_depths=2)
-        >>> print(targets.target_ids[:, 0])  # two and three tokens ahead
-        [[7 8 9 0]
-         [8 9 0 0]]
-        >>> print(targets.mask[1, 0])
-        [ True  True False False]
+    >>> input_ids, target_ids = np.asarray([[5, 6, 7, 8]]), np.asarray([[6, 7, 8, 9]])
+    >>> targets = emtp.align_targets(input_ids, target_ids, num_depths=2)
+    >>> print(targets.target_ids[:, 0])  # two and three tokens ahead
+    [[7 8 9 0]
+     [8 9 0 0]]
+    >>> print(targets.mask[1, 0])
+    [ True  True False False]
 
     **Arguments:**
 
@@ -301,10 +301,10 @@ def inputs_and_targets(
     `input_ids = tokens[:, :-1]`, `target_ids = tokens[:, 1:]`, and a target counts if it lies in
     the same document as its input (`segment_ids[i] == segment_ids[i+1] != 0`).
 
-        >>> tokens, segment_ids = np.asarray([[5, 6, 7, 8]]), np.asarray([[1, 1, 2, 2]])
-        >>> input_ids, target_ids, mask = emtp.inputs_and_targets(tokens, segment_ids=segment_ids)
-        >>> print(input_ids, target_ids, mask)
-        [[5 6 7]] [[6 7 8]] [[ True False  True]]
+    >>> tokens, segment_ids = np.asarray([[5, 6, 7, 8]]), np.asarray([[1, 1, 2, 2]])
+    >>> input_ids, target_ids, mask = emtp.inputs_and_targets(tokens, segment_ids=segment_ids)
+    >>> print(input_ids, target_ids, mask)
+    [[5 6 7]] [[6 7 8]] [[ True False  True]]
 
     **Arguments:**
 

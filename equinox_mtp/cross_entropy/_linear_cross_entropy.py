@@ -29,9 +29,10 @@ from ._weighted_losses import WeightedLosses, sum_by_depth, weighted_losses
 class CrossEntropy(eqx.Module):
     """What the output head says about each token; made by `linear_cross_entropy`.
 
-    >>> token = emtp.linear_cross_entropy(jnp.eye(2), 5 * jnp.eye(2), jnp.asarray([0, 0]))
-    >>> print(token.predictions)
-    [0 1]
+    >>> hidden_states, head = jnp.zeros((1, 3, 4)), jnp.ones((5, 4))
+    >>> token = emtp.linear_cross_entropy(hidden_states, head, jnp.asarray([[0, 3, 4]]))
+    >>> print(token.predictions)  # of equal logits the first id
+    [[0 0 0]]
     """
 
     negative_log_likelihood: Float[Array, "*batch"]
@@ -42,10 +43,11 @@ class CrossEntropy(eqx.Module):
 class SummedCrossEntropy(eqx.Module):
     """A weighted sum of token losses; made by `summed_linear_cross_entropy`.
 
-        >>> hidden_states, head, target_ids = jnp.eye(2), 5 * jnp.eye(2), jnp.asarray([0, 0])
-        >>> summed = emtp.summed_linear_cross_entropy(hidden_states, head, target_ids, jnp.ones(2))
-        >>> print(f"{summed.loss:.3f}", summed.z_loss)  # log(1 + e⁻⁵) + log(1 + e⁵)
-        5.013 0.0
+    >>> hidden_states, head = jnp.zeros((1, 3, 4)), jnp.ones((5, 4))
+    >>> target_ids, mask = jnp.asarray([[0, 3, 4]]), jnp.asarray([[True, True, False]])
+    >>> summed = emtp.summed_linear_cross_entropy(hidden_states, head, target_ids, mask)
+    >>> print(f"{summed.loss:.3f}", summed.z_loss)  # 2 · log 5, without a z-loss
+    3.219 0.0
 
     **Fields:**
 
@@ -78,10 +80,10 @@ def linear_cross_entropy(
     differentiable: weights, a z-loss `log_sum_exp²` (PaLM, arXiv 2204.02311, §5) and label
     smoothing, `log_sum_exp - hidden_states · mean_v head[v]`, need nothing else.
 
-        >>> hidden_states, head = jnp.zeros((1, 2, 4)), jnp.ones((5, 4))
-        >>> token = emtp.linear_cross_entropy(hidden_states, head, jnp.asarray([[0, 3]]))
-        >>> print(np.asarray(token.negative_log_likelihood).round(3))  # log 5
-        [[1.609 1.609]]
+    >>> hidden_states, head = jnp.zeros((1, 3, 4)), jnp.ones((5, 4))
+    >>> token = emtp.linear_cross_entropy(hidden_states, head, jnp.asarray([[0, 3, 4]]))
+    >>> print(np.asarray(token.negative_log_likelihood).round(3))  # log 5
+    [[1.609 1.609 1.609]]
 
     **Arguments:**
 
@@ -127,11 +129,11 @@ def summed_linear_cross_entropy(
     to the backward pass. Over a head that is split along the vocabulary, or a callable, it is that
     sum.
 
-        >>> hidden_states, head = jnp.zeros((1, 3, 4)), jnp.ones((5, 4))
-        >>> target_ids, mask = jnp.asarray([[0, 3, 4]]), jnp.asarray([[True, True, False]])
-        >>> summed = emtp.summed_linear_cross_entropy(hidden_states, head, target_ids, mask)
-        >>> print(f"{summed.loss:.3f}")  # 2 · log 5
-        3.219
+    >>> hidden_states, head = jnp.zeros((1, 3, 4)), jnp.ones((5, 4))
+    >>> target_ids, mask = jnp.asarray([[0, 3, 4]]), jnp.asarray([[True, True, False]])
+    >>> summed = emtp.summed_linear_cross_entropy(hidden_states, head, target_ids, mask)
+    >>> print(f"{summed.loss:.3f}")  # 2 · log 5
+    3.219
 
     **Arguments:**
 
@@ -177,13 +179,13 @@ def summed_cross_entropy_by_depth(
     `expected_cotangents` are the sums' cotangents, up to a common factor; all equal if `None`. If
     others come back, the head's gradient takes two more matrix products.
 
-        >>> hidden_states, head = jnp.zeros((2, 1, 3, 4)), jnp.ones((5, 4))
-        >>> target_ids, weights = jnp.zeros((2, 1, 3), int), jnp.ones((2, 1, 3))
-        >>> sums = emtp.cross_entropy.summed_cross_entropy_by_depth(
-        ...     hidden_states, head, target_ids, weights
-        ... )
-        >>> print(np.asarray(sums.losses).round(3))  # 3 · log 5
-        [4.828 4.828]
+    >>> hidden_states, head = jnp.zeros((2, 1, 3, 4)), jnp.ones((5, 4))
+    >>> target_ids, weights = jnp.zeros((2, 1, 3), int), jnp.ones((2, 1, 3))
+    >>> sums = emtp.cross_entropy.summed_cross_entropy_by_depth(
+    ...     hidden_states, head, target_ids, weights
+    ... )
+    >>> print(np.asarray(sums.losses).round(3))  # 3 · log 5
+    [4.828 4.828]
     """
     dtype = accumulation_dtype(hidden_states)
     z_loss_weight = jnp.asarray(0.0 if z_loss_weight is None else z_loss_weight, dtype)

@@ -22,9 +22,9 @@ class LinearHead(eqx.Module):
     The soft-cap is Gemma 2's (arXiv 2408.00118, §2). The loss computes such a head in tiles
     of the vocabulary; a plain matrix stands for `LinearHead(matrix)`.
 
-        >>> head = emtp.LinearHead(jnp.eye(3), bias=jnp.asarray([0.0, 0.0, 9.0]), soft_cap=2.0)
-        >>> print(np.asarray(head(jnp.asarray([0.0, 1.0, 0.0]))).round(3))
-        [0.    0.924 2.   ]
+    >>> head = emtp.LinearHead(jnp.eye(3), bias=jnp.asarray([0.0, 0.0, 9.0]), soft_cap=2.0)
+    >>> print(np.asarray(head(jnp.asarray([0.0, 1.0, 0.0]))).round(3))
+    [0.    0.924 2.   ]
     """
 
     weight: Float[Array, "vocab embed"]

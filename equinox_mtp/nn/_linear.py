@@ -17,8 +17,8 @@ class Linear(eqx.Module):
 
     Works on any number of leading axes, in the dtype of its input.
 
-        >>> emtp.nn.Linear(3, 5, key=jax.random.key(0))(jnp.ones((2, 8, 3))).shape
-        (2, 8, 5)
+    >>> emtp.nn.Linear(3, 5, key=jax.random.key(0))(jnp.ones((2, 8, 3))).shape
+    (2, 8, 5)
     """
 
     kernel: Float[Array, "in_features out_features"]
@@ -65,9 +65,9 @@ def cast_matrices(tree: Tree, dtype: DTypeLike) -> Tree:
     For modules that cast these parameters to the dtype of their input anyway: their results do not
     change, and less memory is read. Floating-point arrays of two axes and more are cast.
 
-        >>> layer = emtp.nn.cast_matrices(decoder.layer(0), jnp.bfloat16)
-        >>> print(layer.attention.query_kernel.dtype, layer.attention_norm.scale.dtype)
-        bfloat16 float32
+    >>> layer = emtp.nn.cast_matrices(decoder.layer(0), jnp.bfloat16)
+    >>> print(layer.attention.query_kernel.dtype, layer.attention_norm.scale.dtype)
+    bfloat16 float32
     """
 
     def cast(x: Any) -> Any:

@@ -13,8 +13,8 @@ class RMSNorm(eqx.Module):
 
     Computed in float32, returned in the dtype of its input. See arXiv 1910.07467.
 
-        >>> print(np.asarray(emtp.nn.RMSNorm(2)(jnp.asarray([3.0, 4.0]))).round(3))
-        [0.849 1.131]
+    >>> print(np.asarray(emtp.nn.RMSNorm(2)(jnp.asarray([3.0, 4.0]))).round(3))
+    [0.849 1.131]
     """
 
     scale: Float[Array, "embed"]

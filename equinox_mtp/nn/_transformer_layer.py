@@ -27,11 +27,11 @@ from ._norm import RMSNorm
 class TransformerConfig:
     """Sizes and choices of `TransformerDecoder` and `TransformerDecoderLayer`.
 
-        >>> config = emtp.nn.TransformerConfig(
-        ...     vocab_size=32, embed_size=16, num_layers=1, num_heads=2
-        ... )
-        >>> config.resolved_head_dim, config.resolved_mlp_size
-        (8, 64)
+    >>> config = emtp.nn.TransformerConfig(
+    ...     vocab_size=32, embed_size=16, num_layers=1, num_heads=2
+    ... )
+    >>> config.resolved_head_dim, config.resolved_mlp_size
+    (8, 64)
 
     **Fields:**
 
@@ -132,9 +132,9 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
 
     y = x + attention(norm(x)); out = y + feed_forward(norm(y)).
 
-        >>> layer = emtp.nn.TransformerDecoderLayer(config, key=jax.random.key(0))
-        >>> layer(jnp.ones((1, 3, 16)), position_ids=jnp.asarray([[0, 1, 2]])).shape
-        (1, 3, 16)
+    >>> layer = emtp.nn.TransformerDecoderLayer(config, key=jax.random.key(0))
+    >>> layer(jnp.ones((1, 3, 16)), position_ids=jnp.asarray([[0, 1, 2]])).shape
+    (1, 3, 16)
     """
 
     attention_norm: RMSNorm

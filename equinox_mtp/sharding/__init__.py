@@ -2,8 +2,8 @@
 
 The examples are for eight devices:
 
-    >>> mesh = emtp.sharding.make_mesh({"data": 2, "fsdp": 4})
-    >>> rows = emtp.make_batch(np.arange(72).reshape(8, 9) % 32)
+>>> mesh = emtp.sharding.make_mesh({"data": 2, "fsdp": 4})
+>>> rows = emtp.make_batch(np.arange(72).reshape(8, 9) % 32)
 """
 
 from ._context import (

@@ -42,10 +42,10 @@ class HeadSharding:
     tokens, for you to add up. The gradient of a head that is the same on all devices is a sum over
     them already if `check_vma` is on, as JAX has it, and each device's part otherwise.
 
-        >>> sharding = emtp.HeadSharding(batch=("data", "fsdp"), vocab="tensor")
-        >>> head = emtp.LinearHead(jnp.ones((32, 16)), sharding=sharding)
-        >>> sharding.spec("batch seq embed") == jax.P(("data", "fsdp"), None, None)
-        True
+    >>> sharding = emtp.HeadSharding(batch=("data", "fsdp"), vocab="tensor")
+    >>> head = emtp.LinearHead(jnp.ones((32, 16)), sharding=sharding)
+    >>> sharding.spec("batch seq embed") == jax.P(("data", "fsdp"), None, None)
+    True
 
     **Fields:**
 

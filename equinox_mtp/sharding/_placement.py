@@ -19,10 +19,10 @@ Tree = TypeVar("Tree")
 def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
     """The sharding of every array of a model, of an optimizer's state, or of both.
 
-        >>> shardings = emtp.sharding.parameter_shardings(model, mesh)
-        >>> spec = shardings.decoder.layers.attention.query_kernel.spec
-        >>> spec == jax.P(None, "fsdp", None, None)  # a leading axis for the layers
-        True
+    >>> shardings = emtp.sharding.parameter_shardings(model, mesh)
+    >>> spec = shardings.decoder.layers.attention.query_kernel.spec
+    >>> spec == jax.P(None, "fsdp", None, None)  # a leading axis for the layers
+    True
 
     **Arguments:**
 
@@ -87,10 +87,10 @@ def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
     See `parameter_shardings` for the arguments. Run the model in `jax.set_mesh(mesh)` and
     `use_rules(rules)`, so that hidden states and the loss are split accordingly.
 
-        >>> sharded = emtp.sharding.shard_model(model, mesh)
-        >>> embedding = sharded.decoder.embedding
-        >>> embedding.shape, embedding.sharding.shard_shape(embedding.shape)
-        ((32, 16), (32, 4))
+    >>> sharded = emtp.sharding.shard_model(model, mesh)
+    >>> embedding = sharded.decoder.embedding
+    >>> embedding.shape, embedding.sharding.shard_shape(embedding.shape)
+    ((32, 16), (32, 4))
     """
     shardings = parameter_shardings(model, mesh, rules)
     return jax.tree.map(
@@ -137,9 +137,9 @@ def shard_batch(
 ) -> Tree:
     """Puts arrays `[… batch seq]` on a mesh; each host gives its own rows.
 
-        >>> sharded = emtp.sharding.shard_batch(rows, mesh)
-        >>> sharded.input_ids.sharding.shard_shape((8, 8))
-        (1, 8)
+    >>> sharded = emtp.sharding.shard_batch(rows, mesh)
+    >>> sharded.input_ids.sharding.shard_shape((8, 8))
+    (1, 8)
 
     **Arguments:**
 

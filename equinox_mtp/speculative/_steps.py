@@ -21,8 +21,8 @@ _MAX_DRAFTS = 64
 class DecodingShape:
     """What a compiled decoding step is for; everything else is an array.
 
-        >>> emtp.speculative.DecodingShape(num_drafts=2, max_new_tokens=4)
-        DecodingShape(num_drafts=2, max_new_tokens=4)
+    >>> emtp.speculative.DecodingShape(num_drafts=2, max_new_tokens=4)
+    DecodingShape(num_drafts=2, max_new_tokens=4)
 
     **Raises:** `ValueError` unless 0 ≤ `num_drafts` ≤ 64 (a step is compiled with a layer for every
     draft) and `max_new_tokens` ≥ 1.
@@ -61,13 +61,10 @@ def prefill(
 
     `eos_id` is -1 if no token ends a row.
 
-        >>> prompts = jnp.asarray([[5, 6], [9, 0]], jnp.int32)
-        >>> lengths, no_eos = jnp.asarray([2, 1], jnp.int32), jnp.int32(-1)
-        >>> state = emtp.speculative.prefill(
-        ...     decoding, prompts, lengths, shape, sampler, eos_id=no_eos, key=jax.random.key(0)
-        ... )
-        >>> print(state.lengths)
-        [3 2]
+    >>> prompts, lengths = jnp.asarray([[5, 6], [9, 0]], jnp.int32), jnp.asarray([2, 1], jnp.int32)
+    >>> state = prefill(decoding, prompts, lengths, shape, sampler, eos_id=no_eos, key=key)
+    >>> print(state.lengths)
+    [3 2]
     """
     decoder = model.decoder
     batch, prompt = prompt_ids.shape
@@ -125,9 +122,9 @@ def draft(
     tokens and hidden states that are verified by now: the caches end up as if no other draft had
     ever been made.
 
-        >>> drafts, _ = emtp.speculative.draft(decoding, state, shape, sampler, key=state.key)
-        >>> drafts.ids.shape
-        (2, 2)
+    >>> drafts, draft_caches = draft(decoding, state, shape, sampler, key=key)
+    >>> drafts.ids.shape
+    (2, 2)
     """
     last = state.lengths[:, None] - 1
     positions = last - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
@@ -159,9 +156,7 @@ def verify(
 ) -> tuple[Verification, Cache]:
     """One pass of the main model over the last token and the drafts, and the verdict on them.
 
-    >>> drafts, _ = emtp.speculative.draft(decoding, state, shape, sampler, key=state.key)
-    >>> key = state.key
-    >>> verification, _ = emtp.speculative.verify(decoding, state, drafts, sampler, key=key)
+    >>> verification, main_cache = verify(decoding, state, drafts, sampler, key=key)
     >>> bool(jnp.all(verification.num_accepted <= 2))
     True
     """
@@ -200,14 +195,9 @@ def commit(
 ) -> DecodingState:
     """Appends the accepted drafts and the token after them to each row that is not done.
 
-    >>> drafts, caches = emtp.speculative.draft(decoding, state, shape, sampler, key=state.key)
-    >>> verification, cache = emtp.speculative.verify(
-    ...     decoding, state, drafts, sampler, key=state.key
-    ... )
-    >>> committed = emtp.speculative.commit(
-    ...     state, drafts, verification, cache, caches, shape, key=state.key
-    ... )
-    >>> bool(jnp.all(committed.lengths == state.lengths + verification.num_accepted + 1))
+    >>> commit = eqx.filter_jit(emtp.speculative.commit)
+    >>> after = commit(state, drafts, verification, main_cache, draft_caches, shape, key=key)
+    >>> bool(jnp.all(after.lengths == state.lengths + verification.num_accepted + 1))
     True
     """
     num_accepted, next_ids = verification.num_accepted, verification.next_ids
@@ -247,7 +237,7 @@ def step(
 ) -> DecodingState:
     """Draft, verify, commit: one pass of the main model.
 
-    >>> after = emtp.speculative.step(decoding, state, shape, sampler)
+    >>> after = eqx.filter_jit(emtp.speculative.step)(decoding, state, shape, sampler)
     >>> bool(jnp.all(after.lengths > state.lengths))
     True
     """
