@@ -131,7 +131,8 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
     >>> layer = decoder.layer(0)
     >>> cache = layer.init_cache(batch_size=2, max_length=8, dtype=jnp.float32)
     >>> x, first = jnp.ones((2, 1, 16)), jnp.zeros((2, 1), int)
-    >>> hidden_states, cache = layer.decode(x, cache, position_ids=first)
+    >>> decode = eqx.filter_jit(layer.decode)
+    >>> hidden_states, cache = decode(x, cache, position_ids=first)
     >>> hidden_states.shape
     (2, 1, 16)
     """
@@ -182,7 +183,8 @@ class AbstractCachedDecoder(AbstractDecoder):
 
     >>> cache = decoder.init_cache(batch_size=2, max_length=8)
     >>> ids, first = jnp.asarray([[5], [7]]), jnp.zeros((2, 1), int)
-    >>> hidden_states, cache = decoder.decode(ids, cache, position_ids=first)
+    >>> decode = eqx.filter_jit(decoder.decode)
+    >>> hidden_states, cache = decode(ids, cache, position_ids=first)
     >>> hidden_states.shape
     (2, 1, 16)
     """

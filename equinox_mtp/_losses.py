@@ -21,9 +21,6 @@ DepthWeights: TypeAlias = (
 )
 """One number for each depth."""
 
-Objective: TypeAlias = Callable[["MTPLosses"], Array]
-"""From the depths' losses to a scalar, as `functools.partial(calculate_mtp_loss, ...)`."""
-
 
 class TokenLoss(eqx.Module):
     """A cross-entropy summed over tokens, and the number of tokens; `+` joins batches.
@@ -96,6 +93,10 @@ class MTPLosses(eqx.Module):
     def mean(self) -> Float[Array, "depth"]:
         """The loss per token in nats at each depth; 0 where no token is scored."""
         return _safe_divide(self.losses, self.weights)
+
+
+Objective: TypeAlias = Callable[[MTPLosses], Array]
+"""From the depths' losses to a scalar, as `functools.partial(calculate_mtp_loss, ...)`."""
 
 
 @checked

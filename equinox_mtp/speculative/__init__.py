@@ -14,32 +14,31 @@ your own. The first step after two prompts of two tokens, from which the example
 >>> verification, main_cache = verify(decoding, state, drafts, sampler, key=key)
 """
 
-from ._generate import (
-    StreamedStep as StreamedStep,
-    generate as generate,
-    stream as stream,
-)
-from ._measure import (
-    PositionalAcceptance as PositionalAcceptance,
-    measure_acceptance as measure_acceptance,
-)
-from ._model import DecodingModel as DecodingModel
-from ._sampling import (
-    Sampler as Sampler,
-    Verdict as Verdict,
-    accept_drafts as accept_drafts,
-)
-from ._state import (
-    DecodingState as DecodingState,
-    Drafts as Drafts,
-    Generation as Generation,
-    Verification as Verification,
-)
-from ._steps import (
-    DecodingShape as DecodingShape,
-    commit as commit,
-    draft as draft,
-    prefill as prefill,
-    step as step,
-    verify as verify,
-)
+from ._generate import StreamedStep, generate, stream
+from ._measure import PositionalAcceptance, measure_acceptance
+from ._model import DecodingModel
+from ._sampling import Sampler, Verdict, accept_drafts
+from ._state import DecodingState, Drafts, Generation, Verification
+from ._steps import DecodingShape, commit, draft, prefill, step, verify
+
+__all__ = [
+    "DecodingModel",
+    "DecodingShape",
+    "DecodingState",
+    "Drafts",
+    "Generation",
+    "PositionalAcceptance",
+    "Sampler",
+    "StreamedStep",
+    "Verdict",
+    "Verification",
+    "accept_drafts",
+    "commit",
+    "draft",
+    "generate",
+    "measure_acceptance",
+    "prefill",
+    "step",
+    "stream",
+    "verify",
+]
