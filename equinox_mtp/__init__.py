@@ -17,68 +17,120 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 5 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
 | 4 | `_layer` | one depth |
 | 3 | `cross_entropy`, `nn`, `stacking` | the loss of an output head; the reference decoder; layers of all depths as one |
-| 2 | `_shift`, `_losses`, `_acceptance`, `_decoder`, `sharding`, `serialization` | alignment; reductions; interfaces; rules and placement; files |
-| 1 | `_config`, `_checks`, `_types` | conventions; checks of arguments; the axis words |
+| 2 | `_shift`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization` | alignment; reductions; interfaces; what optimizers must know; rules and placement; files |
+| 1 | `_config`, `_checks`, `_types`, `_annotations`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; the API reference |
+
+The examples in all docstrings begin with this model and this batch:
+
+>>> from functools import partial
+>>> import equinox as eqx, jax, jax.numpy as jnp, numpy as np, optax
+>>> import equinox_mtp as emtp
+>>> config = emtp.nn.TransformerConfig(vocab_size=32, embed_size=16, num_layers=1, num_heads=2)
+>>> decoder = emtp.nn.TransformerDecoder(config, key=jax.random.key(0))
+>>> make_layer = partial(emtp.nn.TransformerDecoderLayer, config)
+>>> block = emtp.MultiTokenPredictionBlock(
+...     emtp.MTPConfig(num_depths=2), make_layer, embed_size=16, key=jax.random.key(1)
+... )
+>>> model = emtp.MTPModel(decoder, block)
+>>> batch = emtp.make_batch(np.arange(18).reshape(2, 9))  # two rows of eight tokens and targets
+>>> output = eqx.filter_jit(model)(batch)
 """  # noqa: E501
 
-from . import linen as linen, nn as nn, sharding as sharding, speculative as speculative
-from ._acceptance import (
-    MTPAcceptance as MTPAcceptance,
-    MTPAcceptanceRate as MTPAcceptanceRate,
-    calculate_mtp_acceptance_rate as calculate_mtp_acceptance_rate,
+# `_documentation` comes first: it sets how jaxtyping shows annotations, for pdoc alone.
+from . import (
+    _documentation,  # noqa: F401
+    cross_entropy,
+    linen,
+    nn,
+    serialization,
+    sharding,
+    speculative,
 )
-from ._batch import (
-    Batch as Batch,
-    make_batch as make_batch,
-)
-from ._block import (
-    MTPOutput as MTPOutput,
-    MultiTokenPredictionBlock as MultiTokenPredictionBlock,
-)
-from ._config import (
-    MTPConfig as MTPConfig,
-    Preset as Preset,
-)
+from ._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
+from ._batch import Batch, make_batch
+from ._block import MTPOutput, MultiTokenPredictionBlock
+from ._config import MTPConfig, Preset
 from ._decoder import (
-    AbstractCachedDecoder as AbstractCachedDecoder,
-    AbstractCachedDecoderLayer as AbstractCachedDecoderLayer,
-    AbstractDecoder as AbstractDecoder,
-    AbstractDecoderLayer as AbstractDecoderLayer,
+    AbstractCachedDecoder,
+    AbstractCachedDecoderLayer,
+    AbstractDecoder,
+    AbstractDecoderLayer,
 )
-from ._layer import MultiTokenPredictionLayer as MultiTokenPredictionLayer
+from ._layer import MultiTokenPredictionLayer
 from ._losses import (
-    MTPLosses as MTPLosses,
-    TokenLoss as TokenLoss,
-    calculate_mtp_loss as calculate_mtp_loss,
-    exponential_depth_weights as exponential_depth_weights,
-    sum_token_losses as sum_token_losses,
+    MTPLosses,
+    TokenLoss,
+    calculate_mtp_loss,
+    exponential_depth_weights,
+    sum_token_losses,
 )
-from ._model import (
-    ModelOutput as ModelOutput,
-    MTPModel as MTPModel,
-)
+from ._model import ModelOutput, MTPModel
+from ._parameters import count_parameters, muon_dimension_numbers, weight_decay_mask
 from ._shift import (
-    MTPTargets as MTPTargets,
-    align_targets as align_targets,
-    inputs_and_targets as inputs_and_targets,
-    roll_and_mask as roll_and_mask,
-    roll_and_mask_by_segment as roll_and_mask_by_segment,
-    scored_targets as scored_targets,
+    MTPTargets,
+    align_targets,
+    inputs_and_targets,
+    roll_and_mask,
+    roll_and_mask_by_segment,
+    scored_targets,
 )
 from .cross_entropy import (
-    CrossEntropy as CrossEntropy,
-    LinearHead as LinearHead,
-    SummedCrossEntropy as SummedCrossEntropy,
-    linear_cross_entropy as linear_cross_entropy,
-    summed_linear_cross_entropy as summed_linear_cross_entropy,
+    CrossEntropy,
+    LinearHead,
+    SummedCrossEntropy,
+    linear_cross_entropy,
+    summed_linear_cross_entropy,
 )
-from .linen import (
-    mtp_acceptance as mtp_acceptance,
-    mtp_losses as mtp_losses,
-    multi_token_prediction_block_as_linen as multi_token_prediction_block_as_linen,
-)
-from .serialization import (
-    load as load,
-    save as save,
-)
-from .sharding import HeadSharding as HeadSharding
+from .linen import mtp_acceptance, mtp_losses, multi_token_prediction_block_as_linen
+from .serialization import load, save
+from .sharding import HeadSharding
+
+__all__ = [
+    "AbstractCachedDecoder",
+    "AbstractCachedDecoderLayer",
+    "AbstractDecoder",
+    "AbstractDecoderLayer",
+    "Batch",
+    "CrossEntropy",
+    "HeadSharding",
+    "LinearHead",
+    "MTPAcceptance",
+    "MTPAcceptanceRate",
+    "MTPConfig",
+    "MTPLosses",
+    "MTPModel",
+    "MTPOutput",
+    "MTPTargets",
+    "ModelOutput",
+    "MultiTokenPredictionBlock",
+    "MultiTokenPredictionLayer",
+    "Preset",
+    "SummedCrossEntropy",
+    "TokenLoss",
+    "align_targets",
+    "calculate_mtp_acceptance_rate",
+    "calculate_mtp_loss",
+    "count_parameters",
+    "cross_entropy",
+    "exponential_depth_weights",
+    "inputs_and_targets",
+    "linear_cross_entropy",
+    "linen",
+    "load",
+    "make_batch",
+    "mtp_acceptance",
+    "mtp_losses",
+    "multi_token_prediction_block_as_linen",
+    "muon_dimension_numbers",
+    "nn",
+    "roll_and_mask",
+    "roll_and_mask_by_segment",
+    "save",
+    "scored_targets",
+    "serialization",
+    "sharding",
+    "speculative",
+    "sum_token_losses",
+    "summed_linear_cross_entropy",
+    "weight_decay_mask",
+]

@@ -18,6 +18,14 @@ class MTPAcceptance(eqx.Module):
     Depth k at position i predicts token t(i+k+1). A prediction of -1 is none: the logits were not
     finite.
 
+    >>> acceptance = emtp.MTPAcceptance(
+    ...     predictions=jnp.asarray([[[7, 8]], [[8, 1]]]),
+    ...     target_ids=jnp.asarray([[[7, 8]], [[8, 9]]]),
+    ...     mask=jnp.ones((2, 1, 2), bool),
+    ... )
+    >>> print(emtp.calculate_mtp_acceptance_rate(acceptance, None).joint)
+    [1.  0.5]
+
     **Raises:** `ValueError` if the fields differ in shape.
     """
 
@@ -42,6 +50,11 @@ class MTPAcceptanceRate(eqx.Module):
 
     A depth is accepted where it predicts the reference token. Depths 1 … k are **jointly** accepted
     where all of them are: what happens to a draft of k tokens in speculative decoding.
+
+    >>> counts = [np.asarray(x) for x in ([6, 4], [8, 8], [6, 3], [8, 8], [8, 6])]
+    >>> rate = emtp.MTPAcceptanceRate(*counts)
+    >>> print(rate.independent, rate.joint, rate.conditional, rate.expected_accepted_length)
+    [0.75 0.5 ] [0.75  0.375] [0.75 0.5 ] 2.125
 
     **Fields**, for each depth:
 
@@ -106,6 +119,10 @@ def calculate_mtp_acceptance_rate(
 
     Depth k at position i is accepted where its prediction equals `main_predictions[i+k]`: both are
     about token t(i+k+1). Teacher-forced: both saw the true tokens before it.
+
+    >>> rate = emtp.calculate_mtp_acceptance_rate(output.mtp.acceptance, output.predictions)
+    >>> print(rate.scored, rate.joint.shape)
+    [14 12] (2,)
 
     **Arguments:**
 

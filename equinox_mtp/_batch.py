@@ -19,6 +19,11 @@ class Batch(eqx.Module):
     A pytree of integer arrays, all `[batch seq]`: `sharding.reorder` and `sharding.shard_batch`
     take it whole.
 
+    >>> batch.input_ids.shape
+    (2, 8)
+    >>> batch.align(num_depths=2).targets.mask.shape
+    (2, 2, 8)
+
     **Fields:**
 
     - `input_ids`, `target_ids`: each token, and its successor.
@@ -82,8 +87,10 @@ def make_batch(
     document as its input, `segment_ids[i] == segment_ids[i+1] != 0`. Positions count from 0 in each
     document, that is in each run of one segment id.
 
-        batch = make_batch(np.arange(18).reshape(2, 9))
-        batch.target_ids[0]  # [1 2 3 4 5 6 7 8]
+    >>> tokens, segment_ids = np.asarray([[5, 6, 7, 8, 9]]), np.asarray([[1, 1, 1, 2, 2]])
+    >>> packed = emtp.make_batch(tokens, segment_ids=segment_ids)
+    >>> print(packed.target_ids, packed.target_mask, packed.position_ids)
+    [[6 7 8 9]] [[ True  True False  True]] [[0 1 2 0]]
 
     **Arguments:**
 

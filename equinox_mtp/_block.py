@@ -24,6 +24,10 @@ from .stacking import stack_layers
 class MTPOutput(eqx.Module):
     """Everything that a block computed, stacked over depths.
 
+    >>> mtp = output.mtp
+    >>> mtp.losses.mean.shape, mtp.acceptance.predictions.shape, mtp.hidden_states.shape
+    ((2,), (2, 2, 8), (2, 2, 8, 16))
+
     **Fields:**
 
     - `loss`: what Multi-Token Prediction adds to the main model's loss: `objective(losses)`.
@@ -50,6 +54,13 @@ class MultiTokenPredictionBlock(eqx.Module):
 
     `layers` holds all layers stacked over a leading axis of size D (1 if the layer is repeated, and
     `None` without depths); `block.layer(depth)` takes one out.
+
+    >>> input_ids, position_ids = jnp.asarray(batch.input_ids), jnp.asarray(batch.position_ids)
+    >>> hidden_states = eqx.filter_jit(decoder)(input_ids, position_ids=position_ids)
+    >>> targets = batch.align(num_depths=2).targets
+    >>> output = eqx.filter_jit(block)(decoder, hidden_states, targets)
+    >>> print(output.losses.weights)  # targets scored at depths 1 and 2
+    [14. 12.]
     """
 
     layers: MultiTokenPredictionLayer | None
@@ -97,6 +108,9 @@ class MultiTokenPredictionBlock(eqx.Module):
         cls, config: MTPConfig, layers: Sequence[MultiTokenPredictionLayer]
     ) -> "MultiTokenPredictionBlock":
         """A block of given layers, depth 1 first; the inverse of `layer`.
+
+        >>> layers = [block.layer(2), block.layer(1)]
+        >>> swapped = emtp.MultiTokenPredictionBlock.from_layers(block.config, layers)
 
         **Raises:** `ValueError` if the number of layers or one of their conventions is not what
         `config` says, or if they differ in structure, shapes or static fields.

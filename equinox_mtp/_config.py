@@ -54,6 +54,10 @@ class MTPConfig:
     DeepSeek-V3 weights as vLLM runs them; Megatron-LM's `multi_token_prediction`; FastMTP (arXiv
     2509.18362) on MiMo-7B. Where the paper is silent its preset takes MaxText's choice.
 
+    >>> config = emtp.MTPConfig(num_depths=2, output_norm="own")
+    >>> config.concat_order
+    'embedding_first'
+
     **Fields:**
 
     - `num_depths`: the number of prediction depths D. 0 is legal: a block that does nothing.
@@ -109,6 +113,9 @@ class MTPConfig:
     @classmethod
     def preset(cls, name: Preset, num_depths: int = 1, **overrides: Any) -> "MTPConfig":
         """The conventions of a known implementation: a column of the table above.
+
+        >>> emtp.MTPConfig.preset("fast_mtp", num_depths=3).repeated_layer
+        True
 
         **Arguments:**
 

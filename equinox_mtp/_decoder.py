@@ -22,11 +22,17 @@ class AbstractDecoderLayer(eqx.Module):
     the last k positions of each document. It is told which if it sets `takes_token_mask` in its
     class, and has the keyword argument `token_mask: Bool[Array, "batch seq"] | None = None` more:
 
-        class Layer(AbstractDecoderLayer):
-            takes_token_mask = True
-
-            def __call__(self, hidden_states, *, position_ids, segment_ids=None,
-                         token_mask=None, key=None, inference=None): ...
+    >>> class Layer(emtp.AbstractDecoderLayer):
+    ...     takes_token_mask = True
+    ...
+    ...     def __call__(self, hidden_states, *, token_mask=None, **unused):
+    ...         return hidden_states, jnp.sum(token_mask)
+    >>> other_block = emtp.MultiTokenPredictionBlock(
+    ...     block.config, lambda key: Layer(), embed_size=16, key=jax.random.key(0)
+    ... )
+    >>> output = eqx.filter_jit(emtp.MTPModel(decoder, other_block))(batch)
+    >>> print(output.mtp.auxiliary)  # tokens at depths 1 and 2
+    [14 12]
     """
 
     takes_token_mask: ClassVar[bool] = False
@@ -59,6 +65,21 @@ class AbstractDecoder(eqx.Module):
 
     `output_head() · final_norm(decoder(input_ids))` are its logits. The MTP layers share `embed`,
     `final_norm` and `output_head` with it, so that its pytree holds every weight once.
+
+    >>> class Bigrams(emtp.AbstractDecoder):  # a model without any layers
+    ...     table: jax.Array
+    ...
+    ...     def embed(self, input_ids, position_ids):
+    ...         return self.table[input_ids]
+    ...     def __call__(self, input_ids, *, position_ids, **unused):
+    ...         return self.embed(input_ids, position_ids)
+    ...     def final_norm(self, hidden_states):
+    ...         return hidden_states
+    ...     def output_head(self):
+    ...         return self.table
+    >>> model = emtp.MTPModel(Bigrams(jnp.zeros((32, 16))), block)
+    >>> model.decoder.output_head().shape
+    (32, 16)
     """
 
     @abc.abstractmethod
@@ -105,7 +126,16 @@ Cache: TypeAlias = PyTree[Any]
 
 
 class AbstractCachedDecoderLayer(AbstractDecoderLayer):
-    """A layer that can also run a few positions at a time, given a cache of those before."""
+    """A layer that can also run a few positions at a time, given a cache of those before.
+
+    >>> layer = decoder.layer(0)
+    >>> cache = layer.init_cache(batch_size=2, max_length=8, dtype=jnp.float32)
+    >>> x, first = jnp.ones((2, 1, 16)), jnp.zeros((2, 1), int)
+    >>> decode = eqx.filter_jit(layer.decode)
+    >>> hidden_states, cache = decode(x, cache, position_ids=first)
+    >>> hidden_states.shape
+    (2, 1, 16)
+    """
 
     @abc.abstractmethod
     def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> Cache:
@@ -149,7 +179,15 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
 
 
 class AbstractCachedDecoder(AbstractDecoder):
-    """A language model that can also run a few tokens at a time, as generation needs it."""
+    """A language model that can also run a few tokens at a time, as generation needs it.
+
+    >>> cache = decoder.init_cache(batch_size=2, max_length=8)
+    >>> ids, first = jnp.asarray([[5], [7]]), jnp.zeros((2, 1), int)
+    >>> decode = eqx.filter_jit(decoder.decode)
+    >>> hidden_states, cache = decode(ids, cache, position_ids=first)
+    >>> hidden_states.shape
+    (2, 1, 16)
+    """
 
     @abc.abstractmethod
     def init_cache(self, batch_size: int, max_length: int) -> Cache:

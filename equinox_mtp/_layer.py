@@ -35,6 +35,13 @@ class MultiTokenPredictionLayer(eqx.Module):
         h_k = TransformerLayer_k( W_k · concat( RMSNorm(Emb(t[i+k])), RMSNorm(h_{k-1}) ) )
 
     See DeepSeek-V3 (arXiv 2412.19437, §2.2, eq. 21 and 22).
+
+    >>> hidden_states, token_embeddings = jnp.ones((2, 8, 16)), jnp.ones((2, 8, 16))
+    >>> position_ids = jnp.asarray(batch.position_ids)
+    >>> layer = eqx.filter_jit(block.layer(depth=1))
+    >>> hidden_states, _ = layer(hidden_states, token_embeddings, position_ids=position_ids)
+    >>> hidden_states.shape
+    (2, 8, 16)
     """
 
     embedding_norm: RMSNorm

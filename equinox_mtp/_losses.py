@@ -21,9 +21,6 @@ DepthWeights: TypeAlias = (
 )
 """One number for each depth."""
 
-Objective: TypeAlias = Callable[["MTPLosses"], Array]
-"""From the depths' losses to a scalar, as `functools.partial(calculate_mtp_loss, ...)`."""
-
 
 class TokenLoss(eqx.Module):
     """A cross-entropy summed over tokens, and the number of tokens; `+` joins batches.
@@ -32,6 +29,10 @@ class TokenLoss(eqx.Module):
     the arrays. While tracing it adds in float32, where a count is exact to 2^24.
 
     `z_loss` is the part of `loss` that is a z-loss, for reports, without gradient.
+
+    >>> losses = emtp.TokenLoss(jnp.float32(6), jnp.float32(2))
+    >>> print(losses.mean, (losses + losses).weight)
+    3.0 4.0
     """
 
     loss: Float[HostOrDeviceArray, ""]
@@ -54,6 +55,10 @@ class MTPLosses(eqx.Module):
 
     Outside of `jit`, `+` is exact to 2^53 tokens, as for `TokenLoss`. `z_losses` are the part of
     `losses` that is a z-loss, for reports, without gradient.
+
+    >>> losses = emtp.MTPLosses(losses=jnp.asarray([8.0, 9.0]), weights=jnp.asarray([4.0, 3.0]))
+    >>> print(losses.mean, (losses + losses).weights)
+    [2. 3.] [8. 6.]
 
     **Raises:** `ValueError` if the fields, or the terms of a sum, are of different depths.
     """
@@ -90,6 +95,10 @@ class MTPLosses(eqx.Module):
         return _safe_divide(self.losses, self.weights)
 
 
+Objective: TypeAlias = Callable[[MTPLosses], Array]
+"""From the depths' losses to a scalar, as `functools.partial(calculate_mtp_loss, ...)`."""
+
+
 @checked
 def sum_token_losses(
     negative_log_likelihood: Float[Array, "batch seq"], mask: Bool[Array, "batch seq"]
@@ -97,6 +106,10 @@ def sum_token_losses(
     """Sums the losses of the tokens that count, in float32 (float64 for float64).
 
     The others have no gradient.
+
+    >>> losses, mask = jnp.asarray([[1.0, 2.0, 4.0]]), jnp.asarray([[True, False, True]])
+    >>> print(emtp.sum_token_losses(losses, mask).mean)
+    2.5
     """
     dtype = jnp.promote_types(negative_log_likelihood.dtype, jnp.float32)
     loss = jnp.sum(jnp.where(mask, negative_log_likelihood.astype(dtype), 0.0))
@@ -120,6 +133,12 @@ def calculate_mtp_loss(
     - `"pooled"`: λ · Σ_k w_k S_k / Σ_k w_k C_k, as MaxText does: every token counts the same;
     - `"mean_of_depths"`: λ · Σ_k w_k · S_k / C_k, as in DeepSeek-V3 (arXiv 2412.19437, §2.2, eq.
         25) and Megatron-LM: every depth counts the same.
+
+    >>> losses = emtp.MTPLosses(jnp.asarray([8.0, 9.0]), jnp.asarray([4.0, 2.0]))
+    >>> print(f"{emtp.calculate_mtp_loss(losses, scaling_factor=0.3):.3f}")  # 0.3 · 17 / 6
+    0.850
+    >>> print(emtp.calculate_mtp_loss(losses, scaling_factor=1.0, reduction="mean_of_depths"))
+    3.25
 
     **Arguments:**
 
@@ -209,6 +228,9 @@ def loss_weights(objective: Objective, counts: Float32[Array, "depth"]) -> Float
 @checked
 def exponential_depth_weights(num_depths: int, decay: Scalar) -> Float32[Array, "depth"]:
     """Depth weights β^(k-1) / Σ_j β^(j-1), as in FastMTP (arXiv 2509.18362, eq. 2).
+
+    >>> print(emtp.exponential_depth_weights(num_depths=2, decay=0.25))
+    [0.8 0.2]
 
     **Arguments:**
 

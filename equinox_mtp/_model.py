@@ -22,6 +22,10 @@ from .cross_entropy import head_vocab_size, summed_linear_cross_entropy
 class ModelOutput(eqx.Module):
     """Everything that a model computed.
 
+    >>> loss = output.main.mean + output.mtp.loss  # what to minimise
+    >>> output.predictions.shape
+    (2, 8)
+
     **Fields:**
 
     - `main`: the main model's cross-entropy, as sum and count; `main.mean` is its loss.
@@ -41,6 +45,10 @@ class MTPModel(eqx.Module):
 
     See DeepSeek-V3 (arXiv 2412.19437, §2.2). Nothing is stored twice: the block is lent the
     decoder's embedding, final norm and output head.
+
+    >>> output = eqx.filter_jit(model)(batch)
+    >>> print(output.main.weight, output.mtp.losses.weights)  # targets scored
+    16.0 [14. 12.]
     """
 
     decoder: AbstractDecoder

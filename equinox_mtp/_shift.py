@@ -32,6 +32,11 @@ class MTPTargets(eqx.Module):
         at the last k positions of a document and in padding, `input_ids` and `position_ids` are
         fill. `None` if it is not known.
 
+    >>> targets = batch.align(num_depths=2).targets
+    >>> print(targets.target_ids[:, 0])  # depths 1 and 2 of the first row, 0 1 … 8
+    [[2 3 4 5 6 7 8 0]
+     [3 4 5 6 7 8 0 0]]
+
     **Raises:** `ValueError` if the fields differ in shape.
     """
 
@@ -70,6 +75,9 @@ def roll_and_mask(
     """Shifts a sequence to the left and fills what becomes free at its end.
 
     `out[b, i] = x[b, i - shift]` where that position exists, `fill_value` elsewhere.
+
+    >>> print(emtp.roll_and_mask(jnp.asarray([[5, 6, 7, 8]]), -1, fill_value=-1))
+    [[ 6  7  8 -1]]
 
     **Arguments:**
 
@@ -143,6 +151,10 @@ def roll_and_mask_by_segment(
     `out[b, i] = x[b, i - shift]` where that position exists and belongs to the same document,
     `fill_value` elsewhere. A document is a run of equal ids that are not 0: an id may come again
     later in the row, for another document.
+
+    >>> segment_ids = jnp.asarray([[1, 1, 2, 2]])
+    >>> print(emtp.roll_and_mask_by_segment(jnp.asarray([[5, 6, 7, 8]]), segment_ids))
+    [[6 0 8 0]]
 
     **Arguments:**
 
@@ -221,6 +233,14 @@ def align_targets(
     documents at every depth. It is a pure function of integers: call it on the global batch, before
     the sequence is reordered or split over devices.
 
+    >>> input_ids, target_ids = np.asarray([[5, 6, 7, 8]]), np.asarray([[6, 7, 8, 9]])
+    >>> targets = emtp.align_targets(input_ids, target_ids, num_depths=2)
+    >>> print(targets.target_ids[:, 0])  # two and three tokens ahead
+    [[7 8 9 0]
+     [8 9 0 0]]
+    >>> print(targets.mask[1, 0])
+    [ True  True False False]
+
     **Arguments:**
 
     - `input_ids`, `target_ids`: tokens and their successors, as `inputs_and_targets` makes them.
@@ -284,6 +304,11 @@ def inputs_and_targets(
     `input_ids = tokens[:, :-1]`, `target_ids = tokens[:, 1:]`, and a target counts if it lies in
     the same document as its input (`segment_ids[i] == segment_ids[i+1] != 0`).
 
+    >>> tokens, segment_ids = np.asarray([[5, 6, 7, 8]]), np.asarray([[1, 1, 2, 2]])
+    >>> input_ids, target_ids, mask = emtp.inputs_and_targets(tokens, segment_ids=segment_ids)
+    >>> print(input_ids, target_ids, mask)
+    [[5 6 7]] [[6 7 8]] [[ True False  True]]
+
     **Arguments:**
 
     - `tokens`: `[batch, seq + 1]`.
@@ -317,7 +342,12 @@ def scored_targets(
     | None = None,
     segment_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None,
 ) -> Bool[Array, "batch seq"]:
-    """Which targets of the main model count: those in `target_mask`, outside padding."""
+    """Which targets of the main model count: those in `target_mask`, outside padding.
+
+    >>> target_ids, segment_ids = np.asarray([[6, 7, 0]]), np.asarray([[1, 1, 0]])
+    >>> print(emtp.scored_targets(target_ids, segment_ids=segment_ids))
+    [[ True  True False]]
+    """
     scored = jnp.ones(target_ids.shape, bool)
     if target_mask is not None:
         # On the host, if it is there: an id may be nothing but zeros in its lower 32 bits.

@@ -22,9 +22,8 @@ import equinox as eqx
 import jax
 import numpy as np
 from beartype import beartype
-from jax import Array
 from jax.core import Tracer
-from jaxtyping import Float, Integer, TypeCheckError, jaxtyped
+from jaxtyping import Array, Float, Integer, TypeCheckError, jaxtyped
 
 AXIS_WORDS = frozenset(
     ("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp")

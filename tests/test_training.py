@@ -32,7 +32,6 @@ from equinox_mtp.training import (
     last_checkpoint,
     load_corpus,
     load_info,
-    make_model,
     make_optimizer,
     make_state,
     save_checkpoint,
@@ -41,7 +40,7 @@ from equinox_mtp.training import (
 )
 from equinox_mtp.training._lock import only_run
 from equinox_mtp.training._report import MetricsFile, describe_corpus
-from equinox_mtp.training._step import is_decayed, scaling_switch_step
+from equinox_mtp.training._step import scaling_switch_step
 
 TINY = TrainConfig(
     embed_size=16,
@@ -315,15 +314,6 @@ def test_processes_are_counted_from_zero() -> None:
 
 
 # --- the step
-
-
-def test_weight_decay_spares_the_scales_of_norms() -> None:
-    state = jax.eval_shape(lambda: eqx.filter(make_model(TINY, 257), eqx.is_inexact_array))
-    decayed = jax.tree_util.tree_leaves_with_path(is_decayed(state))
-    spared = {jax.tree_util.keystr(path) for path, flag in decayed if not flag}
-    assert len(spared) == 8
-    assert all("norm" in name for name in spared)
-    assert not any("norm" in jax.tree_util.keystr(path) for path, flag in decayed if flag)
 
 
 def test_accumulation_is_exact(text: Path) -> None:

@@ -15,13 +15,20 @@
 """
 
 from ._linear_cross_entropy import (
-    CrossEntropy as CrossEntropy,
-    SummedCrossEntropy as SummedCrossEntropy,
-    linear_cross_entropy as linear_cross_entropy,
-    summed_cross_entropy_by_depth as summed_cross_entropy_by_depth,
-    summed_linear_cross_entropy as summed_linear_cross_entropy,
+    CrossEntropy,
+    SummedCrossEntropy,
+    linear_cross_entropy,
+    summed_cross_entropy_by_depth,
+    summed_linear_cross_entropy,
 )
-from ._linear_head import (
-    LinearHead as LinearHead,
-    head_vocab_size as head_vocab_size,
-)
+from ._linear_head import LinearHead, head_vocab_size
+
+__all__ = [
+    "CrossEntropy",
+    "LinearHead",
+    "SummedCrossEntropy",
+    "head_vocab_size",
+    "linear_cross_entropy",
+    "summed_cross_entropy_by_depth",
+    "summed_linear_cross_entropy",
+]

@@ -22,6 +22,10 @@ class LinearHead(eqx.Module):
 
     The soft-cap is Gemma 2's (arXiv 2408.00118, §2). The loss computes such a head in tiles
     of the vocabulary; a plain matrix stands for `LinearHead(matrix)`.
+
+    >>> head = emtp.LinearHead(jnp.eye(3), bias=jnp.asarray([0.0, 0.0, 9.0]), soft_cap=2.0)
+    >>> print(np.asarray(head(jnp.asarray([0.0, 1.0, 0.0]))).round(3))
+    [0.    0.924 2.   ]
     """
 
     weight: Float[Array, "vocab embed"]
@@ -171,7 +175,11 @@ def as_linear_head(head: OutputHead) -> LinearHead | None:
 
 
 def head_vocab_size(head: Any) -> int | None:
-    """The number of ids that an output head knows, if it is a matrix or a `LinearHead`."""
+    """The number of ids that an output head knows, if it is a matrix or a `LinearHead`.
+
+    >>> emtp.cross_entropy.head_vocab_size(jnp.ones((32, 16)))
+    32
+    """
     if isinstance(head, LinearHead):
         return head.weight.shape[0]
     return None if callable(head) else head.shape[0]

@@ -31,6 +31,12 @@ def causal_attention(
     `softmax(scale · query · keyᵀ + mask) · value`, with the softmax in float32; query head h reads
     key head `h // (heads / kv_heads)`.
 
+    >>> query, key = jnp.zeros((1, 3, 1, 2)), jnp.zeros((1, 3, 1, 2))
+    >>> value = jnp.broadcast_to(jnp.asarray([0.0, 2.0, 4.0])[:, None, None], (1, 3, 1, 2))
+    >>> out = emtp.nn.causal_attention(query, key, value, position_ids=jnp.asarray([[0, 1, 2]]))
+    >>> print(out[0, :, 0, 0])  # the mean of what a position sees
+    [0. 1. 2.]
+
     **Arguments:**
 
     - `query`, `key`, `value`: after the positional encoding.
@@ -62,6 +68,13 @@ def causal_attention_by_position(
 
     They must tell the order of the text: all different within a document. The arguments are those
     of `causal_attention`.
+
+    >>> query, key = jnp.zeros((1, 3, 1, 2)), jnp.zeros((1, 3, 1, 2))
+    >>> value = jnp.broadcast_to(jnp.asarray([4.0, 2.0, 0.0])[:, None, None], (1, 3, 1, 2))
+    >>> position_ids = jnp.asarray([[2, 1, 0]])  # the row stands in reverse order
+    >>> out = emtp.nn.causal_attention_by_position(query, key, value, position_ids=position_ids)
+    >>> print(out[0, :, 0, 0])
+    [2. 1. 0.]
     """
     mask = position_ids[:, None, :] <= position_ids[:, :, None]
     if segment_ids is not None:
@@ -75,6 +88,11 @@ class KeyValueCache(eqx.Module):
     """Keys and values of the positions seen so far, after the positional encoding.
 
     Laid out as the products of a few queries with them want it: nothing is transposed to attend.
+
+    >>> layer = decoder.layer(0)
+    >>> cache = layer.init_cache(batch_size=2, max_length=8, dtype=jnp.float32)
+    >>> cache.key.shape, cache.value.shape
+    ((2, 2, 8, 8), (2, 2, 8, 8))
     """
 
     key: Float[Array, "batch kv_heads head_dim max_length"]
@@ -150,6 +168,10 @@ class GroupedQueryAttention(eqx.Module):
     """Causal self-attention with rotary positions and grouped key/value heads.
 
     Grouped-query attention is arXiv 2305.13245. Runs in the dtype of its input.
+
+    >>> attention = emtp.nn.GroupedQueryAttention(16, 2, 2, 8, key=jax.random.key(0))
+    >>> attention(jnp.ones((1, 3, 16)), position_ids=jnp.asarray([[0, 1, 2]])).shape
+    (1, 3, 16)
     """
 
     query_kernel: Float[Array, "embed heads head_dim"]

@@ -25,6 +25,10 @@ def embed_tokens(
     what they found: an all-to-all of the `batch seq embed` numbers of one device. Over a split
     vocabulary what was found is summed. The gradient takes the same way back.
 
+    >>> print(emtp.nn.embed_tokens(10 * jnp.eye(3), jnp.asarray([[2, 0]])))
+    [[[ 0.  0. 10.]
+      [10.  0.  0.]]]
+
     **Arguments:**
 
     - `embedding`: one row for each token id; rows are split over `sharding.vocab`, and features

@@ -7,7 +7,11 @@ from ._linear import Linear
 
 
 class SwiGLU(eqx.Module):
-    """The gated feed-forward network of arXiv 2002.05202: `(silu(x·gate) * (x·up)) · down`."""
+    """The gated feed-forward network of arXiv 2002.05202: `(silu(x·gate) * (x·up)) · down`.
+
+    >>> emtp.nn.SwiGLU(16, 32, key=jax.random.key(0))(jnp.ones((2, 8, 16))).shape
+    (2, 8, 16)
+    """
 
     gate: Linear
     up: Linear

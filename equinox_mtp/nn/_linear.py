@@ -16,6 +16,9 @@ class Linear(eqx.Module):
     """A linear map of the last axis, without bias: `x @ kernel`.
 
     Works on any number of leading axes, in the dtype of its input.
+
+    >>> emtp.nn.Linear(3, 5, key=jax.random.key(0))(jnp.ones((2, 8, 3))).shape
+    (2, 8, 5)
     """
 
     kernel: Float[Array, "in_features out_features"]
@@ -61,6 +64,10 @@ def cast_matrices(tree: Tree, dtype: DTypeLike) -> Tree:
 
     For modules that cast these parameters to the dtype of their input anyway: their results do not
     change, and less memory is read. Floating-point arrays of two axes and more are cast.
+
+    >>> layer = emtp.nn.cast_matrices(decoder.layer(0), jnp.bfloat16)
+    >>> print(layer.attention.query_kernel.dtype, layer.attention_norm.scale.dtype)
+    bfloat16 float32
     """
 
     def cast(x: Any) -> Any:

@@ -12,6 +12,9 @@ class RMSNorm(eqx.Module):
     r"""Root-mean-square normalisation: `x / sqrt(mean(x²) + epsilon) * scale`.
 
     Computed in float32, returned in the dtype of its input. See arXiv 1910.07467.
+
+    >>> print(np.asarray(emtp.nn.RMSNorm(2)(jnp.asarray([3.0, 4.0]))).round(3))
+    [0.849 1.131]
     """
 
     scale: Float[Array, "embed"]

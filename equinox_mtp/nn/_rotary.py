@@ -16,6 +16,11 @@ def rotary_embedding(
     Rotates the pair `(x[i], x[i + head_dim/2])` by the angle `position · theta^(-2i/head_dim)`.
     Computed in float32, returned in the dtype of `x`.
 
+    >>> x = jnp.asarray([1.0, 0.0]).reshape(1, 1, 1, 2)
+    >>> rotated = emtp.nn.rotary_embedding(x, jnp.asarray([[1]]))  # by one radian
+    >>> print(np.asarray(rotated).round(3))
+    [[[[0.54  0.841]]]]
+
     **Raises:** `ValueError` if `head_dim` is odd.
     """
     head_dim = x.shape[-1]

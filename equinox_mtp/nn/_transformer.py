@@ -24,6 +24,12 @@ class TransformerDecoder(AbstractCachedDecoder):
 
     `layers` are stacked over a leading axis and scanned, so compile time does not grow with their
     number; after `for_decoding` they are a tuple.
+
+    >>> input_ids, position_ids = jnp.asarray([[5, 6, 7]]), jnp.asarray([[0, 1, 2]])
+    >>> hidden_states = eqx.filter_jit(decoder)(input_ids, position_ids=position_ids)
+    >>> logits = decoder.final_norm(hidden_states) @ decoder.output_head().T
+    >>> logits.shape
+    (1, 3, 32)
     """
 
     embedding: Float[Array, "vocab embed"]

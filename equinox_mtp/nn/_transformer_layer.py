@@ -27,6 +27,12 @@ from ._norm import RMSNorm
 class TransformerConfig:
     """Sizes and choices of `TransformerDecoder` and `TransformerDecoderLayer`.
 
+    >>> config = emtp.nn.TransformerConfig(
+    ...     vocab_size=32, embed_size=16, num_layers=1, num_heads=2
+    ... )
+    >>> config.resolved_head_dim, config.resolved_mlp_size
+    (8, 64)
+
     **Fields:**
 
     - `vocab_size`, `embed_size`, `num_layers`, `num_heads`: sizes.
@@ -125,6 +131,10 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
     """A pre-norm transformer layer.
 
     y = x + attention(norm(x)); out = y + feed_forward(norm(y)).
+
+    >>> layer = emtp.nn.TransformerDecoderLayer(config, key=jax.random.key(0))
+    >>> layer(jnp.ones((1, 3, 16)), position_ids=jnp.asarray([[0, 1, 2]])).shape
+    (1, 3, 16)
     """
 
     attention_norm: RMSNorm

@@ -1,6 +1,8 @@
 """A model, or any tree of arrays, in one safetensors file."""
 
-from ._save_load import (
-    load as load,
-    save as save,
-)
+from ._save_load import load, save
+
+__all__ = [
+    "load",
+    "save",
+]

@@ -33,6 +33,11 @@ def save(path: str | Path, tree: Any) -> None:
     `numbers`, Python's numbers, as JSON. There is no code in it. What else there is in a tree, such
     as functions, is not written.
 
+    >>> emtp.save("model.safetensors", model)
+    >>> loaded = emtp.load("model.safetensors", eqx.filter_eval_shape(lambda: model))
+    >>> np.array_equal(loaded.decoder.embedding, model.decoder.embedding)
+    True
+
     **Arguments:**
 
     - `path`: the file's name, in a folder that exists.
@@ -68,7 +73,11 @@ def save(path: str | Path, tree: Any) -> None:
 def load(path: str | Path, like: Tree) -> Tree:
     """Reads what `save` has written.
 
-        model = load("model.safetensors", eqx.filter_eval_shape(make_model))
+    >>> emtp.save("embedding.safetensors", {"embedding": jnp.eye(2)})
+    >>> like = {"embedding": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+    >>> print(emtp.load("embedding.safetensors", like)["embedding"])
+    [[1. 0.]
+     [0. 1.]]
 
     **Arguments:**
 

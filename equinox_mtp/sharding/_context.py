@@ -19,13 +19,16 @@ _RULES: Any = jax.make_user_context(None)
 def use_rules(rules: ShardingRules | None = DEFAULT_RULES) -> AbstractContextManager[Any]:
     """Says how hidden states, embedding lookup and loss are split over the mesh that is set.
 
-        with jax.set_mesh(mesh), use_rules(rules):
-            model, loss = train_step(model, batch)
-
     `nn.TransformerDecoder`, `nn.embed_tokens` and the loss follow the rules; a model is built,
     saved and loaded without them. Without rules results are the same, and XLA decides what moves
     between devices; `HeadSharding` tells what that costs. Compiled functions are traced again under
     other rules. Inside a `shard_map`, or where no mesh is set, rules do nothing.
+
+    >>> rules = emtp.sharding.DEFAULT_RULES.replace(vocab=None)
+    >>> with jax.set_mesh(mesh), emtp.sharding.use_rules(rules):
+    ...     embedded = jax.jit(emtp.nn.embed_tokens)(decoder.embedding, rows.input_ids)
+    >>> embedded.shape, embedded.sharding.shard_shape(embedded.shape)
+    ((8, 8, 16), (1, 8, 16))
 
     **Arguments:**
 
@@ -38,6 +41,10 @@ def current_head_sharding() -> HeadSharding | None:
     """What the rules in force say of the mesh that is set.
 
     `None` if no rules are in force, no mesh is set, or inside a `shard_map`.
+
+    >>> with jax.set_mesh(mesh), emtp.sharding.use_rules():
+    ...     emtp.sharding.current_head_sharding().batch
+    ('data', 'fsdp')
     """
     rules, mesh = _RULES.value, jax.sharding.get_abstract_mesh()
     if rules is None or mesh.empty or mesh.manual_axes:
@@ -53,6 +60,11 @@ def constrain_hidden_states(
 
     Without it XLA would choose from how the parameters are split, and choose differently from layer
     to layer. Hidden states stay as they are where `use_rules` does nothing.
+
+    >>> with jax.set_mesh(mesh), emtp.sharding.use_rules():
+    ...     laid_out = jax.jit(emtp.sharding.constrain_hidden_states)(jnp.ones((8, 4, 16)))
+    >>> laid_out.sharding.shard_shape(laid_out.shape)
+    (1, 4, 16)
     """
     sharding = current_head_sharding()
     if sharding is None:

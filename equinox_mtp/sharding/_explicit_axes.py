@@ -18,8 +18,15 @@ def automatic(function: Callable[..., Any], out_shardings: Any) -> Callable[...,
     not say of every product how its result is split. On other meshes the function is called as it
     stands.
 
-        shardings = parameter_shardings(model, mesh)
-        step = eqx.filter_jit(automatic(train_step, (shardings, P())))  # a new model, and a loss
+    A training step that returns a model and a loss:
+    `automatic(train_step, (parameter_shardings(model, mesh), jax.P()))`.
+
+    >>> mesh = jax.make_mesh((2, 4), ("data", "fsdp"))  # of `Explicit` axes
+    >>> double = emtp.sharding.automatic(lambda x: 2 * x, jax.P("data"))
+    >>> with jax.set_mesh(mesh):
+    ...     doubled = jax.jit(double)(jnp.ones(8))
+    >>> doubled.sharding.spec == jax.P("data")
+    True
 
     **Arguments:**
 

@@ -42,6 +42,11 @@ class HeadSharding:
     tokens, for you to add up. The gradient of a head that is the same on all devices is a sum over
     them already if `check_vma` is on, as JAX has it, and each device's part otherwise.
 
+    >>> sharding = emtp.HeadSharding(batch=("data", "fsdp"), vocab="tensor")
+    >>> head = emtp.LinearHead(jnp.ones((32, 16)), sharding=sharding)
+    >>> sharding.spec("batch seq embed") == jax.P(("data", "fsdp"), None, None)
+    True
+
     **Fields:**
 
     - `mesh`: the mesh; `None` takes the one set by `jax.set_mesh`.
@@ -142,7 +147,13 @@ class HeadSharding:
 
 
 def constrain(array: Array, sharding: NamedSharding) -> Array:
-    """Lays an array on a mesh, whether its axes are of `Auto` or of `Explicit` type."""
+    """Lays an array on a mesh, whether its axes are of `Auto` or of `Explicit` type.
+
+    >>> sharding = jax.NamedSharding(mesh, jax.P("fsdp"))
+    >>> rows_of_two = jax.jit(lambda x: emtp.sharding.constrain(x, sharding))(jnp.ones((8, 3)))
+    >>> rows_of_two.sharding.shard_shape((8, 3))
+    (2, 3)
+    """
     if sharding.mesh.explicit_axes:
         return jax.sharding.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)

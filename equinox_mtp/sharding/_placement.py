@@ -1,17 +1,13 @@
 """Where the arrays of a tree lie on a mesh, and putting them there."""
 
-import dataclasses
-import functools
 import math
-import typing
 from typing import Any, TypeVar
 
-import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
+from .._annotations import annotated_leaf, names_last_axes
 from .._types import AXIS_WORDS, checked, is_array_or_shape
 from ._head_sharding import constrain
 from ._rules import DEFAULT_RULES, UNSPLIT, ShardingRules
@@ -22,6 +18,11 @@ Tree = TypeVar("Tree")
 @checked
 def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
     """The sharding of every array of a model, of an optimizer's state, or of both.
+
+    >>> shardings = emtp.sharding.parameter_shardings(model, mesh)
+    >>> spec = shardings.decoder.layers.attention.query_kernel.spec
+    >>> spec == jax.P(None, "fsdp", None, None)  # a leading axis for the layers
+    True
 
     **Arguments:**
 
@@ -46,11 +47,11 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
     def place(path: Any, leaf: Any) -> NamedSharding | None:
         if not is_array_or_shape(leaf):
             return None
-        name, words, is_state = _name_and_words(tree, path)
+        name, words, _, is_state = annotated_leaf(tree, path)
         rule = _longest_fitting(rules, name)
         if rule is not None:
             unused.discard(rule)
-            words = rules.parameters[rule].split()
+            words = tuple(rules.parameters[rule].split())
             if rule in own:
                 _check_rule(rule, words, known, name, leaf.shape)
         new_words.difference_update(words)
@@ -62,7 +63,7 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
     if not any(has_parameters):
         return shardings  # such as the state of an optimizer that keeps none
     if unused:
-        names = [_name_and_words(tree, path)[0] for path, _ in _leaves_with_path(tree)]
+        names = [annotated_leaf(tree, path).name for path, _ in _leaves_with_path(tree)]
         raise ValueError(
             f"`rules` has parameter rules that fit no parameter: "
             f"{', '.join(map(repr, sorted(unused)))}. The parameters are {', '.join(names)}. Leave "
@@ -85,6 +86,11 @@ def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
 
     See `parameter_shardings` for the arguments. Run the model in `jax.set_mesh(mesh)` and
     `use_rules(rules)`, so that hidden states and the loss are split accordingly.
+
+    >>> sharded = emtp.sharding.shard_model(model, mesh)
+    >>> embedding = sharded.decoder.embedding
+    >>> embedding.shape, embedding.sharding.shard_shape(embedding.shape)
+    ((32, 16), (32, 4))
     """
     shardings = parameter_shardings(model, mesh, rules)
     return jax.tree.map(
@@ -99,7 +105,10 @@ def shard_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -
 def constrain_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Tree:
     """`shard_model` within `jit`: the arrays are made, or kept, where the rules say.
 
-    make = eqx.filter_jit(lambda key: constrain_model(make_model(key=key), mesh))
+    >>> make_head = lambda: emtp.LinearHead(jnp.ones((32, 16)))
+    >>> head = eqx.filter_jit(lambda: emtp.sharding.constrain_model(make_head(), mesh))()
+    >>> head.weight.sharding.shard_shape((32, 16))
+    (32, 4)
     """
     shardings = parameter_shardings(model, mesh, rules)
     return jax.tree.map(
@@ -114,7 +123,11 @@ def constrain_model(model: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULE
 def batch_sharding(
     mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, axis_words: str = "batch seq"
 ) -> NamedSharding:
-    """Where a batch lies."""
+    """Where a batch lies.
+
+    >>> emtp.sharding.batch_sharding(mesh).shard_shape((8, 128))
+    (1, 128)
+    """
     return NamedSharding(mesh, rules.spec(axis_words, mesh))
 
 
@@ -123,6 +136,10 @@ def shard_batch(
     batch: Tree, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, *, split_seq: bool = True
 ) -> Tree:
     """Puts arrays `[… batch seq]` on a mesh; each host gives its own rows.
+
+    >>> sharded = emtp.sharding.shard_batch(rows, mesh)
+    >>> sharded.input_ids.sharding.shard_shape((8, 8))
+    (1, 8)
 
     **Arguments:**
 
@@ -172,49 +189,6 @@ def _leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
     return [(path, x) for path, x in leaves if is_array_or_shape(x)]
 
 
-def _name_and_words(tree: Any, path: Any) -> tuple[str, list[str], bool]:
-    """A parameter's dotted name, and the axis words of its annotation; none if it has none.
-
-    And whether it is part of an optimizer's state, whose arrays may have other shapes than the
-    parameters they are named after: these states are named tuples.
-    """
-    node, names, words, is_state = tree, [], [], False
-    for key in path:
-        is_state |= hasattr(node, "_fields")
-        if isinstance(key, GetAttrKey):
-            names.append(key.name)
-            words = _annotated_words(type(node)).get(key.name, [])
-            node = getattr(node, key.name)
-        elif isinstance(key, SequenceKey):
-            names.append(str(key.idx))
-            words, node = [], node[key.idx]
-        elif isinstance(key, DictKey):
-            names.append(str(key.key))
-            words, node = [], node[key.key]
-        else:
-            return ".".join([*names, str(key)]), [], is_state
-    return ".".join(names), words, is_state
-
-
-@functools.cache
-def _annotated_words(cls: type) -> dict[str, list[str]]:
-    """The axis words in the annotations of a class, by field."""
-    if not issubclass(cls, eqx.Module):
-        return {}
-    try:
-        hints = typing.get_type_hints(cls)
-    except NameError:  # of names that exist for type checkers alone
-        hints = {field.name: field.type for field in dataclasses.fields(cls)}
-    found = {}
-    for name, hint in hints.items():
-        for part in (hint, *typing.get_args(hint)):
-            dims = getattr(part, "dim_str", None)
-            if isinstance(dims, str):
-                found[name] = dims.split()
-                break
-    return found
-
-
 def _longest_fitting(rules: ShardingRules, name: str) -> str | None:
     fitting = [rule for rule in rules.parameters if f".{name}".endswith(f".{rule}")]
     return max(fitting, key=len, default=None)
@@ -222,16 +196,16 @@ def _longest_fitting(rules: ShardingRules, name: str) -> str | None:
 
 def _spec(
     name: str,
-    words: list[str],
+    words: tuple[str, ...],
     shape: tuple[int, ...],
     mesh: Mesh,
     rules: ShardingRules,
     *,
     may_be_whole: bool,
 ) -> P:
-    if any(word[0] in "*#" or word == "..." for word in words) or len(words) > len(shape):
-        words = []
-    padded = [UNSPLIT] * (len(shape) - len(words)) + words
+    if not names_last_axes(words, shape):
+        words = ()
+    padded = [UNSPLIT] * (len(shape) - len(words)) + list(words)
     spec = rules.spec(" ".join(padded), mesh)
     for word, size, axes in zip(padded, shape, spec, strict=True):
         names = (axes,) if isinstance(axes, str) else axes or ()
@@ -255,7 +229,7 @@ def _num_local_parts(sharding: NamedSharding, num_parts: int) -> int:
 
 
 def _check_rule(
-    rule: str, words: list[str], known: set[str], name: str, shape: tuple[int, ...]
+    rule: str, words: tuple[str, ...], known: set[str], name: str, shape: tuple[int, ...]
 ) -> None:
     unknown = [word for word in words if word not in known]
     if unknown or len(words) > len(shape):

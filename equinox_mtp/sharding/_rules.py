@@ -26,6 +26,10 @@ class ShardingRules:
     layers are stacked, are not split; nor is an axis if the mesh has none of its mesh axes, or if
     an axis before it in the same array has them already.
 
+    >>> rules = emtp.sharding.DEFAULT_RULES.replace(vocab="fsdp", embed=None)
+    >>> rules.spec("vocab embed", mesh) == jax.P("fsdp", None)
+    True
+
     **Fields:**
 
     - `axes`: from axis words to the mesh axis, or axes, over which they are split, or `None`. Words
@@ -137,6 +141,10 @@ def make_mesh(sizes: Mapping[str, int], *, axis_type: AxisType = AxisType.Auto) 
     The axes are of `Auto` type, where XLA sees to what the rules leave open; `jax.make_mesh` makes
     `Explicit` ones. Put the axis that communicates most, `tensor`, last: neighbours in the order of
     devices are close.
+
+    >>> mesh = emtp.sharding.make_mesh({"data": 1, "fsdp": 8})
+    >>> dict(mesh.shape)
+    {'data': 1, 'fsdp': 8}
 
     **Raises:** `ValueError` if the sizes are not positive, or their product is not the number of
     devices.

@@ -20,6 +20,9 @@ def zigzag_order(seq: int, num_shards: int) -> Int[np.ndarray, "seq"]:
     more. With an attention that skips what is masked, that is: the library's own computes all pairs
     (the dual-chunk ordering of Llama 3, arXiv 2407.21783, §3.3.2, and of Megatron-LM).
 
+    >>> print(emtp.sharding.zigzag_order(8, num_shards=2))  # of each device its four
+    [0 1 6 7 2 3 4 5]
+
     **Raises:** `ValueError` if `seq` is no multiple of `2 · num_shards`.
     """
     if num_shards < 1 or seq % (2 * num_shards):
@@ -40,6 +43,11 @@ def reorder(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
     ids, and the `MTPTargets` of `align_targets`. These are aligned before they are put in another
     order: which token a depth predicts follows from the order of the text.
 
+    >>> order = emtp.sharding.zigzag_order(8, num_shards=2)
+    >>> reordered = emtp.sharding.reorder(batch.align(num_depths=2), order)
+    >>> print(reordered.input_ids[0])
+    [0 1 6 7 2 3 4 5]
+
     **Arguments:**
 
     - `tree`: a pytree of arrays `[… seq]`.
@@ -55,7 +63,12 @@ def reorder(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
 
 @checked
 def restore(tree: Tree, order: Int[np.ndarray, "seq"]) -> Tree:
-    """The inverse of `reorder`, with its arguments: puts predictions in the order of the text."""
+    """The inverse of `reorder`, with its arguments: puts predictions in the order of the text.
+
+    >>> order = emtp.sharding.zigzag_order(8, num_shards=2)
+    >>> print(emtp.sharding.restore(np.asarray([0, 1, 6, 7, 2, 3, 4, 5]), order))
+    [0 1 2 3 4 5 6 7]
+    """
     _along_last_axis((), order)  # for its check
     return _along_last_axis(tree, np.argsort(order))
 

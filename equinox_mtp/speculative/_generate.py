@@ -44,6 +44,10 @@ def generate(
     whole loop is one compiled program: for other prompts of the same padded
     length and batch size it is not compiled again.
 
+    >>> generation = emtp.speculative.generate(model, [[5, 6], [9, 3]], max_new_tokens=4)
+    >>> generation.tokens.shape, generation.num_generated.tolist()
+    ((2, 6), [4, 4])
+
     **Arguments:**
 
     - `model`: its decoder is an `AbstractCachedDecoder`, and its layers
@@ -83,6 +87,10 @@ class StreamedStep(NamedTuple):
     - `num_new`: 0 for rows that are done.
     - `num_accepted`: how many of the new tokens were drafts; the others are the main model's own.
         The last step of a row may end with a draft.
+
+    >>> step = next(emtp.speculative.stream(model, [[5, 6], [9, 3]], max_new_tokens=4))
+    >>> step.num_new.tolist(), step.num_accepted.tolist()  # the first one has no drafts yet
+    ([1, 1], [0, 0])
     """
 
     new_ids: Int32[np.ndarray, "batch new"]
@@ -106,6 +114,10 @@ def stream(
 
     The first one comes from the prompts' pass. Arguments, tokens and errors are the same as in
     `generate`. The state is donated from step to step: it takes the memory of one.
+
+    >>> steps = emtp.speculative.stream(model, [[5, 6], [9, 3]], max_new_tokens=4)
+    >>> print(sum(step.num_new for step in steps))
+    [4 4]
     """
     request = _request(
         model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, sampler, eos_id, key

@@ -18,6 +18,12 @@ from ..cross_entropy import head_vocab_size
 class PositionalAcceptance(eqx.Module):
     """Acceptance in all, and by the position where the drafts begin; `+` joins batches.
 
+    >>> tokens = np.arange(18).reshape(2, 9)
+    >>> measure = eqx.filter_jit(emtp.speculative.measure_acceptance)
+    >>> acceptance = measure(model, tokens, num_buckets=2)
+    >>> acceptance.edges, [rate.scored.tolist() for rate in acceptance.by_bucket]
+    ((0, 4, 8), [[8, 8], [6, 4]])
+
     **Fields:**
 
     - `overall`: over all positions.
@@ -56,6 +62,12 @@ def measure_acceptance(
     probability that the first k drafts of greedy decoding are accepted, `conditional` that the k-th
     is if those before it are. On text that the model has generated greedily itself, the average
     over positions is the acceptance of real decoding, up to where its steps begin.
+
+    >>> tokens = np.arange(18).reshape(2, 9)
+    >>> measure = eqx.filter_jit(emtp.speculative.measure_acceptance)
+    >>> acceptance = measure(model, tokens, num_buckets=2)
+    >>> print(acceptance.overall.scored, acceptance.overall.joint.shape)
+    [14 12] (2,)
 
     **Arguments:**
 

@@ -34,6 +34,10 @@ class DecodingModel(eqx.Module):
 
     `DecodingModel.of(model)` copies the parameters that are stacked, or of another dtype than they
     are used in; so it is made once, outside of the loop over steps.
+
+    >>> decoding = emtp.speculative.DecodingModel.of(model)
+    >>> len(decoding.layers), decoding.layer(depth=5) is decoding.layers[-1]
+    (2, True)
     """
 
     decoder: AbstractCachedDecoder

@@ -19,6 +19,11 @@ class Sampler(eqx.Module):
     """How a token is chosen from logits: the best one, or drawn after temperature, top-k and top-p.
 
     `temperature` is `None` for the best one.
+
+    >>> sampler = emtp.speculative.Sampler(temperature=1.0, top_k=2)
+    >>> probabilities = sampler.probabilities(jnp.log(jnp.asarray([0.5, 0.3, 0.2])))
+    >>> print(np.asarray(probabilities).round(3))
+    [0.625 0.375 0.   ]
     """
 
     temperature: Float32[Array, ""] | None
@@ -127,6 +132,11 @@ class Verdict(NamedTuple):
     """What verification says of each row's drafts.
 
     `num_accepted` of them stay, and `next_ids` follows them.
+
+    >>> num_accepted, next_ids = jnp.asarray([2]), jnp.asarray([7])
+    >>> verdict = emtp.speculative.Verdict(num_accepted, next_ids)
+    >>> print(verdict.num_accepted + 1)  # the new tokens of the row
+    [3]
     """
 
     num_accepted: Int32[Array, "batch"]
@@ -148,6 +158,13 @@ def accept_drafts(
     before it were. After the last accepted one a token is drawn from the normalised residual
     max(p_j - q_j, 0), or from p after all drafts (arXiv 2211.17192, §2.3; arXiv 2302.01318). If a
     residual vanishes, p and q are equal, and it is drawn from p.
+
+    >>> draft_ids = jnp.asarray([[4, 5]], jnp.int32)
+    >>> q, p = jax.nn.one_hot(draft_ids, 8), jax.nn.one_hot(jnp.asarray([[4, 6, 7]]), 8)
+    >>> key = jax.random.key(0)
+    >>> verdict = emtp.speculative.accept_drafts(draft_ids, q, p, sampler, key=key)
+    >>> print(verdict.num_accepted, verdict.next_ids)  # 4 stays; the model has 6 after it
+    [1] [6]
 
     **Arguments:**
 

@@ -13,6 +13,9 @@ class DecodingState(eqx.Module):
     With n the position of a row's last committed token, the main model has run on the tokens before
     it, and their keys and values are in `main_cache`.
 
+    >>> state.lengths.tolist(), state.done.tolist(), state.num_accepted.shape
+    ([3, 3], [False, False], (2, 2))
+
     **Fields:**
 
     - `tokens`: prompt and committed tokens; anything after `lengths`. A row whose logits were not
@@ -46,6 +49,9 @@ class Drafts(eqx.Module):
     """Tokens proposed to follow each row, and the distributions they were drawn from, if any.
 
     A depth whose logits are not finite proposes -1, which is never accepted.
+
+    >>> drafts.ids.shape, drafts.probabilities  # greedy drafts need no distribution
+    ((2, 2), None)
     """
 
     ids: Int32[Array, "batch drafts"]
@@ -58,6 +64,9 @@ class Verification(eqx.Module):
     `num_accepted` drafts stay and `next_ids` follows them (-1: the logits were not finite), unless
     the row ends before; `hidden_states` are the main model's at
     the last committed token and the drafts.
+
+    >>> verification.num_accepted.shape, verification.hidden_states.shape
+    ((2,), (2, 3, 16))
     """
 
     num_accepted: Int32[Array, "batch"]
@@ -67,6 +76,10 @@ class Verification(eqx.Module):
 
 class Generation(eqx.Module):
     """Generated rows, and how they came about.
+
+    >>> generation = emtp.speculative.generate(model, [[5, 6], [9, 3]], max_new_tokens=4)
+    >>> generation.lengths.tolist(), bool(generation.tokens_per_pass >= 1)
+    ([6, 6], True)
 
     **Fields:**
 

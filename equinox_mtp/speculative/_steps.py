@@ -21,6 +21,9 @@ _MAX_DRAFTS = 64
 class DecodingShape:
     """What a compiled decoding step is for; everything else is an array.
 
+    >>> emtp.speculative.DecodingShape(num_drafts=2, max_new_tokens=4)
+    DecodingShape(num_drafts=2, max_new_tokens=4)
+
     **Raises:** `ValueError` unless 0 ≤ `num_drafts` ≤ 64 (a step is compiled with a layer for every
     draft) and `max_new_tokens` ≥ 1.
     """
@@ -57,6 +60,11 @@ def prefill(
     """Runs prompts, and commits the first new token of each row.
 
     `eos_id` is -1 if no token ends a row.
+
+    >>> prompts, lengths = jnp.asarray([[5, 6], [9, 0]], jnp.int32), jnp.asarray([2, 1], jnp.int32)
+    >>> state = prefill(decoding, prompts, lengths, shape, sampler, eos_id=no_eos, key=key)
+    >>> print(state.lengths)
+    [3 2]
     """
     decoder = model.decoder
     batch, prompt = prompt_ids.shape
@@ -113,6 +121,10 @@ def draft(
     drafts come from the position before the last token. Earlier positions are run again, with
     tokens and hidden states that are verified by now: the caches end up as if no other draft had
     ever been made.
+
+    >>> drafts, draft_caches = draft(decoding, state, shape, sampler, key=key)
+    >>> drafts.ids.shape
+    (2, 2)
     """
     last = state.lengths[:, None] - 1
     positions = last - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
@@ -142,7 +154,12 @@ def verify(
     *,
     key: PRNGKeyArray,
 ) -> tuple[Verification, Cache]:
-    """One pass of the main model over the last token and the drafts, and the verdict on them."""
+    """One pass of the main model over the last token and the drafts, and the verdict on them.
+
+    >>> verification, main_cache = verify(decoding, state, drafts, sampler, key=key)
+    >>> bool(jnp.all(verification.num_accepted <= 2))
+    True
+    """
     decoder = model.decoder
     last = state.lengths[:, None] - 1
     ids = _gather_rows(state.tokens, last)
@@ -176,7 +193,13 @@ def commit(
     *,
     key: PRNGKeyArray,
 ) -> DecodingState:
-    """Appends the accepted drafts and the token after them to each row that is not done."""
+    """Appends the accepted drafts and the token after them to each row that is not done.
+
+    >>> commit = eqx.filter_jit(emtp.speculative.commit)
+    >>> after = commit(state, drafts, verification, main_cache, draft_caches, shape, key=key)
+    >>> bool(jnp.all(after.lengths == state.lengths + verification.num_accepted + 1))
+    True
+    """
     num_accepted, next_ids = verification.num_accepted, verification.next_ids
     offsets = jnp.arange(shape.num_drafts + 1, dtype=jnp.int32)
     new_ids = next_ids[:, None]
@@ -212,7 +235,12 @@ def commit(
 def step(
     model: DecodingModel, state: DecodingState, shape: DecodingShape, sampler: Sampler
 ) -> DecodingState:
-    """Draft, verify, commit: one pass of the main model."""
+    """Draft, verify, commit: one pass of the main model.
+
+    >>> after = eqx.filter_jit(emtp.speculative.step)(decoding, state, shape, sampler)
+    >>> bool(jnp.all(after.lengths > state.lengths))
+    True
+    """
     # Nothing is drawn greedily; the keys would be made in each step for nobody.
     is_greedy = sampler.is_greedy
     key, draft_key, verify_key = [state.key] * 3 if is_greedy else jax.random.split(state.key, 3)

@@ -4,4 +4,8 @@ Stacked layers have one structure in JAX, the first layer's. So whatever is not 
 mean the same in all of them.
 """
 
-from ._stack_layers import stack_layers as stack_layers
+from ._stack_layers import stack_layers
+
+__all__ = [
+    "stack_layers",
+]

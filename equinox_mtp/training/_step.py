@@ -80,19 +80,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             schedule,
             b2=0.95,
             weight_decay=config.weight_decay,
-            mask=is_decayed,
+            mask=emtp.weight_decay_mask,
         ),
-    )
-
-
-def is_decayed(params: PyTree[Any]) -> PyTree[bool]:
-    """Which parameters weight decay acts on: all but the scales of norms."""
-
-    def is_norm(node: Any) -> bool:
-        return isinstance(node, emtp.nn.RMSNorm)
-
-    return jax.tree.map(
-        lambda node: jax.tree.map(lambda _: not is_norm(node), node), params, is_leaf=is_norm
     )
 
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import equinox as eqx
-import jax
 import optax
 from tqdm import tqdm
 
@@ -95,7 +94,8 @@ def train(config: TrainConfig) -> Path:
         first_step = int(state.step)
         say(
             f"{describe_corpus(corpus, held_out_corpus, config.depths)}\n"
-            f"{count_parameters(state.model):,} parameters, {config.depths} prediction depth(s)\n"
+            f"{emtp.count_parameters(state.model):,} parameters, "
+            f"{config.depths} prediction depth(s)\n"
             f"writing to {out}" + (f", from step {first_step} on" if first_step else "")
         )
         with (
@@ -243,11 +243,6 @@ def newest_run_folder(*, with_checkpoint: bool = False) -> Path | None:
     if with_checkpoint:
         found = [path for path in found if checkpoints(path / "checkpoints")]
     return found[-1] if found else None
-
-
-def count_parameters(model: emtp.MTPModel) -> int:
-    """The number of trainable numbers."""
-    return sum(x.size for x in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
 
 
 def compare_on_held_out(
