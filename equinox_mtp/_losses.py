@@ -105,7 +105,7 @@ def sum_token_losses(
 ) -> TokenLoss:
     """Sums the losses of the tokens that count, in float32 (float64 for float64).
 
-    The others have no gradient.
+    The others have no gradient. For a main model whose losses are not those of `MTPModel`.
 
     >>> losses, mask = jnp.asarray([[1.0, 2.0, 4.0]]), jnp.asarray([[True, False, True]])
     >>> print(emtp.sum_token_losses(losses, mask).mean)

@@ -344,6 +344,8 @@ def scored_targets(
 ) -> Bool[Array, "batch seq"]:
     """Which targets of the main model count: those in `target_mask`, outside padding.
 
+    `MTPModel` sums the losses of these; a loop without `MTPModel` needs them for its own sum.
+
     >>> target_ids, segment_ids = np.asarray([[6, 7, 0]]), np.asarray([[1, 1, 0]])
     >>> print(emtp.scored_targets(target_ids, segment_ids=segment_ids))
     [[ True  True False]]

@@ -175,7 +175,7 @@ def summed_cross_entropy_by_depth(
     predictions: bool = True,
     expected_cotangents: Float[Array, "depth"] | None = None,
 ) -> WeightedLosses:
-    """`summed_linear_cross_entropy` for each depth.
+    """`summed_linear_cross_entropy` for each depth, as `MultiTokenPredictionBlock` calls it.
 
     `expected_cotangents` are the sums' cotangents, up to a common factor; all equal if `None`. If
     others come back, the head's gradient takes two more matrix products.

@@ -177,6 +177,8 @@ def as_linear_head(head: OutputHead) -> LinearHead | None:
 def head_vocab_size(head: Any) -> int | None:
     """The number of ids that an output head knows, if it is a matrix or a `LinearHead`.
 
+    `MTPModel` and `speculative.generate` check token ids by it. `None` for any other callable.
+
     >>> emtp.cross_entropy.head_vocab_size(jnp.ones((32, 16)))
     32
     """
