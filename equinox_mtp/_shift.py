@@ -360,6 +360,8 @@ def scored_targets(
     return scored
 
 
-def default_position_ids(input_ids: Shaped[Array, "batch seq"]) -> Integer[Array, "batch seq"]:
+def default_position_ids(
+    input_ids: Shaped[HostOrDeviceArray, "batch seq"],
+) -> Integer[Array, "batch seq"]:
     """Positions that count from 0 in every row."""
     return jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
