@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import importlib.metadata
 import itertools
 import os
 import signal
@@ -16,7 +17,7 @@ _USAGE = """usage: python -m equinox_mtp COMMAND [options]
   train      train a small language model with Multi-Token Prediction
   generate   continue a text with a trained model, drafting by its prediction depths
 
-`python -m equinox_mtp COMMAND --help` lists the options.
+`python -m equinox_mtp COMMAND --help` lists the options, and `--version` tells the version.
 """
 
 _EXPECTED = (ValueError, OSError, FloatingPointError)
@@ -41,6 +42,9 @@ def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(importlib.metadata.version("equinox-mtp"))
+        return 0
     command, *options = arguments
     commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "generate": _generate}
     if command not in commands:
@@ -69,20 +73,22 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _train(options: Sequence[str]) -> None:
-    import tyro
-
     from .training import (
         TrainConfig,
         info_of_run,
         newest_run_folder,
+        parse_train_options,
         quiet_failed_saves,
+        read_options,
         train,
     )
 
     _check_not_empty(options)
     quiet_failed_saves()
     default = TrainConfig()
-    run = _named_run(options)
+    run, options = _named_run(options)
+    if run.config is not None:
+        default = read_options(run.config, default)
     if run.resume:
         out = run.out or newest_run_folder(with_checkpoint=True)
         if out is None:
@@ -92,8 +98,7 @@ def _train(options: Sequence[str]) -> None:
         # What is not said on the command line stays as it was in the run.
         stored = info_of_run(out / "checkpoints").config
         default = dataclasses.replace(stored, out=out)
-    prog = "python -m equinox_mtp train"
-    config = tyro.cli(TrainConfig, prog=prog, args=options, default=default)
+    config = parse_train_options(options, default)
     if config.distributed:
         _train_in_several_processes(config)
     else:
@@ -150,12 +155,18 @@ def _check_not_empty(options: Sequence[str]) -> None:
             raise ValueError(f"`{named}` must not be empty. Give a value, or leave the option out.")
 
 
-def _named_run(options: Sequence[str]) -> argparse.Namespace:
-    """`--resume` and `--out`, ahead of the other options, whose defaults depend on them."""
+def _named_run(options: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """`--config`, `--resume` and `--out`, on which the defaults of the others depend.
+
+    **Returns:** these, and the options without `--config`.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    run, rest = early.parse_known_args(options)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path)
-    return parser.parse_known_args(options)[0]
+    return parser.parse_known_args(rest, run)[0], rest
 
 
 if __name__ == "__main__":

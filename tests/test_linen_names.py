@@ -1,4 +1,4 @@
-"""README's table of MaxText's names: every row is there, and both sides do the same."""
+"""The README's table of MaxText's names: every row is there, and both sides do the same."""
 
 import inspect
 import re
@@ -18,7 +18,9 @@ from maxtext import ToyLayer, library_output, toy_block, toy_config, toy_decoder
 import equinox_mtp as emtp
 from equinox_mtp import linen
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
+README = (Path(__file__).parents[1] / "equinox_mtp" / "linen" / "README.md").read_text(
+    encoding="utf8"
+)
 TABLE = README.partition("| MaxText, and `equinox_mtp.linen` |")[2].partition("\n\n")[0]
 ROWS = {
     old: re.findall(r"`([^`]*)`", new)

@@ -1,9 +1,11 @@
 """The training command's parts: data, checkpoints, the step, the loop, the command line."""
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,10 +36,12 @@ from equinox_mtp.training import (
     load_info,
     make_optimizer,
     make_state,
+    read_options,
     save_checkpoint,
     train,
     train_step,
 )
+from equinox_mtp.training._config import GROUPS
 from equinox_mtp.training._lock import only_run
 from equinox_mtp.training._report import MetricsFile, describe_corpus
 from equinox_mtp.training._step import scaling_switch_step
@@ -666,13 +670,55 @@ def test_command_line_errors(
     assert "no command 'fly'" in capsys.readouterr().err
     assert main(["train", "--data", str(tmp_path / "nowhere")]) == 1
     assert "error: `data`: there is no file or directory" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as exit_status:
-        main(["train", "--seq-len", "1"])
-    assert exit_status.value.code == 2
-    assert "`seq_len` must be more than `depths`" in capsys.readouterr().err
+    assert main(["train", "--seq-len", "1"]) == 1
+    assert "error: `seq_len` must be more than `depths`" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("equinox-mtp")
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--resume"]) == 1
     assert "`resume`: no run under runs/ has a checkpoint" in capsys.readouterr().err
+
+
+def test_help_lists_common_options_first_and_then_groups(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main(["train", "--help"])
+    assert exit_status.value.code == 0
+    printed = capsys.readouterr().out
+    titles = re.findall(r"^\W*([\w-]+) options\b", printed, flags=re.MULTILINE)
+    assert titles == ["common", *(group.replace(" ", "-") for group in GROUPS)]
+    common = printed[printed.index("common options") : printed.index("data options")]
+    named = re.findall(r"^\W* --([\w-]+)", common, flags=re.MULTILINE)
+    assert len(named) == 10
+    assert {"data", "out", "resume", "steps", "depths"} <= set(named)
+    every = {
+        name.replace("-", "_") for name in re.findall(r"^\W* --([\w-]+)", printed, re.MULTILINE)
+    }
+    assert every == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_options_of_a_run_are_read_back(
+    run: tuple[Path, TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, config = run
+    for path in (folder, folder / "config.json"):
+        found = read_options(path, TrainConfig())
+        assert found == dataclasses.replace(config, out=None, resume=False)
+    # The command line has the last word, here by an option that does not fit the others.
+    assert main(["train", "--config", str(folder), "--seq-len", "1"]) == 1
+    assert "`seq_len` must be more than `depths`" in capsys.readouterr().err
+    for content, message in (
+        ("[1]", "is no JSON object"),
+        ("{", "is no JSON object"),
+        ('{"stepz": 3}', "has options that do not exist: stepz"),
+        ('{"steps": 0}', "`steps` must be an integer, 1 or more"),
+    ):
+        (tmp_path / "c.json").write_text(content)
+        assert main(["train", "--config", str(tmp_path / "c.json")]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["train", "--config", str(tmp_path)]) == 1
+    assert "`config`: there is no file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--out", ""], ["--out="], ["--data", ""], ["--mesh="]])

@@ -9,6 +9,7 @@ from ._checkpoint import (
     save_checkpoint,
 )
 from ._checkpoint_files import checkpoints, last_checkpoint, last_undamaged_checkpoint
+from ._command_line import parse_train_options
 from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig
 from ._corpus import Corpus, load_corpus
@@ -19,6 +20,7 @@ from ._placement import ONE_DEVICE, Placement
 from ._quiet import quiet_failed_saves
 from ._sources import TEXT_END, TEXT_VOCAB
 from ._step import TrainState, evaluate, make_model, make_optimizer, make_state, train_step
+from ._stored_options import read_options
 from ._train import newest_run_folder, train
 
 __all__ = [
@@ -52,7 +54,9 @@ __all__ = [
     "make_optimizer",
     "make_state",
     "newest_run_folder",
+    "parse_train_options",
     "quiet_failed_saves",
+    "read_options",
     "save_checkpoint",
     "train",
     "train_step",

@@ -29,6 +29,7 @@ from ._checkpoint_files import (
 )
 from ._config import TrainConfig
 from ._processes import is_first
+from ._stored_options import from_json, to_json
 
 _NOISE = ("Metadata file does not exist", "Requested `tracked_metric`")
 logging.getLogger("absl").addFilter(
@@ -205,10 +206,7 @@ def load_info(checkpoint: Path) -> CheckpointInfo:
     try:
         stored = dict(json.loads((checkpoint / INFO / "metadata").read_text(encoding="utf8")))
         config = stored.pop("config")
-        config["data"] = tuple(Path(path) for path in config["data"])
-        config["out"] = None if config["out"] is None else Path(config["out"])
-        config["mtp_scaling"] = tuple(config["mtp_scaling"])
-        return CheckpointInfo(config=TrainConfig(**config), **stored)
+        return CheckpointInfo(config=TrainConfig(**from_json(config)), **stored)
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"the checkpoint {checkpoint} is damaged, or of another version: {error!r:.160}. "
@@ -294,10 +292,4 @@ def _by_name(tree: PyTree[Any]) -> dict[str, Any]:
 
 
 def _to_json(info: CheckpointInfo) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
-
-    stored = dataclasses.asdict(info)
-    stored["config"] = {name: plain(value) for name, value in stored["config"].items()}
-    stored["config"]["data"] = [str(path) for path in info.config.data]
-    return stored
+    return {**dataclasses.asdict(info), "config": to_json(info.config)}

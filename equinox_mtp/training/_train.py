@@ -22,7 +22,7 @@ from ._checkpoint import (
 )
 from ._checkpoint_files import checkpoints, last_undamaged_checkpoint
 from ._compare import Comparison, compare, held_out_prompts
-from ._config import TrainConfig
+from ._config import TrainConfig, options, without_devices
 from ._corpus import Corpus, load_corpus
 from ._interrupt import Interrupted, interruptible
 from ._lock import only_run
@@ -45,18 +45,9 @@ from ._step import (
     make_state,
     train_step,
 )
+from ._stored_options import write_options
 
 RUNS = Path("runs")
-# On other devices the same run goes on, and from elsewhere with the same data.
-DEFAULT = TrainConfig()
-WHERE_IT_RUNS = {
-    *("mesh", "distributed", "coordinator", "num_processes", "process_id", "heartbeat_timeout"),
-}
-OWN_OF_A_PROCESS = {"data", "out", "coordinator", "process_id"}
-FREE_TO_CHANGE = {
-    *("data", "out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts"),
-    *WHERE_IT_RUNS,
-}
 
 
 def train(config: TrainConfig) -> Path:
@@ -71,9 +62,7 @@ def train(config: TrainConfig) -> Path:
     SIGTERM.
     """
     started = time.perf_counter()
-    # Where a run goes on is said anew.
-    here = {name: getattr(DEFAULT, name) for name in WHERE_IT_RUNS}
-    anywhere = dataclasses.replace(config, **here)
+    anywhere = without_devices(config)
     check_agreement(config)
     corpus = load_corpus(
         config.data, vocab_size=config.vocab_size, end_of_document=config.end_of_document
@@ -92,6 +81,8 @@ def train(config: TrainConfig) -> Path:
             stack.enter_context(only_run(out))
         state = start_or_resume(out, info, optimizer, placement, like)
         first_step = int(state.step)
+        if is_first() and not config.resume:
+            write_options(out, config)
         say(
             f"{describe_corpus(corpus, held_out_corpus, config.depths)}\n"
             f"{emtp.count_parameters(state.model):,} parameters, "
@@ -204,7 +195,7 @@ def start_or_resume(
     stored = load_info(checkpoint)
     for field in dataclasses.fields(TrainConfig):
         was, is_now = getattr(stored.config, field.name), getattr(config, field.name)
-        if was != is_now and field.name not in FREE_TO_CHANGE:
+        if was != is_now and not options()[field.name].may_change:
             raise ValueError(
                 f"`{field.name}` was {was!r} in the run to resume, and is {is_now!r} now. Leave it "
                 "as it was, or start a new run."
@@ -223,7 +214,7 @@ def check_agreement(config: TrainConfig) -> None:
     of_first, *others = [json.loads(m) for m in exchange(json.dumps(values).encode())]
     for process, of_process in enumerate(others, start=1):
         for name, value in of_process.items():
-            if value != of_first[name] and name not in OWN_OF_A_PROCESS:
+            if value != of_first[name] and not options()[name].may_differ:
                 raise ValueError(
                     f"`{name}` must be the same in every process; it is {of_first[name]} in the "
                     f"first, and {value} in process {process}."

@@ -1,0 +1,50 @@
+"""From the command line to `TrainConfig`, with its options in groups."""
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from ._config import GROUPS, TrainConfig, options
+
+_COMMON = "common"
+
+_CONFIG = "--config FILE takes the options of a run, from its config.json; those given here win."
+
+
+def parse_train_options(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:
+    """What the command line says; `default` where it says nothing.
+
+    The help lists the common options first, and then each group of `TrainConfig`.
+
+    **Raises:** `ValueError` for options that do not go together; `SystemExit` for an unknown option
+    or `--help`.
+    """
+    parsed = tyro.cli(
+        _grouped(default),
+        prog="python -m equinox_mtp train",
+        description=f"{inspect.cleandoc(TrainConfig.__doc__ or '')}\n\n{_CONFIG}",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    values = [getattr(parsed, field.name) for field in dataclasses.fields(parsed)]
+    return TrainConfig(**{name: x for group in values for name, x in vars(group).items()})
+
+
+def _grouped(default: TrainConfig) -> type:
+    """A dataclass of a dataclass for each group: tyro shows one panel for each."""
+    types_of = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    groups: dict[str, list[tuple[str, Any, Any]]] = {name: [] for name in (_COMMON, *GROUPS)}
+    for name, option in options().items():
+        documented = Annotated[types_of[name], tyro.conf.arg(help=option.help)]
+        field = (name, documented, dataclasses.field(default=getattr(default, name)))
+        groups[_COMMON if option.is_common else option.group].append(field)
+    fields = []
+    for title, members in groups.items():
+        name = title.replace(" ", "_")
+        group = dataclasses.make_dataclass(name, members, frozen=True)
+        group.__doc__ = None
+        fields.append((name, group, dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass("Options", fields, frozen=True)
