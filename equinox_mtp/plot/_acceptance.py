@@ -39,7 +39,14 @@ def acceptance(rate: MTPAcceptanceRate, *, ax: Axes | None = None) -> Axes:
     ax.set_title(f"τ = {float(rate.expected_accepted_length):.2f} tokens a pass")
     finish_curves(ax)
     ax.grid(visible=False, axis="x")
-    ax.legend(frameon=False, loc="upper center", ncols=len(_COLORS))
+    ax.legend(
+        frameon=False,
+        loc="upper center",
+        ncols=len(_COLORS),
+        fontsize=9,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
     return ax
 
 

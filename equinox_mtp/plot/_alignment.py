@@ -60,7 +60,8 @@ def alignment(
     - `to_text`: from a token id to the text in a cell, as `chr` for bytes.
     - `ax`: where to draw; a new figure if `None`, sized by the number of cells.
 
-    **Returns:** the axes. Position i reaches from i to i + 1, lane by lane from 0 downward.
+    **Returns:** the axes. Position i reaches from i to i + 1, lane by lane from 0 downward. A title
+    has room on the left of the legend: `ax.set_title(title, loc="left")`.
 
     **Raises:** `ValueError` if the batch has no targets, if segment ids have another shape or come
     with a batch, and if there is no such row.
@@ -173,8 +174,8 @@ def _legend(ax: Axes, num_documents: int) -> None:
     handles.append(Patch(**_NOT_SCORED, label="no token, or not scored"))
     ax.legend(
         handles=handles,
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
         ncols=len(handles),
         frameon=False,
         fontsize=9,
