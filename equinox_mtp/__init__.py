@@ -12,7 +12,7 @@ returns everything that it computed. The rooms, where imports run downward only:
 |---|---|---|
 | 9 | `__main__`, `training` | `python -m equinox_mtp …`; uses only the public names |
 | 8 | `__init__` | the public names |
-| 7 | `speculative`, `linen` | draft, verify, commit; MaxText's constructors and names |
+| 7 | `speculative`, `linen`, `plot` | draft, verify, commit; MaxText's constructors and names; pictures |
 | 6 | `_model` | `MTPModel(decoder, block)` |
 | 5 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
 | 4 | `_layer` | one depth |

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from equinox_mtp import plot
+
 from ._compare import Comparison
 from ._corpus import Corpus
 from ._step import Evaluation, StepMetrics
@@ -108,50 +110,29 @@ def plot_curves(metrics: MetricsFile, path: Path) -> None:
     """Draws losses and acceptance over steps, and replaces the picture at `path`."""
     train, held_out = metrics.of("train"), metrics.of("held_out")
     figure = Figure(figsize=(11, 4), layout="constrained")
-    losses, acceptance = figure.subplots(1, 2)
-    steps = [record["step"] for record in held_out]
-    _line_pair(losses, train, held_out, "main_loss", None, "main model", "C0")
-    num_depths = len(train[-1]["mtp_losses"]) if train else 0
-    for k in range(num_depths):
-        _line_pair(losses, train, held_out, "mtp_losses", k, f"depth {k + 1}", f"C{k + 1}")
-        joint = [100 * record["joint_acceptance"][k] for record in held_out]
-        label = "depth 1" if k == 0 else f"depths 1 … {k + 1}"
-        acceptance.plot(steps, joint, marker="o", color=f"C{k + 1}", label=label)
-    losses.set(
-        xlabel="step", ylabel="loss (nats a token)", title="Loss: training (line), held out (dots)"
-    )
-    acceptance.set(
-        xlabel="step",
-        ylabel="accepted (%)",
-        ylim=(0, 100),
-        title="Held-out drafts accepted by the main model",
-    )
-    for axes in (losses, acceptance):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+    loss_axes, acceptance_axes = figure.subplots(1, 2)
+    for records, as_points in ((train, False), (held_out, True)):
+        steps, main_losses = _column(records, "step"), _column(records, "main_loss")
+        depth_losses = _by_depth(records, "mtp_losses")
+        plot.losses(steps, main_losses, depth_losses, as_points=as_points, ax=loss_axes)
+    joint = _by_depth(held_out, "joint_acceptance")
+    plot.joint_acceptance(_column(held_out, "step"), joint, ax=acceptance_axes)
+    loss_axes.set_title("Loss: training (line), held out (dots)")
+    acceptance_axes.set_title("Held-out drafts accepted by the main model")
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=120)
     os.replace(temporary, path)
 
 
-def _line_pair(
-    axes: Any,
-    train: list[Record],
-    held_out: list[Record],
-    name: str,
-    index: int | None,
-    label: str,
-    color: str,
-) -> None:
-    def values(records: list[Record]) -> list[float]:
-        return [record[name] if index is None else record[name][index] for record in records]
+def _column(records: list[Record], name: str) -> np.ndarray:
+    return np.array([record[name] for record in records], int if name == "step" else float)
 
-    axes.plot(
-        [record["step"] for record in train], values(train), color=color, alpha=0.7, label=label
-    )
-    steps = [record["step"] for record in held_out]
-    axes.plot(steps, values(held_out), color=color, marker="o", linestyle="none")
+
+def _by_depth(records: list[Record], name: str) -> np.ndarray:
+    """A row for each record and a column for each depth; no columns if there are no records."""
+    num_depths = len(records[0][name]) if records else 0
+    values = [record[name] for record in records]
+    return np.array(values, float).reshape(len(records), num_depths)
 
 
 def summary(

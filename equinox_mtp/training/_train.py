@@ -6,10 +6,11 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import optax
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import equinox_mtp as emtp
 from equinox_mtp.sharding import use_rules
@@ -273,12 +274,14 @@ def record_evaluation(run: Run, state: TrainState, metrics: MetricsFile) -> floa
 
 
 def progress_bar(steps: int, first_step: int) -> tqdm:
-    """A bar on standard error."""
+    """A bar on standard error, or in a notebook a widget; TQDM_DISABLE=1 leaves it out."""
+    # What is not passed comes from the environment.
+    options: dict[str, Any] = {} if is_first() else {"disable": True}
     return tqdm(
         total=steps,
         initial=first_step,
         unit="step",
         dynamic_ncols=True,
         mininterval=0.5,
-        disable=not is_first(),
+        **options,
     )
