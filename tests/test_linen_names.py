@@ -18,9 +18,7 @@ from maxtext import ToyLayer, library_output, toy_block, toy_config, toy_decoder
 import equinox_mtp as emtp
 from equinox_mtp import linen
 
-README = (Path(__file__).parents[1] / "equinox_mtp" / "linen" / "README.md").read_text(
-    encoding="utf8"
-)
+README = (Path(linen.__file__).parent / "README.md").read_text(encoding="utf8")
 TABLE = README.partition("| MaxText, and `equinox_mtp.linen` |")[2].partition("\n\n")[0]
 ROWS = {
     old: re.findall(r"`([^`]*)`", new)

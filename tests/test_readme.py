@@ -85,7 +85,7 @@ def check_generation_is_plain_decoding_and_the_file_holds_the_model(
 ) -> None:
     names = readme[1]
     plain = emtp.speculative.generate(
-        names["model"], names["prompts"], names["lengths"], max_new_tokens=12, num_drafts=0
+        names["model"], names["prompts"], max_new_tokens=12, num_drafts=0
     )
     np.testing.assert_array_equal(names["generation"].tokens, plain.tokens)
     np.testing.assert_array_equal(names["generation"].num_generated, [12, 12])
