@@ -43,7 +43,10 @@ def _run(arguments: Sequence[str]) -> int:
         print(_USAGE)
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(importlib.metadata.version("equinox-mtp"))
+        try:
+            print(importlib.metadata.version("equinox-mtp"))
+        except importlib.metadata.PackageNotFoundError:
+            print("not installed")
         return 0
     command, *options = arguments
     commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "generate": _generate}

@@ -96,6 +96,8 @@ def test_a_run_on_a_mesh_is_that_on_one_device(
     options = {"mesh": mesh, "accumulate": accumulate}
     train(dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path, **options))
     assert_same_losses(tmp_path, whole)
+    # Another run with these options may be on other devices.
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"] is None
 
 
 def test_a_run_goes_on_on_another_mesh(tokens: Path, whole: Path, tmp_path: Path) -> None:

@@ -709,6 +709,7 @@ def test_options_of_a_run_are_read_back(
     for content, message in (
         ("[1]", "is no JSON object"),
         ("{", "is no JSON object"),
+        ("[" * 100_000, "is no JSON object"),
         ('{"stepz": 3}', "has options that do not exist: stepz"),
         ('{"steps": 0}', "`steps` must be an integer, 1 or more"),
     ):

@@ -21,7 +21,7 @@ def write_options(folder: Path, config: TrainConfig) -> None:
 def read_options(path: Path, default: TrainConfig) -> TrainConfig:
     """The options of a run: its `config.json`, or the folder that holds one.
 
-    The folder, and whether the run was resumed, are not taken from there.
+    The folder of the run, whether it was resumed, and its devices are not taken from there.
 
     **Raises:** `FileNotFoundError` if there is no such file; `ValueError` if it holds something
     else.
@@ -33,7 +33,7 @@ def read_options(path: Path, default: TrainConfig) -> TrainConfig:
         )
     try:
         stored = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         stored = None
     if not isinstance(stored, dict):
         raise ValueError(f"`config`: {path} is no JSON object. Name a run's config.json.")

@@ -83,7 +83,7 @@ def train(config: TrainConfig) -> Path:
         state = start_or_resume(out, info, optimizer, placement, like)
         first_step = int(state.step)
         if is_first() and not config.resume:
-            write_options(out, config)
+            write_options(out, anywhere)
         say(
             f"{describe_corpus(corpus, held_out_corpus, config.depths)}\n"
             f"{emtp.count_parameters(state.model):,} parameters, "
