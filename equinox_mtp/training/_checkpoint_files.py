@@ -1,4 +1,7 @@
-"""Where checkpoints are, and whether they are as they were written."""
+"""Where checkpoints are, and whether they are as they were written.
+
+orbax writes them; it has no digests by which a user could tell a damaged file.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,8 @@
-"""Documents in files: indexed once, each process its share, and read where they are wanted."""
+"""Documents in files: indexed once, each process its share, and read where they are wanted.
+
+Two running sums and files that are mapped into memory do it; a data source of grain's would be one
+more layer over them.
+"""
 
 import dataclasses
 import hashlib

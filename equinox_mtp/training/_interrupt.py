@@ -1,4 +1,7 @@
-"""Stopping a run before its end."""
+"""Stopping a run before its end.
+
+orbax tells several processes of a preemption; a Ctrl-C, and a run of one process, need this.
+"""
 
 import contextlib
 import signal

@@ -1,4 +1,8 @@
-"""Documents, packed into rows."""
+"""Documents, packed into rows.
+
+A row is a pure function of its index, so that a run goes on anywhere, on any mesh. Packing in grain
+is an iterator, whose state a checkpoint would have to hold for each process.
+"""
 
 import functools
 from collections.abc import Iterator
