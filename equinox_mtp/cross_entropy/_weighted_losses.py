@@ -84,13 +84,15 @@ def _without_unscored(
 ) -> tuple[Array, Array]:
     """Each token's negative log-likelihood and squared log-sum-exp, 0 where 0 · inf is to be 0."""
 
-    def without(values: Array, is_unscored: Array) -> Array:
-        return jnp.where(is_unscored & ~jnp.isfinite(values), 0.0, values)
+    def without(values: Array, is_unscored: Array, is_finite: Array) -> Array:
+        return jnp.where(is_unscored & ~is_finite, 0.0, values)
 
+    nll, log_sum_exp = token.negative_log_likelihood, token.log_sum_exp
     no_weight = weights == 0
     # Before it is squared: the square of infinity has a derivative that no factor 0 takes away.
-    log_sum_exp = without(token.log_sum_exp, no_weight | (z_loss_weight == 0))
-    return without(token.negative_log_likelihood, no_weight), jnp.square(log_sum_exp)
+    is_finite = jnp.isfinite(jnp.square(log_sum_exp))
+    log_sum_exp = without(log_sum_exp, no_weight | (z_loss_weight == 0), is_finite)
+    return without(nll, no_weight, jnp.isfinite(nll)), jnp.square(log_sum_exp)
 
 
 def _softmax_weight(weights: Array, z_loss_weight: Array, log_sum_exp: Array) -> Array:
