@@ -17,7 +17,7 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 5 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
 | 4 | `_layer` | one depth |
 | 3 | `cross_entropy`, `nn`, `stacking` | the loss of an output head; the reference decoder; layers of all depths as one |
-| 2 | `_shift`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization` | alignment; reductions; interfaces; what optimizers must know; rules and placement; files |
+| 2 | `_shift`, `_alignment`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files |
 | 1 | `_config`, `_checks`, `_types`, `_annotations`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; the API reference |
 
 The examples in all docstrings begin with this model and this batch:
@@ -47,6 +47,7 @@ from . import (
     speculative,
 )
 from ._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
+from ._alignment import MTPTargets, align_targets, inputs_and_targets, scored_targets
 from ._batch import Batch, make_batch
 from ._block import MTPOutput, MultiTokenPredictionBlock
 from ._config import MTPConfig, Preset
@@ -66,14 +67,7 @@ from ._losses import (
 )
 from ._model import ModelOutput, MTPModel
 from ._parameters import count_parameters, muon_dimension_numbers, weight_decay_mask
-from ._shift import (
-    MTPTargets,
-    align_targets,
-    inputs_and_targets,
-    roll_and_mask,
-    roll_and_mask_by_segment,
-    scored_targets,
-)
+from ._shift import roll_and_mask, roll_and_mask_by_segment
 from .cross_entropy import (
     CrossEntropy,
     LinearHead,

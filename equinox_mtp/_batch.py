@@ -8,8 +8,8 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Integer
 
+from ._alignment import MTPTargets, align_targets
 from ._checks import check_ids
-from ._shift import MTPTargets, align_targets
 from ._types import HostOrDeviceArray, checked
 
 

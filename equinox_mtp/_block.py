@@ -10,12 +10,12 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from ._acceptance import MTPAcceptance
+from ._alignment import MTPTargets, default_position_ids
 from ._checks import check_integer
 from ._config import MTPConfig
 from ._decoder import AbstractDecoder
 from ._layer import MultiTokenPredictionLayer, enter_first_depth
 from ._losses import MTPLosses, Objective, calculate_mtp_loss, loss_weights
-from ._shift import MTPTargets, default_position_ids
 from ._types import MakeLayer, Scalar, checked, module_of
 from .cross_entropy import summed_cross_entropy_by_depth
 from .stacking import stack_layers

@@ -1,4 +1,4 @@
-"""Checks of arguments: each returns a plain value, or says what is wrong.
+"""Checks of arguments: each returns a plain value, or raises an error that says what is wrong.
 
 They take what is unambiguous, such as NumPy's scalars, and nothing else: no `True` for 1, and no
 1.5 for an integer.
@@ -71,6 +71,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
         wanted = " or ".join(map(repr, choices))
         raise ValueError(f"`{name}` must be {wanted}; got {_short(value)}.")
     return value
+
+
+def check_checkpoint_policy(policy: Any) -> None:
+    """**Raises:** `ValueError` if it is neither a function nor `None`."""
+    if not (policy is None or callable(policy)):
+        raise ValueError(
+            "`checkpoint_policy` must be a function, such as one of "
+            f"`jax.checkpoint_policies`, or `None`; got {_short(policy)}."
+        )
 
 
 def check_ids(name: str, ids: Any, vocab_size: int | None = None, where: Any = None) -> Any:

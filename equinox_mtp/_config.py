@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
-from ._checks import check_choice, check_flag, check_integer
+from ._checks import check_checkpoint_policy, check_choice, check_flag, check_integer
 
 ConcatOrder: TypeAlias = Literal["embedding_first", "hidden_first"]
 NormPlacement: TypeAlias = Literal["before_norm", "after_norm"]
@@ -73,7 +73,7 @@ class MTPConfig:
     - `stop_gradient_embedding`: no MTP gradient into the embedding.
     - `stop_gradient_head`: no MTP gradient into the output head and the main model's final norm.
     - `checkpoint_policy`: what a depth's layer keeps for the backward pass, as in `jax.checkpoint`.
-        `None` keeps its input alone and computes the rest again; a function of
+        `None` keeps its input alone and recomputes the rest; a function of
         `jax.checkpoint_policies` trades memory for time.
 
     **Raises:** `ValueError` for a value or a combination that makes no sense.
@@ -99,11 +99,7 @@ class MTPConfig:
             if isinstance(field.default, bool):
                 value = check_flag(field.name, getattr(self, field.name))
                 object.__setattr__(self, field.name, value)
-        if not (self.checkpoint_policy is None or callable(self.checkpoint_policy)):
-            raise ValueError(
-                "`checkpoint_policy` must be a function, such as one of "
-                f"`jax.checkpoint_policies`, or `None`; got {self.checkpoint_policy!r}."
-            )
+        check_checkpoint_policy(self.checkpoint_policy)
         if self.repeated_layer and self.num_depths == 0:
             raise ValueError(
                 "`repeated_layer=True` needs at least one depth to repeat the layer at; got "

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int32, Integer, PRNGKeyArray, PyTree
 
+from ._alignment import MTPTargets, default_position_ids, scored_targets
 from ._batch import Batch
 from ._block import MTPOutput, MultiTokenPredictionBlock
 from ._checks import check_ids
 from ._decoder import AbstractDecoder, split_auxiliary
 from ._losses import Objective, TokenLoss, calculate_mtp_loss
-from ._shift import MTPTargets, default_position_ids, scored_targets
 from ._types import HostOrDeviceArray, Scalar, checked
 from .cross_entropy import head_vocab_size, summed_linear_cross_entropy
 

@@ -13,10 +13,12 @@ import pytest
 ROOMS = (
     "equinox_mtp",
     "equinox_mtp.cross_entropy",
+    "equinox_mtp.linen",
     "equinox_mtp.nn",
     "equinox_mtp.serialization",
     "equinox_mtp.sharding",
     "equinox_mtp.speculative",
+    "equinox_mtp.training",
 )
 
 
@@ -57,15 +59,18 @@ def names_of(room: str) -> dict[str, Any]:
 
 
 WITH_EXAMPLES = {
-    name: thing.__doc__ for name, thing in documented() if ">>> " in (thing.__doc__ or "")
+    name: (thing.__doc__, thing.__module__)
+    for name, thing in documented()
+    if ">>> " in (thing.__doc__ or "")
 }
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    room = next(room for room in reversed(ROOMS) if name.startswith(room))
-    run(WITH_EXAMPLES[name], name, names_of(room))
+    docstring, module = WITH_EXAMPLES[name]
+    room = next(room for room in reversed(ROOMS) if module.startswith(room))
+    run(docstring, name, dict(names_of(room)))
 
 
 def test_functions_and_classes_have_an_example() -> None:
@@ -74,6 +79,7 @@ def test_functions_and_classes_have_an_example() -> None:
         for name, _ in documented()
         if name.rpartition(".")[0] in ROOMS and name not in WITH_EXAMPLES
     }
-    # MaxText's names, shown in the notebook on migration.
-    from_linen = {"mtp_acceptance", "mtp_losses", "multi_token_prediction_block_as_linen"}
-    assert without == {f"equinox_mtp.{name}" for name in from_linen}
+    # The commands: README's and the notebooks run them.
+    commands = {"CheckpointInfo", "GenerateConfig", "Interrupted", "generate_command"}
+    commands |= {"generate_text", "load_model", "train", "train_command"}
+    assert without == {f"equinox_mtp.training.{name}" for name in commands}

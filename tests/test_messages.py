@@ -48,7 +48,7 @@ VALUES = {
     "`norm_epsilon` must be": "transformer(norm_epsilon=np.nan)",
     "`attention` must be a function": "transformer(attention='flash')",
     "`tie_embeddings` must be True or False": "transformer(tie_embeddings='no')",
-    "`remat` must be True or False": "transformer(remat='no')",
+    "`checkpoint_policy` must be a function": "transformer(checkpoint_policy='no')",
     "`dtype` must be": "transformer(dtype='float16')",
     "`dropout_rate` must be": "transformer(dropout_rate=1.0)",
     "`index` must be at least 0 and at most 1": "decoder.layer(2)",

@@ -18,7 +18,11 @@ BLOCK_NAME = "mtp_block"
 
 
 class mtp_losses(eqx.Module):  # noqa: N801
-    """The collection `mtp_losses`: per depth, the summed losses and the counts of scored tokens."""
+    """The collection `mtp_losses`: per depth, the summed losses and the counts of scored tokens.
+
+    >>> print(linen.mtp_losses.from_variables(collections).weights)
+    [14. 12.]
+    """
 
     losses: Float[Array, "depth"]
     weights: Float[Array, "depth"]
@@ -40,6 +44,9 @@ class mtp_acceptance(eqx.Module):  # noqa: N801
     """The collection `mtp_acceptance`: at the depth of interest, predictions and scored positions.
 
     Predictions are floats, as in MaxText.
+
+    >>> linen.mtp_acceptance.from_variables(collections).mtp_preds.shape
+    (1, 2, 8)
     """
 
     mtp_preds: Float[Array, "one batch seq"]
@@ -62,6 +69,10 @@ def calculate_mtp_loss(intermediate_outputs: Mapping[str, Any], config: Any) -> 
     """`equinox_mtp.calculate_mtp_loss`, pooled, of the collection `mtp_losses`.
 
     λ · Σ_k losses_k / Σ_k weights_k
+
+    >>> loss = linen.calculate_mtp_loss(collections, settings)
+    >>> loss.shape
+    ()
 
     **Arguments:**
 
@@ -89,6 +100,11 @@ def calculate_mtp_acceptance_rate(
     """How often the depth of interest predicts what the main model predicts, in percent.
 
     `equinox_mtp.calculate_mtp_acceptance_rate` of the collection `mtp_acceptance`.
+
+    >>> outputs = {**collections, "logits": jnp.zeros((2, 8, 32))}
+    >>> rate = linen.calculate_mtp_acceptance_rate(outputs, settings)
+    >>> bool(0 <= rate <= 100)
+    True
 
     **Arguments:**
 

@@ -28,6 +28,9 @@ class LinenBlock:
     """The block of `multi_token_prediction_block_as_linen`: frozen, and without arrays of its own.
 
     `init` draws parameters, `apply` runs the block with them. Both are pure functions.
+
+    >>> sorted(linen_block.init(jax.random.key(0))["params"])
+    ['mtp_layer_1', 'mtp_layer_2']
     """
 
     config: Any
@@ -187,7 +190,12 @@ class LinenBlock:
 
 @dataclasses.dataclass(frozen=True)
 class BoundBlock:
-    """A block and its variables."""
+    """A block and its variables.
+
+    >>> _, collections = linen_block.bind(variables, mutable=True)(**arguments)
+    >>> sorted(collections)
+    ['mtp_acceptance', 'mtp_losses', 'params']
+    """
 
     module: LinenBlock
     variables: Variables
@@ -215,6 +223,12 @@ def multi_token_prediction_block_as_linen(
     name: str | None = None,
 ) -> LinenBlock:
     """A Multi-Token Prediction block with MaxText's construction, and Linen's use.
+
+    >>> linen_block = linen.multi_token_prediction_block_as_linen(
+    ...     config=settings, mesh=None, decoder=decoder, rngs=None, name="mtp_block",
+    ...     transformer_layer_module=emtp.nn.TransformerDecoderLayer,
+    ... )
+    >>> variables = linen_block.init(jax.random.key(0))
 
     **Arguments:**
 

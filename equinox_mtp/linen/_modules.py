@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Integer, Shaped
 
 from .. import _block, _layer
 from .._acceptance import MTPAcceptance
+from .._alignment import align_targets
 from .._losses import MTPLosses
-from .._shift import align_targets
 from .._types import HostOrDeviceArray, checked, module_of
 from ..nn import Linear, RMSNorm
 from ._collections import BLOCK_NAME, mtp_acceptance, mtp_losses
@@ -32,7 +32,14 @@ ALL_COLLECTIONS = frozenset({mtp_losses.__name__, mtp_acceptance.__name__})
 
 
 class MultiTokenPredictionLayer(eqx.Module):
-    """`equinox_mtp.MultiTokenPredictionLayer`, constructed and called as MaxText's."""
+    """`equinox_mtp.MultiTokenPredictionLayer`, constructed and called as MaxText's.
+
+    >>> layer = linen.MultiTokenPredictionLayer(
+    ...     settings, None, 1, emtp.nn.TransformerDecoderLayer, rngs=jax.random.key(0)
+    ... )
+    >>> layer.projection_layer.kernel.shape
+    (32, 16)
+    """
 
     layer: _layer.MultiTokenPredictionLayer
     layer_number: int = eqx.field(static=True)
@@ -126,6 +133,12 @@ class MultiTokenPredictionBlock(eqx.Module):
     """`equinox_mtp.MultiTokenPredictionBlock`, constructed and called as MaxText's.
 
     MaxText stores what it collects in itself; here a call returns it.
+
+    >>> linen_block = linen.MultiTokenPredictionBlock(
+    ...     settings, None, emtp.nn.TransformerDecoderLayer, decoder, rngs=jax.random.key(0)
+    ... )
+    >>> sorted(linen_block(**arguments))
+    ['mtp_acceptance', 'mtp_losses']
     """
 
     block: _block.MultiTokenPredictionBlock

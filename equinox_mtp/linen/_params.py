@@ -48,6 +48,10 @@ _MODULE_NAMES = {"projection_layer": "projection", "output_norm": "final_norm"}
 def to_linen_params(block: MultiTokenPredictionBlock) -> dict[str, Any]:
     """A block's parameters as MaxText's tree, bit for bit.
 
+    >>> params = linen.to_linen_params(block)
+    >>> params["mtp_layer_1"]["mtp_1_projection"]["kernel"].shape
+    (32, 16)
+
         mtp_layer_1/mtp_1_embedding_norm/scale        [embed]
         mtp_layer_1/mtp_1_hidden_state_norm/scale     [embed]
         mtp_layer_1/mtp_1_projection/kernel           [2 embed, embed]
@@ -80,6 +84,11 @@ def from_linen_params(
     params: Mapping[str, Any], like: MultiTokenPredictionBlock
 ) -> MultiTokenPredictionBlock:
     """A block with the parameters of MaxText's tree, bit for bit.
+
+    >>> params = linen.to_linen_params(block)
+    >>> again = linen.from_linen_params(params, like=block)
+    >>> bool(eqx.tree_equal(again, block))
+    True
 
     **Arguments:**
 
@@ -141,6 +150,9 @@ def decoder_params(decoder: Any) -> dict[str, Any]:
     """A decoder's arrays by the names of their attributes, for `params["decoder"]`.
 
     For any pytree whose leaves are arrays, such as an `AbstractDecoder`.
+
+    >>> sorted(linen.decoder_params(decoder))
+    ['embedding', 'layers', 'norm']
     """
     flat: dict[Path, Any] = {}
 
@@ -154,6 +166,10 @@ def decoder_params(decoder: Any) -> dict[str, Any]:
 
 def with_decoder_params(decoder: _Decoder, params: Mapping[str, Any]) -> _Decoder:
     """A decoder with some of its arrays replaced, as they are; the inverse of `decoder_params`.
+
+    >>> params = {"embedding": jnp.zeros((32, 16))}
+    >>> float(linen.with_decoder_params(decoder, params).embedding.sum())
+    0.0
 
     **Raises:** `ValueError` for entries that the decoder does not have, or of another shape.
     """

@@ -18,6 +18,9 @@ def roll_and_mask(
     Inside a `shard_map` over a mesh axis named `"context"` the sequence is taken to be split over
     it, and the shift crosses shards.
 
+    >>> print(linen.roll_and_mask(jnp.asarray([[5, 6, 7, 8]])))
+    [[6 7 8 0]]
+
     **Arguments:**
 
     - `x`: any dtype; the sequence is the second axis.
@@ -37,6 +40,10 @@ def roll_and_mask_by_segment(
     """`equinox_mtp.roll_and_mask_by_segment` with zeros for fill, across shards as `roll_and_mask`.
 
     MaxText takes only a shift of -1; here any shift is right within documents.
+
+    >>> segment_ids = jnp.asarray([[1, 1, 2, 2]])
+    >>> print(linen.roll_and_mask_by_segment(jnp.asarray([[5, 6, 7, 8]]), segment_ids))
+    [[6 0 8 0]]
 
     **Arguments:**
 

@@ -95,7 +95,10 @@ class TransformerDecoder(AbstractCachedDecoder):
             )
             return hidden_states, None
 
-        run_layer = jax.checkpoint(run_layer) if self.config.remat else run_layer
+        policy = self.config.checkpoint_policy
+        if policy is not jax.checkpoint_policies.everything_saveable:
+            # In a scan nothing is merged across iterations: `prevent_cse` would only cost.
+            run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
         hidden_states = self.embed(input_ids, position_ids)
         return lax.scan(run_layer, hidden_states, (layer_arrays, keys))[0]
 

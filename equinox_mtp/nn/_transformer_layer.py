@@ -2,13 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from .._checks import check_choice, check_flag, check_integer, check_number
+from .._checks import (
+    check_checkpoint_policy,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+)
 from .._decoder import AbstractCachedDecoderLayer
 from .._types import checked
 from ..sharding import constrain_hidden_states
@@ -47,7 +54,8 @@ class TransformerConfig:
     - `dropout_rate`: of attention and feed-forward outputs; 0 needs no `key`.
     - `dtype`: the compute dtype, `float32` or `bfloat16`. Parameters are always float32; softmax,
         norms and losses are computed in float32.
-    - `remat`: recompute each layer in the backward pass, to save memory.
+    - `checkpoint_policy`: what a layer keeps for the backward pass, as in `jax.checkpoint`: all of
+        it by default. `None` keeps its input alone and recomputes the rest, to save memory.
     - `attention`: the attention function, with the arguments of `causal_attention`.
 
     **Raises:** `ValueError` for sizes that do not fit together.
@@ -66,7 +74,7 @@ class TransformerConfig:
     tie_embeddings: bool = True
     dropout_rate: float = 0.0
     dtype: str = "float32"
-    remat: bool = False
+    checkpoint_policy: Callable[..., Any] | None = jax.checkpoint_policies.everything_saveable
     attention: AttentionFunction = causal_attention
 
     def __post_init__(self) -> None:
@@ -75,8 +83,8 @@ class TransformerConfig:
         for name in ("num_kv_heads", "head_dim", "mlp_size"):
             if (value := getattr(self, name)) is not None:
                 self._set(name, check_integer(name, value, at_least=1))
-        for name in ("tie_embeddings", "remat"):
-            self._set(name, check_flag(name, getattr(self, name)))
+        self._set("tie_embeddings", check_flag("tie_embeddings", self.tie_embeddings))
+        check_checkpoint_policy(self.checkpoint_policy)
         self._set("rope_theta", check_number("rope_theta", self.rope_theta, above=0))
         self._set("norm_epsilon", check_number("norm_epsilon", self.norm_epsilon, at_least=0))
         rate = check_number("dropout_rate", self.dropout_rate, at_least=0, below=1)

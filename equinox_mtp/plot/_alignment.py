@@ -8,9 +8,9 @@ from jaxtyping import Integer
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
+from .._alignment import MTPTargets
 from .._batch import Batch
 from .._checks import check_integer
-from .._shift import MTPTargets
 from .._types import HostOrDeviceArray, checked
 from ._figure import axes_or_new
 

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, Integer
 
 from .._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
+from .._alignment import default_position_ids, inputs_and_targets
 from .._checks import check_ids, check_integer
 from .._model import MTPModel
-from .._shift import default_position_ids, inputs_and_targets
 from .._types import HostOrDeviceArray, at_hand, checked
 from ..cross_entropy import head_vocab_size
 

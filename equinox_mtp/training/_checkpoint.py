@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from .._checks import check_integer
 from ._checkpoint_files import (
     INFO,
     PREFIX,
     STATE,
     checkpoint_of,
     checkpoints,
-    damage,
+    find_corruption,
     last_checkpoint,
-    remove_unsealed,
-    seal,
-    set_aside,
+    quarantine,
+    remove_without_digests,
+    write_digests,
 )
 from ._config import TrainConfig
 from ._processes import is_first
@@ -33,7 +34,7 @@ from ._stored_options import from_json, to_json
 
 _NOISE = ("Metadata file does not exist", "Requested `tracked_metric`")
 logging.getLogger("absl").addFilter(
-    # orbax warns of what is as it should be: no metrics at most steps, no metadata of its own.
+    # orbax warns of normal states: no metrics at most steps, no metadata of its own.
     lambda record: not record.getMessage().startswith(_NOISE)
 )
 
@@ -63,23 +64,20 @@ class Checkpoints:
 
         - `folder`: of the checkpoints; all processes see it.
         - `keep`: how many of the last stay; at least 2, as one may still be written.
-        - `last_step`: where the run goes on; those after it, which are damaged, are set aside.
+        - `last_step`: where the run goes on; those after it, which are damaged, are renamed.
 
         **Raises:** `ValueError` if `keep` is less than 2.
         """
-        if not isinstance(keep, int) or keep < 2:
-            raise ValueError(
-                "`keep` must be an integer of at least 2, so that one is whole at any moment; got "
-                f"{keep!r}."
-            )
+        # One may still be written, and one is whole at any moment.
+        keep = check_integer("keep", keep, at_least=2)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.absolute()
-        self._unsealed: Path | None = None
-        self._sealing: Future[None] | None = None
+        self._without_digests: Path | None = None
+        self._digests_written: Future[None] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1)
         if is_first():
-            remove_unsealed(self._folder)
-            set_aside(self._folder, last_step)
+            remove_without_digests(self._folder)
+            quarantine(self._folder, last_step)
         policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -110,7 +108,7 @@ class Checkpoints:
         """
         self.wait()
         _check_finite(state, info.step)
-        self._unsealed = checkpoint_of(self._folder, info.step)
+        self._without_digests = checkpoint_of(self._folder, info.step)
         self._manager.save(
             info.step,
             args=ocp.args.Composite(
@@ -122,23 +120,23 @@ class Checkpoints:
         )
 
     def poll(self) -> None:
-        """Begins to seal a checkpoint whose writing has ended.
+        """Begins the digests of a checkpoint whose writing has ended.
 
         **Raises:** `OSError` if it could not be written.
         """
-        if self._unsealed and not self._manager.is_saving_in_progress():
-            self._begin_sealing()
+        if self._without_digests and not self._manager.is_saving_in_progress():
+            self._begin_digests()
 
     def wait(self) -> None:
         """Waits until everything is on disk.
 
         **Raises:** `OSError` if it could not be written.
         """
-        self._begin_sealing()
-        sealing, self._sealing = self._sealing, None
-        if sealing is not None:
+        self._begin_digests()
+        written, self._digests_written = self._digests_written, None
+        if written is not None:
             with self._as_os_error():
-                sealing.result()
+                written.result()
 
     def close(self) -> None:
         """Waits until everything is on disk, and ends the writing."""
@@ -148,13 +146,13 @@ class Checkpoints:
             self._pool.shutdown()
             self._manager.close()
 
-    def _begin_sealing(self) -> None:
-        """Waits for the writing to end, and starts the sealing."""
-        checkpoint, self._unsealed = self._unsealed, None
+    def _begin_digests(self) -> None:
+        """Waits for the writing to end, and begins the digests."""
+        checkpoint, self._without_digests = self._without_digests, None
         with self._as_os_error():
             self._manager.wait_until_finished()
         if checkpoint is not None and is_first():
-            self._sealing = self._pool.submit(seal, checkpoint)
+            self._digests_written = self._pool.submit(write_digests, checkpoint)
 
     @contextlib.contextmanager
     def _as_os_error(self) -> Iterator[None]:
@@ -187,7 +185,7 @@ def save_checkpoint(
 
 
 def info_of_run(folder: Path) -> CheckpointInfo:
-    """What the newest checkpoint says of its run: of those that say it as they were written.
+    """What the newest checkpoint says of its run, skipping those that are damaged.
 
     No weights are read.
 
@@ -195,7 +193,7 @@ def info_of_run(folder: Path) -> CheckpointInfo:
     """
     problem = None
     for path in [*reversed(checkpoints(folder))] or [last_checkpoint(folder)]:
-        problem = damage(path, part=INFO)
+        problem = find_corruption(path, part=INFO)
         if problem is None:
             return load_info(path)
     raise ValueError(f"{problem}. There is no other: start a new run.")
@@ -228,7 +226,7 @@ def load_state(checkpoint: Path, like: PyTree[Any], *, is_undamaged: bool = Fals
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here)
         for name, x in _by_name(shapes).items()
     }
-    problem = None if is_undamaged else damage(checkpoint)
+    problem = None if is_undamaged else find_corruption(checkpoint)
     if problem is not None:
         raise ValueError(f"{problem}. Delete this folder to continue from the one before it.")
     with ocp.StandardCheckpointer() as reader:
@@ -268,7 +266,7 @@ def _check_finite(state: PyTree[Any], step: int) -> None:
         )
 
 
-# As orbax wants things
+# Adapters to orbax
 
 
 _NAMES = ocp.path.step.standard_name_format(

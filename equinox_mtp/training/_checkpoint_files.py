@@ -1,4 +1,4 @@
-"""Where checkpoints are, and whether they are as they were written.
+"""Finding checkpoints, and detecting corruption.
 
 orbax writes them; it has no digests by which a user could tell a damaged file.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from ._processes import exchange
+from ._processes import all_gather
 
 PREFIX = "step_"
 INFO, STATE = "info", "state"
@@ -51,21 +51,21 @@ def last_undamaged_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     **Raises:** `FileNotFoundError` if there is none; `ValueError` if all are damaged.
     """
     # What the first process sees counts: a folder on a network may look older to others.
-    names = exchange("\n".join(path.name for path in checkpoints(folder)).encode())[0].decode()
+    names = all_gather("\n".join(path.name for path in checkpoints(folder)).encode())[0].decode()
     if not names:
         raise FileNotFoundError(_NO_CHECKPOINT.format(folder))
     process, num_processes = jax.process_index(), jax.process_count()
     problems: list[str] = []
     for path in (folder / name for name in reversed(names.splitlines())):
-        mine = damage(path, process=process, num_processes=num_processes) or ""
-        found = [message.decode() for message in exchange(mine.encode()) if message]
+        mine = find_corruption(path, process=process, num_processes=num_processes) or ""
+        found = [message.decode() for message in all_gather(mine.encode()) if message]
         if not found:
             return path, problems
         problems.append(found[0])
     raise ValueError("; ".join(problems) + ". There is no other: start a new run.")
 
 
-def damage(
+def find_corruption(
     checkpoint: Path, *, part: str = "", process: int = 0, num_processes: int = 1
 ) -> str | None:
     """What is wrong with a checkpoint's files, or `None` if they are as they were written.
@@ -103,14 +103,14 @@ def written(folder: Path) -> list[Path]:
     return [path for path in found if path.is_dir()]
 
 
-def remove_unsealed(folder: Path) -> None:
-    """Removes checkpoints without digests: their process was killed before it could seal them."""
+def remove_without_digests(folder: Path) -> None:
+    """Removes checkpoints without digests: their process was killed before it could write them."""
     for path in written(folder):
         if not (path / _DIGESTS).exists():
             shutil.rmtree(path)
 
 
-def set_aside(folder: Path, last_step: int | None) -> None:
+def quarantine(folder: Path, last_step: int | None) -> None:
     """Renames the checkpoints after a step, for people to look at: the run comes there again."""
     for path in written(folder):
         if last_step is not None and int(path.name.removeprefix(PREFIX)) > last_step:
@@ -119,7 +119,7 @@ def set_aside(folder: Path, last_step: int | None) -> None:
             path.rename(target)
 
 
-def seal(checkpoint: Path) -> None:
+def write_digests(checkpoint: Path) -> None:
     """Writes down the digest of every file."""
     temporary = checkpoint / f".{_DIGESTS}.tmp"
     with temporary.open("w", encoding="utf8") as stream:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from ._config import GROUPS, TrainConfig, options
+from ._config import TrainConfig, options
+from ._options import GROUPS
 
 _COMMON = "common"
 
@@ -25,12 +26,17 @@ def parse_train_options(arguments: Sequence[str], default: TrainConfig) -> Train
     parsed = tyro.cli(
         _grouped(default),
         prog="python -m equinox_mtp train",
-        description=f"{inspect.cleandoc(TrainConfig.__doc__ or '')}\n\n{_CONFIG}",
+        description=f"{_description()}\n\n{_CONFIG}",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
     values = [getattr(parsed, field.name) for field in dataclasses.fields(parsed)]
     return TrainConfig(**{name: x for group in values for name, x in vars(group).items()})
+
+
+def _description() -> str:
+    """The docstring, up to its example."""
+    return inspect.cleandoc(TrainConfig.__doc__ or "").partition("\n\n>>>")[0]
 
 
 def _grouped(default: TrainConfig) -> type:

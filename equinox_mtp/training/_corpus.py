@@ -1,4 +1,4 @@
-"""Documents in files: indexed once, each process its share, and read where they are wanted.
+"""Documents in files: indexed once, each process its share, and read on demand.
 
 Two running sums and files that are mapped into memory do it; a data source of grain's would be one
 more layer over them.
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ._processes import exchange, is_first
+from ._processes import all_gather, is_first
 from ._sources import Source, Stream, TokenArray, open_files
 
 _HELD_OUT = 0.05
@@ -25,6 +25,10 @@ _PART = 1 << 22
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
     """Documents of token ids, each ended by its end-of-document id, as a sequence of arrays.
+
+    >>> corpus = training.Corpus.of_documents([np.arange(5), np.arange(8)], vocab_size=32)
+    >>> len(corpus), corpus.num_tokens, corpus[0]
+    (2, 13, array([0, 1, 2, 3, 4], dtype=int32))
 
     **Fields:**
 
@@ -68,7 +72,7 @@ class Corpus:
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = int(self.starts[index])
-        parts = self.stream.stretches(start, start + int(self.lengths[index]))
+        parts = self.stream.chunks(start, start + int(self.lengths[index]))
         return np.concatenate([tokens.astype(np.int32) for _, _, tokens in parts])
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -80,7 +84,7 @@ class Corpus:
         return int(self.lengths.sum())
 
     def read(self, documents: np.ndarray, within: np.ndarray) -> np.ndarray:
-        """The tokens at these places within these documents."""
+        """The tokens at these positions of these documents."""
         return self.stream.read(self.starts[documents] + within)
 
     def split(self, seed: int) -> tuple["Corpus", "Corpus"]:
@@ -111,6 +115,12 @@ def load_corpus(
 ) -> Corpus:
     """Finds the documents of text or token ids.
 
+    >>> from pathlib import Path
+    >>> Path("text.txt").write_text("to be")
+    5
+    >>> training.load_corpus([Path("text.txt")])[0]  # the bytes, and an end of document
+    array([116, 111,  32,  98, 101, 256], dtype=int32)
+
     All tokens are read once, to check them and to find where documents end; in several processes,
     which all call this, each reads its own share, and they exchange what they have found. What
     stays in memory is where each document starts.
@@ -133,8 +143,8 @@ def load_corpus(
     except (ValueError, OSError) as error:
         problem = error
     layout = _Layout.of(stream, vocab_size or 0, end_of_document)
-    # Before the scan: processes take longer over it than they may be waited for at the first word.
-    for process, digest in enumerate(_exchange_all(layout.digest, problem)):
+    # Before the scan, which takes longer than the first communication may wait.
+    for process, digest in enumerate(_all_gather_or_raise(layout.digest, problem)):
         if digest != layout.digest:
             raise _differs(process)
     found, problem = _Found(), None
@@ -143,8 +153,8 @@ def load_corpus(
         found = layout.scan(stream, parts)
     except (ValueError, OSError) as error:
         problem = error
-    digests = [json.loads(m) for m in _exchange_all(json.dumps(found.digests), problem)]
-    ends = [np.frombuffer(message, np.int64) for message in exchange(found.ends.tobytes())]
+    digests = [json.loads(m) for m in _all_gather_or_raise(json.dumps(found.digests), problem)]
+    ends = [np.frombuffer(message, np.int64) for message in all_gather(found.ends.tobytes())]
     for process, of_process in enumerate(digests):
         if of_process["0"] != found.digests["0"]:
             raise _differs(process)
@@ -156,7 +166,7 @@ def load_corpus(
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What a scan has found: the digest of each part, and the places after an end of document."""
+    """The results of a scan: each part's digest, and the positions after an end of document."""
 
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
@@ -164,7 +174,7 @@ class _Found:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """What is known of data before any token is read, and a digest of it."""
+    """What is known of the data before any token is read, with a digest."""
 
     vocab_size: int
     end_of_document: int | None
@@ -185,7 +195,7 @@ class _Layout:
         for part in tqdm(parts, "reading", delay=2, unit="part", disable=not is_first()):
             digest = hashlib.sha256()
             start, stop = part * _PART, min((part + 1) * _PART, len(stream))
-            for source, first, tokens in stream.stretches(start, stop):
+            for source, first, tokens in stream.chunks(start, stop):
                 _check_ids(source, tokens, self.vocab_size)
                 digest.update(tokens.astype("<i4").tobytes())
                 if self.end_of_document is not None:
@@ -215,13 +225,13 @@ def share_of(num_parts: int, process: int, num_processes: int) -> list[int]:
     return sorted({0, *range(process, num_parts, num_processes)})
 
 
-def _exchange_all(text: str, problem: Exception | None) -> list[str]:
+def _all_gather_or_raise(text: str, problem: Exception | None) -> list[str]:
     """Every process's text.
 
     **Raises:** in all processes, the `problem` of one of them; in the one itself as it is.
     """
     message = {"text": text, "problem": None if problem is None else str(problem)}
-    messages = [json.loads(m) for m in exchange(json.dumps(message).encode())]
+    messages = [json.loads(m) for m in all_gather(json.dumps(message).encode())]
     if problem is not None:
         raise problem
     for process, of_process in enumerate(messages):

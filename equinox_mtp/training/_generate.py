@@ -57,7 +57,7 @@ class GenerateConfig:
 
 
 def generate_text(config: GenerateConfig) -> None:
-    """Streams a continuation to standard output, and then says how it came about.
+    """Streams a continuation to standard output, then reports its passes and acceptance.
 
     **Raises:** `ValueError` or `FileNotFoundError` for a checkpoint or options that do not fit;
     `ValueError`, too, if there is not enough memory for so many tokens; `FloatingPointError` if the
@@ -168,7 +168,7 @@ def marked_text(
 
 
 class _Screen:
-    """Where text is written: whatever it holds, it can be shown there and does no harm."""
+    """An output stream to which any text can be written safely."""
 
     def __init__(self, out: Any) -> None:
         self.out = out
@@ -184,7 +184,7 @@ class _Screen:
         return _BRACKETS if can_show else _PLAIN_BRACKETS
 
     def shown(self, text: str) -> str:
-        """Text of a prompt or a model, without what would act on a terminal."""
+        """Text of a prompt or a model, with the terminal's control characters escaped."""
         if self.is_terminal:
             text = "".join(_escaped(c) if _is_control(c) else c for c in text)
         return self._encodable(text)

@@ -23,7 +23,7 @@ def interruptible() -> Iterator[Callable[[int], bool]]:
 
     Of several processes one that is told to stop tells the others, and all stop after the same
     step. A second Ctrl-C stops at once, and in a single process a second SIGTERM. Yields a function
-    that says of a step that is done whether it was the last.
+    that tells of a finished step whether it was the last.
     """
     several = jax.process_count() > 1
     seen: list[int] = []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ._processes import exchange, is_first
+from ._processes import all_gather, is_first
 
 try:
     import fcntl
@@ -35,7 +35,7 @@ def only_run(out: Path) -> Iterator[None]:
                 _lock(stack.enter_context((out / _LOCK).open("a+", encoding="utf8")), out)
             except OSError as error:
                 problem = error
-        said = exchange(("" if problem is None else str(problem)).encode())[0].decode()
+        said = all_gather(("" if problem is None else str(problem)).encode())[0].decode()
         if problem is not None:
             raise problem
         if said:

@@ -6,29 +6,40 @@ is an iterator, whose state a checkpoint would have to hold for each process.
 
 import functools
 from collections.abc import Iterator
-from numbers import Integral
 
 import equinox as eqx
 import numpy as np
 from jaxtyping import Int32
 
+from .._checks import check_integer
 from .._types import HostOrDeviceArray
 from ._corpus import Corpus
 
 
 class Rows(eqx.Module):
-    """Packed rows: one token more than positions, so that every position has a target."""
+    """Packed rows: one token more than positions, so that every position has a target.
+
+    >>> rows = training.PackedRows(corpus, seq_len=6).read(np.arange(2))
+    >>> batch = emtp.make_batch(rows.tokens, segment_ids=rows.segment_ids)
+    >>> batch.input_ids.shape
+    (2, 6)
+    """
 
     tokens: Int32[HostOrDeviceArray, "*microbatch batch tokens"]
     segment_ids: Int32[HostOrDeviceArray, "*microbatch batch tokens"]
 
 
 class PackedRows:
-    """Documents laid end to end and cut into rows; each row remembers what belongs together.
+    """Documents, concatenated and cut into rows; segment ids tell the documents of a row apart.
 
     A row's last token is the next row's first, so that every pair of neighbours is in one row.
     Segment ids count the documents of a row from 1; 0 is the padding of the last row. Tokens are
     read when their row is.
+
+    >>> rows = training.PackedRows(corpus, seq_len=6)
+    >>> first = rows.read(np.arange(1))
+    >>> print(first.tokens, first.segment_ids)
+    [[0 1 2 3 4 0 1]] [[1 1 1 1 1 2 2]]
     """
 
     def __init__(self, corpus: Corpus, seq_len: int):
@@ -39,10 +50,8 @@ class PackedRows:
 
         **Raises:** `ValueError` if it is not.
         """
-        if isinstance(seq_len, bool) or not isinstance(seq_len, Integral) or seq_len < 1:
-            raise ValueError(f"`seq_len` must be an integer, 1 or more; got {seq_len!r}.")
         self._corpus = corpus
-        self._seq_len = int(seq_len)
+        self._seq_len = check_integer("seq_len", seq_len, at_least=1)
         self._ends = np.cumsum(corpus.lengths)
         # A permutation of many rows takes long, and serves for an epoch.
         self._order_of = functools.lru_cache(maxsize=2)(self._shuffled)

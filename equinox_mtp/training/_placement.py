@@ -1,4 +1,4 @@
-"""Where a run's model and rows lie: on one device, or on a mesh of many, of one process or more."""
+"""Places a run's model and rows on one device or a mesh, in one process or several."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the processes of a run say to one another; with one process, nothing."""
+"""Communication between the processes of a run; with one process, nothing."""
 
 import jax
 import numpy as np
@@ -10,20 +10,20 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Prints, once."""
     if is_first():
         print(text)
 
 
-def agree(number: int) -> int:
+def broadcast(number: int) -> int:
     """The first process's number, in all of them."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def exchange(message: bytes) -> list[bytes]:
+def all_gather(message: bytes) -> list[bytes]:
     """Every process's message, in all of them and in the order of the processes."""
     if jax.process_count() == 1:
         return [message]

@@ -1,4 +1,4 @@
-"""What a failed save says beside its error."""
+"""Keeps the logs of a failed save out of the command's output."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: metrics, curves, a summary."""
+"""A run's metrics, curves and summary."""
 
 import json
 import math
@@ -29,7 +29,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-"""Of each kind of record, what is a number, and what are numbers of each depth."""
+"""The numbers of each kind of record, and its lists with one number for each depth."""
 
 
 class MetricsFile:
@@ -38,8 +38,8 @@ class MetricsFile:
     def __init__(self, path: Path, *, last_step: int, depths: int, writes: bool = True):
         """Opens the file; of an older run only the records up to `last_step` are kept.
 
-        A damaged file is set aside, and what can be read of it is kept. Of several processes one
-        `writes`; the others keep their records to themselves.
+        A damaged file is renamed, and its readable records are kept. One of several processes
+        `writes`; the others keep their records in memory.
         """
         records, num_damaged = _read(path, depths)
         self.records = [record for record in records if record["step"] <= last_step]
@@ -222,7 +222,7 @@ def held_out_record(step: int, evaluation: Evaluation) -> Record:
 
 
 def describe_corpus(corpus: Corpus, held_out: Corpus, depths: int) -> str:
-    """What there is to learn from, and a note if it is too short for the depths."""
+    """The size of the data, and a note if its documents are too short for the depths."""
     text = (
         f"{corpus.num_tokens:,} tokens in {len(corpus):,} document(s), {held_out.num_tokens:,} of "
         "them held out"

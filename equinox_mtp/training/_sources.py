@@ -1,4 +1,4 @@
-"""Files of text or of token ids, laid end to end and read where they are wanted."""
+"""Files of text or token ids, concatenated, and read on demand."""
 
 import dataclasses
 import sysconfig
@@ -51,8 +51,8 @@ class TokenFile:
             return _unchanged(self.path, array.reshape(-1), self.num_tokens)[where]
         # `reshape` would copy all of it.
         _unchanged(self.path, array, self.num_tokens // self.row_length)
-        places = np.arange(where.start, where.stop) if isinstance(where, slice) else where
-        return array[np.divmod(places, self.row_length)]
+        positions = np.arange(where.start, where.stop) if isinstance(where, slice) else where
+        return array[np.divmod(positions, self.row_length)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ Source = TextFile | TokenFile | TokenArray
 
 
 class Stream:
-    """Sources laid end to end: a place is a number from 0 on."""
+    """Sources, concatenated; positions count from 0."""
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = tuple(sources)
@@ -92,19 +92,19 @@ class Stream:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def read(self, places: np.ndarray) -> np.ndarray:
-        """The tokens at these places; each source is opened once."""
-        flat = places.reshape(-1)
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """The tokens at these positions; each source is opened once."""
+        flat = positions.reshape(-1)
         source_of = np.searchsorted(self.ends, flat, side="right")
         order = np.argsort(source_of, kind="stable")
         indices, first = np.unique(source_of[order], return_index=True)
         tokens = np.empty(len(flat), np.int32)
         for index, mine in zip(indices, np.split(order, first)[1:], strict=True):
             tokens[mine] = self.sources[index].read(flat[mine] - self.starts[index])
-        return tokens.reshape(places.shape)
+        return tokens.reshape(positions.shape)
 
-    def stretches(self, start: int, stop: int) -> Iterator[tuple[Source, int, np.ndarray]]:
-        """What lies between two places: of each source, where its part starts, and its tokens."""
+    def chunks(self, start: int, stop: int) -> Iterator[tuple[Source, int, np.ndarray]]:
+        """The parts between two positions: each source, its part's start, and its tokens."""
         index = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
             source, offset = self.sources[index], int(self.starts[index])
@@ -113,7 +113,7 @@ class Stream:
             start, index = end, index + 1
 
 
-# Finding them
+# Finding files
 
 
 def open_files(

@@ -29,7 +29,7 @@ from ._interrupt import Interrupted, interruptible
 from ._lock import only_run
 from ._packing import PackedRows
 from ._placement import Placement
-from ._processes import agree, exchange, is_first, say
+from ._processes import all_gather, broadcast, is_first, print_once
 from ._report import (
     MetricsFile,
     describe,
@@ -63,64 +63,42 @@ def train(config: TrainConfig) -> Path:
     SIGTERM.
     """
     started = time.perf_counter()
-    anywhere = without_devices(config)
-    check_agreement(config)
-    corpus = load_corpus(
-        config.data, vocab_size=config.vocab_size, end_of_document=config.end_of_document
-    )
-    train_corpus, held_out_corpus = corpus.split(config.seed)
-    train_rows = PackedRows(train_corpus, config.seq_len)
-    held_out_rows = PackedRows(held_out_corpus, config.seq_len)
-    optimizer = make_optimizer(config)
-    placement = Placement.of(config, corpus.vocab_size)
-    out = config.out or new_run_folder()
-    info = CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, anywhere)
-    with placement.active(), contextlib.ExitStack() as stack:
+    run = prepare(config)
+    with run.placement.active(), contextlib.ExitStack() as stack:
         # A model that cannot be built, or nothing to resume, leaves no folder.
-        like = eqx.filter_eval_shape(make_state, config, corpus.vocab_size, optimizer, placement)
-        if not config.resume or agree(out.is_dir()):
-            stack.enter_context(only_run(out))
-        state = start_or_resume(out, info, optimizer, placement, like)
+        like = eqx.filter_eval_shape(
+            make_state, config, run.info.vocab_size, run.optimizer, run.placement
+        )
+        if not config.resume or broadcast(run.out.is_dir()):
+            stack.enter_context(only_run(run.out))
+        state = start_or_resume(run, like)
         first_step = int(state.step)
         if is_first() and not config.resume:
-            write_options(out, anywhere)
-        say(
-            f"{describe_corpus(corpus, held_out_corpus, config.depths)}\n"
-            f"{emtp.count_parameters(state.model):,} parameters, "
-            f"{config.depths} prediction depth(s)\n"
-            f"writing to {out}" + (f", from step {first_step} on" if first_step else "")
-        )
-        with (
+            write_options(run.out, run.info.config)
+        print_once(describe_start(run, state))
+        metrics = stack.enter_context(
             contextlib.closing(
                 MetricsFile(
-                    out / "metrics.jsonl",
+                    run.out / "metrics.jsonl",
                     last_step=first_step,
                     depths=config.depths,
                     writes=is_first(),
                 )
-            ) as metrics,
-            contextlib.closing(Checkpoints(out / "checkpoints", last_step=first_step)) as writer,
-        ):
-            run = Run(config, info, optimizer, placement, train_rows, held_out_rows, out)
-            state, step_seconds = run_steps(run, state, metrics, writer)
-            if not metrics.of("held_out"):
-                # A run that had ended, and whose metrics were lost.
-                record_evaluation(run, state, metrics)
-        comparisons = compare_on_held_out(state.model, held_out_corpus, config, placement)
-
-    if is_first():
-        # The first step of a process compiles.
-        seconds = statistics.median(step_seconds[1:]) if len(step_seconds) > 1 else None
-        print(
-            summary(
-                metrics.of("held_out")[-1],
-                comparisons,
-                time.perf_counter() - started,
-                None if seconds is None else config.batch_size * config.seq_len / seconds,
-                out,
             )
         )
-    return out
+        writer = stack.enter_context(
+            contextlib.closing(Checkpoints(run.out / "checkpoints", last_step=first_step))
+        )
+        state, step_seconds = run_steps(run, state, metrics, writer)
+        if not metrics.of("held_out"):
+            # The run had ended, and its metrics were lost.
+            record_evaluation(run, state, metrics)
+        comparisons = compare_on_held_out(run, state.model)
+    # The first step of a process compiles.
+    speed = tokens_per_second(config, step_seconds[1:])
+    seconds = time.perf_counter() - started
+    print_once(summary(metrics.of("held_out")[-1], comparisons, seconds, speed, run.out))
+    return run.out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +109,55 @@ class Run:
     info: CheckpointInfo
     optimizer: optax.GradientTransformation
     placement: Placement
+    corpus: Corpus
+    held_out_corpus: Corpus
     train_rows: PackedRows
     held_out_rows: PackedRows
     out: Path
 
 
+def prepare(config: TrainConfig) -> Run:
+    """Reads the data, and fits everything to it; nothing is compiled or written."""
+    check_agreement(config)
+    corpus = load_corpus(
+        config.data, vocab_size=config.vocab_size, end_of_document=config.end_of_document
+    )
+    train_corpus, held_out_corpus = corpus.split(config.seed)
+    return Run(
+        config=config,
+        info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, without_devices(config)),
+        optimizer=make_optimizer(config),
+        placement=Placement.of(config, corpus.vocab_size),
+        corpus=corpus,
+        held_out_corpus=held_out_corpus,
+        train_rows=PackedRows(train_corpus, config.seq_len),
+        held_out_rows=PackedRows(held_out_corpus, config.seq_len),
+        out=config.out or new_run_folder(),
+    )
+
+
+def describe_start(run: Run, state: TrainState) -> str:
+    """The first lines that a run prints."""
+    first_step = int(state.step)
+    return (
+        f"{describe_corpus(run.corpus, run.held_out_corpus, run.config.depths)}\n"
+        f"{emtp.count_parameters(state.model):,} parameters, "
+        f"{run.config.depths} prediction depth(s)\n"
+        f"writing to {run.out}" + (f", from step {first_step} on" if first_step else "")
+    )
+
+
+def tokens_per_second(config: TrainConfig, step_seconds: list[float]) -> float | None:
+    """Of the median step; `None` without steps."""
+    if not step_seconds:
+        return None
+    return config.batch_size * config.seq_len / statistics.median(step_seconds)
+
+
 def run_steps(
     run: Run, state: TrainState, metrics: MetricsFile, writer: Checkpoints
 ) -> tuple[TrainState, list[float]]:
-    """All steps that are left; returns the last state, and the seconds that each step took.
+    """Runs the remaining steps; returns the last state and the seconds of each step.
 
     **Raises:** `Interrupted` once all is saved, if the run is told to stop; `FloatingPointError` if
     something is not finite: the last checkpoint is from before.
@@ -153,8 +171,8 @@ def run_steps(
             state, step_metrics = train_step((batch, config, run.optimizer, run.placement), state)
             record = train_record(step, step_metrics)
             step_seconds.append(time.perf_counter() - step_started)
-            tokens_per_second = config.batch_size * config.seq_len / step_seconds[-1]
-            metrics.write({**record, "tokens_per_second": tokens_per_second})
+            speed = tokens_per_second(config, step_seconds[-1:])
+            metrics.write({**record, "tokens_per_second": speed})
             bar.set_postfix_str(describe(record))
             bar.update()
             writer.poll()
@@ -167,32 +185,31 @@ def run_steps(
             if stop and not last:
                 writer.wait()
                 bar.close()
-                mesh = "" if config.mesh is None else f" --mesh {config.mesh}"
-                flags = f"{mesh} --distributed …" if config.distributed else mesh
-                say(f"interrupted at step {step}; continue with --resume --out {run.out}{flags}")
+                print_once(describe_interruption(run, step))
                 raise Interrupted
     return state, step_seconds
 
 
-def start_or_resume(
-    out: Path,
-    info: CheckpointInfo,
-    optimizer: optax.GradientTransformation,
-    placement: Placement,
-    like: TrainState,
-) -> TrainState:
-    """A fresh state, or with `--resume` that of the folder's last checkpoint."""
-    folder, config = out / "checkpoints", info.config
+def describe_interruption(run: Run, step: int) -> str:
+    """Says how to continue."""
+    mesh = "" if run.config.mesh is None else f" --mesh {run.config.mesh}"
+    flags = f"{mesh} --distributed …" if run.config.distributed else mesh
+    return f"interrupted at step {step}; continue with --resume --out {run.out}{flags}"
+
+
+def start_or_resume(run: Run, like: TrainState) -> TrainState:
+    """A fresh state, or with `--resume` the state in the folder's last checkpoint."""
+    folder, config, info = run.out / "checkpoints", run.info.config, run.info
     if not config.resume:
-        if agree((out / "metrics.jsonl").exists() or bool(checkpoints(folder))):
+        if broadcast((run.out / "metrics.jsonl").exists() or bool(checkpoints(folder))):
             raise FileExistsError(
-                f"`out`: {out} holds a run already. Continue it with --resume, or choose another "
-                "folder."
+                f"`out`: {run.out} holds a run already. Continue it with --resume, or choose "
+                "another folder."
             )
-        return make_state(config, info.vocab_size, optimizer, placement)
+        return make_state(config, info.vocab_size, run.optimizer, run.placement)
     checkpoint, problems = last_undamaged_checkpoint(folder)
     for problem in problems:
-        say(f"note: {problem}; continuing from {checkpoint.name}")
+        print_once(f"note: {problem}; continuing from {checkpoint.name}")
     stored = load_info(checkpoint)
     for field in dataclasses.fields(TrainConfig):
         was, is_now = getattr(stored.config, field.name), getattr(config, field.name)
@@ -203,16 +220,16 @@ def start_or_resume(
             )
     if stored.data_fingerprint != info.data_fingerprint:
         raise ValueError(
-            f"`data` is not what the run in {out} was trained on: its tokens differ. Restore it, "
-            "or start a new run."
+            f"`data` is not what the run in {run.out} was trained on: its tokens differ. Restore "
+            "it, or start a new run."
         )
-    return load_state(checkpoint, placement.place(like), is_undamaged=True)
+    return load_state(checkpoint, run.placement.place(like), is_undamaged=True)
 
 
 def check_agreement(config: TrainConfig) -> None:
     """**Raises:** in all processes, `ValueError` if one of them has other options."""
     values = {field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    of_first, *others = [json.loads(m) for m in exchange(json.dumps(values).encode())]
+    of_first, *others = [json.loads(m) for m in all_gather(json.dumps(values).encode())]
     for process, of_process in enumerate(others, start=1):
         for name, value in of_process.items():
             if value != of_first[name] and not options()[name].may_differ:
@@ -225,7 +242,7 @@ def check_agreement(config: TrainConfig) -> None:
 def new_run_folder() -> Path:
     """The next free of runs/0001, runs/0002, …"""
     last = newest_run_folder()
-    number = agree(1 if last is None else int(last.name) + 1)
+    number = broadcast(1 if last is None else int(last.name) + 1)
     return RUNS / f"{number:04d}"
 
 
@@ -237,18 +254,18 @@ def newest_run_folder(*, with_checkpoint: bool = False) -> Path | None:
     return found[-1] if found else None
 
 
-def compare_on_held_out(
-    model: emtp.MTPModel, held_out: Corpus, config: TrainConfig, placement: Placement
-) -> list[Comparison]:
+def compare_on_held_out(run: Run, model: emtp.MTPModel) -> list[Comparison]:
     """Continues held-out text with and without drafts, within the length of training rows.
 
     With one draft a step, and with one of each depth. In every process, each on one device.
     """
-    length = config.seq_len // 2
-    prompts = held_out_prompts(held_out, num_prompts=config.compare_prompts, length=length)
+    config, length = run.config, run.config.seq_len // 2
+    prompts = held_out_prompts(
+        run.held_out_corpus, num_prompts=config.compare_prompts, length=length
+    )
     if not prompts or not config.depths:
         return []
-    model = placement.on_one_device(model)
+    model = run.placement.on_one_device(model)
     with use_rules(None):
         return [
             compare(model, prompts, max_new_tokens=config.seq_len - length, num_drafts=num_drafts)
@@ -257,7 +274,7 @@ def compare_on_held_out(
 
 
 def record_evaluation(run: Run, state: TrainState, metrics: MetricsFile) -> float:
-    """Evaluates, writes it down, and draws the curves anew; returns the main model's loss."""
+    """Evaluates, records the result, and redraws the curves; returns the main model's loss."""
     step, config = int(state.step), run.config
     evaluation = evaluate(
         state.model,

@@ -37,14 +37,8 @@ from jax import lax
 
 import equinox_mtp as emtp
 from equinox_mtp.speculative import DecodingModel, generate
-from equinox_mtp.training import (
-    TrainConfig,
-    checkpoints,
-    held_out_prompts,
-    load_corpus,
-    load_model,
-    train,
-)
+from equinox_mtp.training import TrainConfig, held_out_prompts, load_corpus, load_model, train
+from equinox_mtp.training._checkpoint_files import checkpoints
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ def make_model(sizes: Sizes, mesh: Mesh) -> emtp.MTPModel:
         mlp_size=sizes.mlp,
         tie_embeddings=False,
         dtype=sizes.dtype,
-        remat=True,
+        checkpoint_policy=None,
         attention=attention,
     )
     decoder_key, block_key = jax.random.split(jax.random.key(0))

@@ -78,7 +78,7 @@ def in_processes(
     barrier, messages = threading.Barrier(count, timeout=20), [b""] * count
     real_read = TokenFile.read
 
-    def exchange(message: bytes) -> list[bytes]:
+    def all_gather(message: bytes) -> list[bytes]:
         messages[me().index] = message
         barrier.wait()
         found = list(messages)
@@ -93,7 +93,7 @@ def in_processes(
 
     patched.setattr(jax, "process_index", lambda: me().index)
     patched.setattr(jax, "process_count", lambda: count)
-    patched.setattr(_corpus, "exchange", exchange)
+    patched.setattr(_corpus, "all_gather", all_gather)
     patched.setattr(_corpus, "_PART", 10)
     patched.setattr(TokenFile, "read", read)
     processes = [Process(index, function) for index in range(count)]

@@ -277,7 +277,7 @@ def test_a_block_is_data_whenever_flax_is_imported(order: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from test_sharding import make_model
+from sharded_step import make_model
 
 import equinox_mtp as emtp
 from equinox_mtp.sharding import make_mesh, parameter_shardings

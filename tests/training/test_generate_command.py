@@ -21,12 +21,11 @@ from equinox_mtp.training import (
     compare,
     generate_text,
     held_out_prompts,
-    last_checkpoint,
-    load_info,
     load_model,
-    save_checkpoint,
     train,
 )
+from equinox_mtp.training._checkpoint import load_info, save_checkpoint
+from equinox_mtp.training._checkpoint_files import last_checkpoint
 from equinox_mtp.training._generate import _Counts, marked_text
 
 PROMPT = "def f(x):\n"

@@ -317,8 +317,7 @@ def test_under_x64_losses_and_gradients_are_those_of_float64() -> None:
 def run_under_x64(code: str) -> None:
     """Runs code in a process of its own: the switch is for a whole process."""
     environment = {**os.environ, "JAX_ENABLE_X64": "1"}
-    folder = Path(__file__).parent
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(folder.parent)])
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, Path(__file__).parents[:3]))
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
 
 

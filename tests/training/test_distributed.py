@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import optax
 import pytest
-from test_sharding import on_one_device
+from sharded_step import on_one_device
 
 import equinox_mtp.training._train as train_module
 from equinox_mtp.__main__ import main
-from equinox_mtp.training import Interrupted, TrainConfig, checkpoints, last_checkpoint, train
+from equinox_mtp.training import Interrupted, TrainConfig, train
+from equinox_mtp.training._checkpoint_files import checkpoints, last_checkpoint
 from equinox_mtp.training._lock import only_run
 from equinox_mtp.training._placement import parse_mesh
 
@@ -344,10 +345,10 @@ import json, sys
 import jax
 jax.distributed.initialize(sys.argv[3], int(sys.argv[5]), int(sys.argv[7]))
 import optax
-import test_sharding
+import sharded_step
 from equinox_mtp.sharding import make_mesh
 mesh = make_mesh({"data": 2, "fsdp": 2, "context": 2})
-step, _ = test_sharding.run_on(mesh, test_sharding.make_model(), test_sharding.make_rows())
+step, _ = sharded_step.run_on(mesh, sharded_step.make_model(), sharded_step.make_rows())
 with jax.set_mesh(mesh):
     norms = jax.jit(lambda *trees: list(map(optax.tree.norm, trees)))(step.grads, step.moments)
 print(json.dumps([float(x) for x in [step.loss, *norms]]))
@@ -359,7 +360,7 @@ def test_a_step_of_two_processes(started: list[Processes]) -> None:
     """`shard_model` and `shard_batch`, of the same values in each."""
     step = on_one_device()
     expected = [step.loss, optax.tree.norm(step.grads), optax.tree.norm(step.moments)]
-    started.append(Processes([sys.executable, "-c", STEP_OF_TESTS], path=Path(__file__).parent))
+    started.append(Processes([sys.executable, "-c", STEP_OF_TESTS], path=Path(__file__).parents[1]))
     for output in started[-1].finish():
         found = json.loads(output.splitlines()[-1])
         np.testing.assert_allclose(found, [float(x) for x in expected], rtol=1e-5)

@@ -17,21 +17,20 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from equinox_mtp.sharding import make_mesh
-from equinox_mtp.training import (
-    CheckpointInfo,
+from equinox_mtp.training import CheckpointInfo, TrainConfig, _checkpoint, _checkpoint_files
+from equinox_mtp.training._checkpoint import (
     Checkpoints,
-    TrainConfig,
-    _checkpoint,
-    _checkpoint_files,
-    checkpoints,
     info_of_run,
-    last_checkpoint,
-    last_undamaged_checkpoint,
     load_info,
     load_state,
     save_checkpoint,
 )
-from equinox_mtp.training._checkpoint_files import damage
+from equinox_mtp.training._checkpoint_files import (
+    checkpoints,
+    find_corruption,
+    last_checkpoint,
+    last_undamaged_checkpoint,
+)
 
 STATE = {"w": jnp.arange(300.0), "n": jnp.int32(7), "rate": 0.5}
 
@@ -81,7 +80,7 @@ def test_the_best_on_held_out_text_stays(tmp_path: Path) -> None:
 
 
 def test_one_checkpoint_is_not_enough(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`keep` must be an integer of at least 2"):
+    with pytest.raises(ValueError, match="`keep` must be at least 2"):
         Checkpoints(tmp_path, keep=1)
 
 
@@ -101,7 +100,7 @@ def test_what_is_not_finite_is_not_written(value: float, tmp_path: Path) -> None
 
 
 def test_saving_does_not_wait_for_the_disk(tmp_path: Path) -> None:
-    """The state may be given away at once, and `poll` seals what is written."""
+    """The state may be given away at once, and `poll` begins the digests of what is written."""
     writer = Checkpoints(tmp_path)
     state = {"w": jnp.arange(300.0), "n": jnp.int32(7)}
     writer.save(state, info_of(1))
@@ -119,12 +118,12 @@ def test_digests_are_made_in_the_background(
 ) -> None:
     go_on = threading.Event()
 
-    def slow_seal(checkpoint: Path) -> None:
+    def slow_write_digests(checkpoint: Path) -> None:
         assert go_on.wait(timeout=20)
-        real_seal(checkpoint)
+        real_write_digests(checkpoint)
 
-    real_seal = _checkpoint.seal
-    monkeypatch.setattr(_checkpoint, "seal", slow_seal)
+    real_write_digests = _checkpoint.write_digests
+    monkeypatch.setattr(_checkpoint, "write_digests", slow_write_digests)
     writer = Checkpoints(tmp_path)
     writer.save(STATE, info_of(1))
     deadline = time.monotonic() + 20
@@ -138,7 +137,9 @@ def test_digests_are_made_in_the_background(
     writer.wait()
     assert names_of(tmp_path) == ["step_00000001"]
     # What goes wrong there is said at the next occasion.
-    monkeypatch.setattr(_checkpoint, "seal", lambda checkpoint: (checkpoint / "no" / "no").touch())
+    monkeypatch.setattr(
+        _checkpoint, "write_digests", lambda checkpoint: (checkpoint / "no" / "no").touch()
+    )
     writer.save(STATE, info_of(2))
     with pytest.raises(OSError, match="could not be written"):
         writer.wait()
@@ -195,9 +196,9 @@ def test_a_damaged_checkpoint_is_refused(which: str, harm: Any, tmp_path: Path) 
     assert info_of_run(tmp_path).step == (2 if which == "largest" else 1)
     if which == "largest":
         # Several processes read a share of the files each; one of them finds it.
-        found = [damage(path, process=process, num_processes=3) for process in range(3)]
+        found = [find_corruption(path, process=process, num_processes=3) for process in range(3)]
         assert sum(problem is not None for problem in found) == 1
-        assert damage(path, part="info") is None
+        assert find_corruption(path, part="info") is None
     chosen, problems = last_undamaged_checkpoint(tmp_path)
     assert chosen.name == "step_00000001"
     assert len(problems) == (0 if which == "digests.json" and harm is Path.unlink else 1)

@@ -172,7 +172,7 @@ def test_without_flax() -> None:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
     block = toy_block()
