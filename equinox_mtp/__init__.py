@@ -16,8 +16,8 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 6 | `_model` | `MTPModel(decoder, block)` |
 | 5 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
 | 4 | `_layer` | one depth |
-| 3 | `cross_entropy`, `nn`, `stacking` | the loss of an output head; the reference decoder; layers of all depths as one |
-| 2 | `_shift`, `_alignment`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files |
+| 3 | `cross_entropy`, `nn` | the loss of an output head; the reference decoder |
+| 2 | `_shift`, `_alignment`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization`, `stacking` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files; layers that are alike as one |
 | 1 | `_config`, `_checks`, `_types`, `_annotations`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; the API reference |
 
 The examples in all docstrings begin with this model and this batch:

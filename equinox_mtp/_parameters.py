@@ -54,7 +54,7 @@ def weight_decay_mask(tree: PyTree[Any]) -> PyTree[bool]:
 
     A parameter decays if its annotation has two axis words or more, `Float[Array, "vocab embed"]`
     for instance, however many axes its layers are stacked over. Without axis words it decays if it
-    has two axes or more; biases and norms of `equinox.nn` never do.
+    has two axes or more. What is named `bias`, or `…_bias`, and norms of `equinox.nn` never do.
 
     **Arguments:**
 
@@ -67,9 +67,11 @@ def weight_decay_mask(tree: PyTree[Any]) -> PyTree[bool]:
         if not _is_parameter(x):
             return False
         leaf = annotated_leaf(tree, path)
+        if _is_vector(leaf):
+            return False
         if names_last_axes(leaf.words, x.shape) and leaf.words:
             return len(leaf.words) >= 2
-        return len(x.shape) >= 2 and not _is_vector(leaf)
+        return len(x.shape) >= 2
 
     return jax.tree_util.tree_map_with_path(decays, tree)
 
@@ -110,7 +112,8 @@ def muon_dimension_numbers(tree: PyTree[Any]) -> PyTree[Any]:
         leaf = annotated_leaf(tree, path)
         if _is_field(leaf, _MATRICES_OUTPUT_FIRST):
             return MuonDimensionNumbers(reduction_axis=(-1,), output_axis=(-2,))
-        if "vocab" in leaf.words or not names_last_axes(leaf.words, x.shape):
+        is_named = names_last_axes(leaf.words, x.shape)
+        if "vocab" in leaf.words or not is_named or _is_vector(leaf):
             return None
         features = _feature_axes(leaf.words)
         return MuonDimensionNumbers(*features[-2:]) if len(features) >= 2 else None
@@ -135,7 +138,10 @@ def _is_parameter(x: Any) -> bool:
 
 
 def _is_vector(leaf: AnnotatedLeaf) -> bool:
-    return leaf.name.rpartition(".")[2] == "bias" or _is_field(leaf, _VECTORS)
+    # A bias of attention has two axes, heads and their features.
+    return (
+        leaf.name.endswith((".bias", "_bias")) or leaf.name == "bias" or _is_field(leaf, _VECTORS)
+    )
 
 
 def _is_field(leaf: AnnotatedLeaf, fields: tuple[tuple[type, str], ...]) -> bool:

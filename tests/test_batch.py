@@ -30,8 +30,10 @@ def make_rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, VOCAB, segments.shape).astype(np.int32), segments
 
 
-def make_model(num_depths: int = 2) -> MTPModel:
-    config = nn.TransformerConfig(vocab_size=VOCAB, embed_size=8, num_layers=1, num_heads=2)
+def make_model(num_depths: int = 2, **options: Any) -> MTPModel:
+    config = nn.TransformerConfig(
+        vocab_size=VOCAB, embed_size=8, num_layers=1, num_heads=2, **options
+    )
     return MTPModel(
         nn.TransformerDecoder(config, key=jax.random.key(0)),
         emtp.MultiTokenPredictionBlock(
@@ -117,27 +119,7 @@ def test_a_model_takes_a_batch_as_its_fields(aligned: bool) -> None:
 
 def test_reordered_and_restored() -> None:
     tokens, segments = make_rows()
-    model = make_model()
-    model = eqx.tree_at(
-        lambda m: m.decoder,
-        model,
-        nn.TransformerDecoder(
-            dataclasses.replace(
-                model.decoder.config,  # type: ignore[attr-defined]
-                attention=nn.causal_attention_by_position,
-            ),
-            key=jax.random.key(0),
-        ),
-    )
-    # Attention by position in the depths too.
-    config: Any = model.decoder.config  # type: ignore[attr-defined]
-    block = emtp.MultiTokenPredictionBlock(
-        MTPConfig(2),
-        partial(nn.TransformerDecoderLayer, config),
-        embed_size=8,
-        key=jax.random.key(1),
-    )
-    model = MTPModel(model.decoder, block)
+    model = make_model(attention=nn.causal_attention_by_position)
     batch = make_batch(tokens, segment_ids=segments)
     order = sharding.zigzag_order(8, 2)
     reordered = sharding.reorder(jax.tree.map(np.asarray, batch.align(2)), order)

@@ -81,7 +81,7 @@ def layers_of(model: emtp.MTPModel) -> list[Any]:
     decoder: Any = model.decoder
     return [
         *(model.block.layer(depth) for depth in depths),
-        *(decoder.layer(index) for index in range(decoder.config.num_layers)),
+        *(decoder.layer(index) for index in range(decoder.num_layers)),
     ]
 
 

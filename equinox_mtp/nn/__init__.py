@@ -1,30 +1,47 @@
 """The reference decoder and its parts."""
 
-from ._attention import (
+from ._attention import GroupedQueryAttention
+from ._attention_functions import (
     AttentionFunction,
-    GroupedQueryAttention,
-    KeyValueCache,
     causal_attention,
     causal_attention_by_position,
 )
 from ._embedding import embed_tokens
 from ._feed_forward import SwiGLU
+from ._key_value_cache import KeyValueCache
+from ._layer_runs import LayerRun
 from ._linear import Linear, cast_matrices
 from ._norm import RMSNorm
-from ._rotary import rotary_embedding
+from ._parts import AbstractAttention, AbstractFeedForward
+from ._rotary import (
+    AbstractRotaryScaling,
+    LinearScaling,
+    Llama3Scaling,
+    Rotary,
+    YarnScaling,
+    rotary_embedding,
+)
 from ._transformer import TransformerDecoder
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
 
 __all__ = [
+    "AbstractAttention",
+    "AbstractFeedForward",
+    "AbstractRotaryScaling",
     "AttentionFunction",
     "GroupedQueryAttention",
     "KeyValueCache",
+    "LayerRun",
     "Linear",
+    "LinearScaling",
+    "Llama3Scaling",
     "RMSNorm",
+    "Rotary",
     "SwiGLU",
     "TransformerConfig",
     "TransformerDecoder",
     "TransformerDecoderLayer",
+    "YarnScaling",
     "cast_matrices",
     "causal_attention",
     "causal_attention_by_position",

@@ -1,12 +1,12 @@
-import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._types import checked
 from ._linear import Linear
+from ._parts import AbstractFeedForward
 
 
-class SwiGLU(eqx.Module):
+class SwiGLU(AbstractFeedForward):
     """The gated feed-forward network of arXiv 2002.05202: `(silu(x·gate) * (x·up)) · down`.
 
     >>> emtp.nn.SwiGLU(16, 32, key=jax.random.key(0))(jnp.ones((2, 8, 16))).shape

@@ -1,19 +1,19 @@
 """The reference decoder: a pre-norm transformer of the Llama family."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from .._checks import check_integer
-from .._decoder import AbstractCachedDecoder
-from .._types import checked
-from ._attention import KeyValueCache
+from .._checks import check_checkpoint_policy, check_choice, check_integer
+from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer, Cache
+from .._types import checked, module_of
 from ._embedding import embed_tokens
 from ._init import fan_in_normal
+from ._layer_runs import LayerRun, Layers, as_runs, in_runs, num_layers_of
 from ._linear import cast_matrices
 from ._norm import RMSNorm
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
@@ -23,7 +23,9 @@ class TransformerDecoder(AbstractCachedDecoder):
     """A small, complete language model: embedding, layers, norm and head.
 
     `layers` are stacked over a leading axis and scanned, so compile time does not grow with their
-    number; after `for_decoding` they are a tuple.
+    number. Where they are not all alike they are a tuple of `LayerRun`s, and after `for_decoding` a
+    tuple of single layers. `TransformerDecoder(config, key=key)` has the layers that `config`
+    describes; `TransformerDecoder.of` takes any.
 
     >>> input_ids, position_ids = jnp.asarray([[5, 6, 7]]), jnp.asarray([[0, 1, 2]])
     >>> hidden_states = eqx.filter_jit(decoder)(input_ids, position_ids=position_ids)
@@ -33,10 +35,11 @@ class TransformerDecoder(AbstractCachedDecoder):
     """
 
     embedding: Float[Array, "vocab embed"]
-    layers: TransformerDecoderLayer | tuple[TransformerDecoderLayer, ...]
+    layers: Layers
     norm: RMSNorm
     head: Float[Array, "vocab embed"] | None
-    config: TransformerConfig = eqx.field(static=True)
+    dtype: str = eqx.field(static=True)
+    checkpoint_policy: Callable[..., Any] | None = eqx.field(static=True)
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
         """**Arguments:**
@@ -55,14 +58,63 @@ class TransformerDecoder(AbstractCachedDecoder):
         self.head = (
             None if config.tie_embeddings else fan_in_normal(head_key, shape, config.embed_size)
         )
-        self.config = config
+        self.dtype = config.dtype
+        self.checkpoint_policy = config.checkpoint_policy
+
+    @classmethod
+    def of(
+        cls,
+        layers: Sequence[AbstractCachedDecoderLayer],
+        *,
+        embedding: Float[Array, "vocab embed"],
+        norm: RMSNorm,
+        head: Float[Array, "vocab embed"] | None = None,
+        dtype: str = "float32",
+        checkpoint_policy: Callable[..., Any] | None = jax.checkpoint_policies.everything_saveable,
+    ) -> "TransformerDecoder":
+        """A decoder of given layers; neighbours that are alike are stacked, and scanned as one run.
+
+        >>> layers = [decoder.layer(0), decoder.layer(0)]
+        >>> embedding, norm = decoder.embedding, decoder.norm
+        >>> deeper = emtp.nn.TransformerDecoder.of(layers, embedding=embedding, norm=norm)
+        >>> deeper.num_layers
+        2
+
+        **Arguments:**
+
+        - `layers`: the first one first.
+        - `embedding`, `norm`: the embedding, and the norm before the head.
+        - `head`: `None` if it is the embedding.
+        - `dtype`: the compute dtype, `float32` or `bfloat16`; parameters may have others.
+        - `checkpoint_policy`: see `TransformerConfig`.
+
+        **Raises:** `ValueError` without layers, or for an unknown `dtype`.
+        """
+        check_choice("dtype", dtype, ("float32", "bfloat16"))
+        check_checkpoint_policy(checkpoint_policy)
+        if not layers:
+            raise ValueError("`layers` must hold at least one layer; got none.")
+        return module_of(
+            cls,
+            embedding=embedding,
+            layers=in_runs(layers),
+            norm=norm,
+            head=head,
+            dtype=dtype,
+            checkpoint_policy=checkpoint_policy,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Of all runs."""
+        return sum(map(num_layers_of, as_runs(self.layers)))
 
     @checked
     def embed(
         self, input_ids: Integer[Array, "batch seq"], position_ids: Integer[Array, "batch seq"]
     ) -> Float[Array, "batch seq embed"]:
         """Looks tokens up, in the compute dtype; positions enter in the attention."""
-        return embed_tokens(self.embedding, input_ids, dtype=self.config.dtype)
+        return embed_tokens(self.embedding, input_ids, dtype=self.dtype)
 
     @checked
     def __call__(
@@ -75,48 +127,36 @@ class TransformerDecoder(AbstractCachedDecoder):
         inference: bool | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """Runs all layers; see `AbstractDecoder`."""
-        layers = self.layers
-        if isinstance(layers, tuple):
-            layers = jax.tree.map(lambda *x: jnp.stack(x) if eqx.is_array(x[0]) else x[0], *layers)
-        layer_arrays, layer_static = eqx.partition(layers, eqx.is_array)
-        keys = None if key is None else jax.random.split(key, self.config.num_layers)
-
-        def run_layer(
-            hidden_states: Array, layer_and_key: tuple[TransformerDecoderLayer, Array | None]
-        ) -> tuple[Array, None]:
-            arrays, layer_key = layer_and_key
-            layer = eqx.combine(arrays, layer_static)
-            hidden_states = layer(
+        keys = None if key is None else jax.random.split(key, self.num_layers)
+        hidden_states, first = self.embed(input_ids, position_ids), 0
+        for run in as_runs(self.layers):
+            run = run if isinstance(run, LayerRun) else LayerRun(_stacked_alone(run))
+            hidden_states = run(
                 hidden_states,
+                keys=None if keys is None else keys[first : first + run.num_layers],
+                checkpoint_policy=self.checkpoint_policy,
                 position_ids=position_ids,
                 segment_ids=segment_ids,
-                key=layer_key,
                 inference=inference,
             )
-            return hidden_states, None
+            first += run.num_layers
+        return hidden_states
 
-        policy = self.config.checkpoint_policy
-        if policy is not jax.checkpoint_policies.everything_saveable:
-            # In a scan nothing is merged across iterations: `prevent_cse` would only cost.
-            run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
-        hidden_states = self.embed(input_ids, position_ids)
-        return lax.scan(run_layer, hidden_states, (layer_arrays, keys))[0]
-
-    def init_cache(self, batch_size: int, max_length: int) -> tuple[KeyValueCache, ...]:
+    def init_cache(self, batch_size: int, max_length: int) -> tuple[Cache, ...]:
         """A cache for each layer."""
         return tuple(
-            self.layer(index).init_cache(batch_size, max_length, self.config.dtype)
-            for index in range(self.config.num_layers)
+            self.layer(index).init_cache(batch_size, max_length, self.dtype)
+            for index in range(self.num_layers)
         )
 
     @checked
     def decode(
         self,
         input_ids: Integer[Array, "batch seq"],
-        cache: tuple[KeyValueCache, ...],
+        cache: tuple[Cache, ...],
         *,
         position_ids: Integer[Array, "batch seq"],
-    ) -> tuple[Float[Array, "batch seq embed"], tuple[KeyValueCache, ...]]:
+    ) -> tuple[Float[Array, "batch seq embed"], tuple[Cache, ...]]:
         """Runs a few tokens; see `AbstractCachedDecoder`."""
         hidden_states = self.embed(input_ids, position_ids)
         caches = []
@@ -130,10 +170,8 @@ class TransformerDecoder(AbstractCachedDecoder):
 
     def for_decoding(self) -> "TransformerDecoder":
         """The same decoder with one array for each layer's matrix, in the compute dtype."""
-        dtype = self.config.dtype
-        layers = tuple(
-            self.layer(index).for_decoding(dtype) for index in range(self.config.num_layers)
-        )
+        dtype = self.dtype
+        layers = tuple(self.layer(index).for_decoding(dtype) for index in range(self.num_layers))
         return eqx.tree_at(
             lambda decoder: (decoder.embedding, decoder.head, decoder.layers),
             self,
@@ -141,15 +179,17 @@ class TransformerDecoder(AbstractCachedDecoder):
             is_leaf=lambda x: x is None,
         )
 
-    def layer(self, index: int) -> TransformerDecoderLayer:
+    def layer(self, index: int) -> AbstractCachedDecoderLayer:
         """One layer; they count from 0.
 
         **Raises:** `ValueError` if there is no such layer.
         """
-        index = check_integer("index", index, at_least=0, at_most=self.config.num_layers - 1)
-        if isinstance(self.layers, tuple):
-            return self.layers[index]
-        return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, self.layers)
+        index = check_integer("index", index, at_least=0, at_most=self.num_layers - 1)
+        for run in as_runs(self.layers):
+            if index < num_layers_of(run):
+                return run.layer(index) if isinstance(run, LayerRun) else run
+            index -= num_layers_of(run)
+        raise AssertionError
 
     @checked
     def final_norm(
@@ -161,3 +201,7 @@ class TransformerDecoder(AbstractCachedDecoder):
     def output_head(self) -> Float[Array, "vocab embed"]:
         """The embedding if tied, the head's own matrix otherwise."""
         return self.embedding if self.head is None else self.head
+
+
+def _stacked_alone(layer: AbstractCachedDecoderLayer) -> AbstractCachedDecoderLayer:
+    return jax.tree.map(lambda x: x[None] if eqx.is_array(x) else x, layer)

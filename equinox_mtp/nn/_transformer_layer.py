@@ -16,18 +16,15 @@ from .._checks import (
     check_integer,
     check_number,
 )
-from .._decoder import AbstractCachedDecoderLayer
-from .._types import checked
+from .._decoder import AbstractCachedDecoderLayer, Cache
+from .._types import checked, module_of
 from ..sharding import constrain_hidden_states
-from ._attention import (
-    AttentionFunction,
-    GroupedQueryAttention,
-    KeyValueCache,
-    causal_attention,
-)
+from ._attention import GroupedQueryAttention
+from ._attention_functions import AttentionFunction, causal_attention
 from ._feed_forward import SwiGLU
-from ._linear import cast_matrices
 from ._norm import RMSNorm
+from ._parts import AbstractAttention, AbstractFeedForward
+from ._rotary import Rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,15 +137,18 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
 
     y = x + attention(norm(x)); out = y + feed_forward(norm(y)).
 
+    `TransformerDecoderLayer(config, key=key)` has the parts that `config` describes;
+    `TransformerDecoderLayer.of` takes any.
+
     >>> layer = emtp.nn.TransformerDecoderLayer(config, key=jax.random.key(0))
     >>> layer(jnp.ones((1, 3, 16)), position_ids=jnp.asarray([[0, 1, 2]])).shape
     (1, 3, 16)
     """
 
     attention_norm: RMSNorm
-    attention: GroupedQueryAttention
+    attention: AbstractAttention
     feed_forward_norm: RMSNorm
-    feed_forward: SwiGLU
+    feed_forward: AbstractFeedForward
     dropout: eqx.nn.Dropout
 
     def __init__(self, config: TransformerConfig, *, key: PRNGKeyArray):
@@ -166,7 +166,7 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
             config.num_heads,
             config.resolved_num_kv_heads,
             config.resolved_head_dim,
-            rope_theta=config.rope_theta,
+            rotary=Rotary(config.rope_theta),
             scale=config.attention_scale,
             out_scale=out_scale,
             attention=config.attention,
@@ -177,6 +177,44 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
             config.embed_size, config.resolved_mlp_size, out_scale=out_scale, key=feed_forward_key
         )
         self.dropout = eqx.nn.Dropout(config.dropout_rate)
+
+    @classmethod
+    def of(
+        cls,
+        attention: AbstractAttention,
+        feed_forward: AbstractFeedForward,
+        *,
+        attention_norm: RMSNorm,
+        feed_forward_norm: RMSNorm,
+        dropout_rate: float = 0.0,
+    ) -> "TransformerDecoderLayer":
+        """A layer of given parts.
+
+        >>> keys = jax.random.split(jax.random.key(0))
+        >>> attention = emtp.nn.GroupedQueryAttention(16, 2, 1, 8, norm_epsilon=1e-6, key=keys[0])
+        >>> layer = emtp.nn.TransformerDecoderLayer.of(
+        ...     attention,
+        ...     emtp.nn.SwiGLU(16, 32, key=keys[1]),
+        ...     attention_norm=emtp.nn.RMSNorm(16),
+        ...     feed_forward_norm=emtp.nn.RMSNorm(16),
+        ... )
+        >>> layer.attention.query_norm.scale.shape
+        (8,)
+
+        **Arguments:**
+
+        - `attention`, `feed_forward`: modules of these two abstract classes.
+        - `attention_norm`, `feed_forward_norm`: the norms in front of them.
+        - `dropout_rate`: of both outputs; 0 needs no `key`.
+        """
+        return module_of(
+            cls,
+            attention_norm=attention_norm,
+            attention=attention,
+            feed_forward_norm=feed_forward_norm,
+            feed_forward=feed_forward,
+            dropout=eqx.nn.Dropout(dropout_rate),
+        )
 
     @checked
     def __call__(
@@ -200,22 +238,26 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         fed_forward = self.dropout(fed_forward, key=keys[1], inference=inference)
         return constrain_hidden_states(hidden_states + fed_forward)
 
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> KeyValueCache:
-        """Keys and values of the attention."""
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> Cache:
+        """What the attention keeps."""
         return self.attention.init_cache(batch_size, max_length, dtype)
 
     def for_decoding(self, dtype: Any) -> "TransformerDecoderLayer":
         """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
-        return cast_matrices(self, dtype)
+        return eqx.tree_at(
+            lambda layer: (layer.attention, layer.feed_forward),
+            self,
+            (self.attention.for_decoding(dtype), self.feed_forward.for_decoding(dtype)),
+        )
 
     @checked
     def decode(
         self,
         hidden_states: Float[Array, "batch seq embed"],
-        cache: KeyValueCache,
+        cache: Cache,
         *,
         position_ids: Integer[Array, "batch seq"],
-    ) -> tuple[Float[Array, "batch seq embed"], KeyValueCache]:
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
         """Runs a few positions, without dropout; see `AbstractCachedDecoderLayer`."""
         attended, cache = self.attention.decode(
             self.attention_norm(hidden_states), cache, position_ids=position_ids

@@ -12,6 +12,11 @@ from ._comparison import Comparison
 _Layer = TypeVar("_Layer", bound=eqx.Module)
 
 
+def are_alike(first: eqx.Module, other: eqx.Module) -> bool:
+    """Whether `stack_layers` can stack two layers."""
+    return Comparison().difference(first, other) is None
+
+
 def stack_layers(layers: Sequence[_Layer]) -> _Layer | None:
     """The arrays of all layers, stacked, in the structure of the first; `None` for no layers.
 

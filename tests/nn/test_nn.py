@@ -94,12 +94,12 @@ def _self_attention(
         np.einsum("bse,ehd->bshd", x, _f64(kernel))
         for kernel in (module.query_kernel, module.key_kernel, module.value_kernel)
     )
-    query, key = (_rotate(y, _POSITIONS, module.rope_theta) for y in (query, key))
+    query, key = (_rotate(y, _POSITIONS, module.rotary.theta) for y in (query, key))
     attended = _attend(query, key, value, segments, module.scale)
     return np.einsum("bshd,hde->bse", attended, _f64(module.out_kernel))
 
 
-def _transformer_layer(x: np.ndarray, layer: nn.TransformerDecoderLayer) -> np.ndarray:
+def _transformer_layer(x: np.ndarray, layer: Any) -> np.ndarray:
     normed = _rms_norm(x, layer.attention_norm.scale, 0.1)
     x = x + _self_attention(normed, layer.attention, _SEGMENTS)
     return x + _swiglu(_rms_norm(x, layer.feed_forward_norm.scale, 0.1), layer.feed_forward)
@@ -202,7 +202,7 @@ def test_grouped_query_attention(
 ):
     def make(key: PRNGKeyArray) -> nn.GroupedQueryAttention:
         return nn.GroupedQueryAttention(
-            _EMBED, _HEADS, _KV_HEADS, _HEAD_DIM, rope_theta=50.0, scale=scale, key=key
+            _EMBED, _HEADS, _KV_HEADS, _HEAD_DIM, rotary=nn.Rotary(50.0), scale=scale, key=key
         )
 
     module = build(make)

@@ -1,0 +1,93 @@
+"""What attention keeps of the positions that a row has seen."""
+
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from .._types import checked
+
+
+class KeyValueCache(eqx.Module):
+    """Keys and values of the positions seen so far, after the positional encoding.
+
+    Laid out as the products of a few queries with them want it: nothing is transposed to attend.
+
+    >>> layer = decoder.layer(0)
+    >>> cache = layer.init_cache(batch_size=2, max_length=8, dtype=jnp.float32)
+    >>> cache.key.shape, cache.value.shape
+    ((2, 2, 8, 8), (2, 2, 8, 8))
+    """
+
+    key: Float[Array, "batch kv_heads head_dim max_length"]
+    value: Float[Array, "batch kv_heads max_length head_dim"]
+
+    @checked
+    def write(
+        self,
+        key: Float[Array, "batch seq kv_heads head_dim"],
+        value: Float[Array, "batch seq kv_heads head_dim"],
+        position_ids: Integer[Array, "batch seq"],
+    ) -> "KeyValueCache":
+        """Puts keys and values at their positions; drops what is outside."""
+        rows = jnp.arange(position_ids.shape[0])[:, None]
+        # A negative index would count from the end.
+        slots = jnp.where(position_ids < 0, self.value.shape[2], position_ids)
+        return KeyValueCache(
+            self.key.at[rows, :, :, slots].set(key, mode="drop"),
+            self.value.at[rows, :, slots].set(value, mode="drop"),
+        )
+
+    @checked
+    def attend(
+        self,
+        query: Float[Array, "batch seq heads head_dim"],
+        key: Float[Array, "batch seq kv_heads head_dim"],
+        value: Float[Array, "batch seq kv_heads head_dim"],
+        position_ids: Integer[Array, "batch seq"],
+        scale: float | None,
+        window: int | None = None,
+    ) -> Float[Array, "batch seq heads head_dim"]:
+        """Attention of some positions, which follow one another.
+
+        To what is cached of the positions before the first of them, and among each other: they are
+        not in the cache yet. The softmax is in float32. A position before the row's first sees
+        nothing, and gets a mean. `scale` and `window` are those of `causal_attention`.
+        """
+        batch, seq, heads, head_dim = query.shape
+        kv_heads, max_length = self.value.shape[1:3]
+        scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        groups = heads // kv_heads
+        query = query.reshape(batch, seq, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+        key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+        slots, offsets = jnp.arange(max_length), jnp.arange(seq)
+        is_before = jnp.broadcast_to(slots < position_ids[:, :1, None], (batch, seq, max_length))
+        is_causal = (offsets <= offsets[:, None]) & (position_ids >= 0)[:, None]
+        if window is not None:
+            is_before &= slots > position_ids[:, :, None] - window
+            is_causal &= offsets > offsets[:, None] - window
+
+        def logits(keys: Array, visible: Array) -> Array:
+            rows = query.reshape(batch, kv_heads, groups * seq, head_dim)
+            products = jnp.einsum("bkqd,bkdl->bkql", rows, keys, preferred_element_type=jnp.float32)
+            products = products.reshape(batch, kv_heads, groups, seq, keys.shape[-1])
+            return jnp.where(visible[:, None, None], scale * products, jnp.finfo(jnp.float32).min)
+
+        def weighted(weights: Array, values: Array) -> Array:
+            rows = weights.reshape(batch, kv_heads, groups * seq, values.shape[2])
+            rows = rows.astype(values.dtype)
+            products = jnp.einsum(
+                "bkql,bkld->bkqd", rows, values, preferred_element_type=jnp.float32
+            )
+            return products.reshape(query.shape)
+
+        cached, new = logits(self.key, is_before), logits(key, is_causal)
+        highest = jnp.maximum(
+            jnp.max(cached, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True)
+        )
+        cached, new = jnp.exp(cached - highest), jnp.exp(new - highest)
+        total = jnp.sum(cached, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
+        attended = (weighted(cached, self.value) + weighted(new, value)) / total
+        attended = attended.astype(query.dtype).transpose(0, 3, 1, 2, 4)
+        return attended.reshape(batch, seq, heads, head_dim)

@@ -1,0 +1,64 @@
+"""The two parts that a transformer layer is composed of."""
+
+import abc
+from typing import Any, TypeVar
+
+import equinox as eqx
+from jaxtyping import Array, Float, Integer
+
+from .._decoder import Cache
+from ._linear import cast_matrices
+
+_Part = TypeVar("_Part", bound=eqx.Module)
+
+
+class AbstractAttention(eqx.Module):
+    """What mixes positions in a `TransformerDecoderLayer`; `GroupedQueryAttention` is one.
+
+    >>> isinstance(decoder.layer(0).attention, emtp.nn.AbstractAttention)
+    True
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        *,
+        position_ids: Integer[Array, "batch seq"],
+        segment_ids: Integer[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        """Attends; see `AbstractDecoderLayer` for the arguments."""
+
+    @abc.abstractmethod
+    def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> Cache:
+        """An empty cache; see `AbstractCachedDecoderLayer`."""
+
+    @abc.abstractmethod
+    def decode(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        cache: Cache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """Attends to what is cached up to each position; see `AbstractCachedDecoderLayer`."""
+
+    def for_decoding(self: _Part, dtype: Any) -> _Part:
+        """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
+        return cast_matrices(self, dtype)
+
+
+class AbstractFeedForward(eqx.Module):
+    """What transforms each position in a `TransformerDecoderLayer`; `SwiGLU` is one.
+
+    >>> isinstance(decoder.layer(0).feed_forward, emtp.nn.AbstractFeedForward)
+    True
+    """
+
+    @abc.abstractmethod
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+        """Transforms each position by itself, in the dtype of its input."""
+
+    def for_decoding(self: _Part, dtype: Any) -> _Part:
+        """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
+        return cast_matrices(self, dtype)
