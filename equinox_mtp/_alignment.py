@@ -4,6 +4,8 @@ import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Integer, Shaped
 
 from ._checks import check_ids, check_integer
@@ -101,7 +103,7 @@ def align_targets(
     - `num_depths`: the number of depths D; 0 is legal.
     - `segment_ids`: which document each position belongs to; 0 is padding. `None` means that every
         row is one document.
-    - `position_ids`: the position of each token; counts from 0 in each row if `None`.
+    - `position_ids`: the position of each token; counts from 0 in each document if `None`.
     - `chain_mask`: score depth k at i only where every target of the chain i, i+1, …, i+k counts,
         not just the last. Use it if masked tokens (a prompt, an image) should not be drafted over.
 
@@ -118,7 +120,7 @@ def align_targets(
         else jnp.asarray(check_ids("segment_ids", segment_ids))
     )
     positions = (
-        default_position_ids(inputs)
+        jnp.asarray(default_position_ids(inputs, segments))
         if position_ids is None
         else jnp.asarray(check_ids("position_ids", position_ids))
     )
@@ -214,6 +216,21 @@ def scored_targets(
 
 def default_position_ids(
     input_ids: Shaped[HostOrDeviceArray, "batch seq"],
-) -> Integer[Array, "batch seq"]:
-    """Positions that count from 0 in every row."""
-    return jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+    segment_ids: Integer[HostOrDeviceArray, "batch seq"] | None = None,
+) -> Integer[HostOrDeviceArray, "batch seq"]:
+    """Positions that count from 0 in every document, that is in every run of one segment id."""
+    if segment_ids is None:
+        xp = jnp if isinstance(input_ids, Array) else np
+        positions = xp.arange(input_ids.shape[1], dtype=np.int32)
+        return xp.broadcast_to(positions, input_ids.shape)
+    xp = jnp if isinstance(segment_ids, Array) else np
+    positions = xp.arange(segment_ids.shape[1], dtype=np.int32)
+    is_start = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = xp.pad(xp.where(is_start, positions[1:], 0), ((0, 0), (1, 0)))
+    return positions - _running_maximum(starts)
+
+
+def _running_maximum(x: HostOrDeviceArray) -> HostOrDeviceArray:
+    if isinstance(x, Array):
+        return lax.cummax(x, axis=1)
+    return np.maximum.accumulate(x, axis=1)

@@ -18,6 +18,8 @@ class AnnotatedLeaf(NamedTuple):
     - `words`: the axis words of the field's annotation: those of the last axes, since layers may be
         stacked over leading ones. Empty without an annotation.
     - `owner`: the class that has the field; `None` in a list, tuple or dictionary.
+    - `num_stacked`: over how many leading axes layers are stacked, as classes say that hold such
+        layers: by the names in their `STACKED`.
     - `is_state`: whether the leaf is part of an optimizer's state, whose arrays may have other
         shapes than the parameters they are named after: these states are named tuples.
     """
@@ -25,12 +27,13 @@ class AnnotatedLeaf(NamedTuple):
     name: str
     words: tuple[str, ...]
     owner: type | None
+    num_stacked: int
     is_state: bool
 
 
 def annotated_leaf(tree: Any, path: Any) -> AnnotatedLeaf:
     """The leaf at a path of `jax.tree_util.tree_map_with_path`."""
-    node, names, words, owner, is_state = tree, [], (), None, False
+    node, names, words, owner, is_state, num_stacked = tree, [], (), None, False, 0
     for key in path:
         is_state |= hasattr(node, "_fields")
         if isinstance(key, GetAttrKey):
@@ -38,6 +41,8 @@ def annotated_leaf(tree: Any, path: Any) -> AnnotatedLeaf:
             owner = type(node)
             words = _annotated_words(owner).get(key.name, ())
             node = getattr(node, key.name)
+            is_stacked = key.name in getattr(owner, "STACKED", ()) and not isinstance(node, tuple)
+            num_stacked += is_stacked
         elif isinstance(key, SequenceKey):
             names.append(str(key.idx))
             words, owner, node = (), None, node[key.idx]
@@ -45,8 +50,8 @@ def annotated_leaf(tree: Any, path: Any) -> AnnotatedLeaf:
             names.append(str(key.key))
             words, owner, node = (), None, node[key.key]
         else:
-            return AnnotatedLeaf(".".join([*names, str(key)]), (), None, is_state)
-    return AnnotatedLeaf(".".join(names), words, owner, is_state)
+            return AnnotatedLeaf(".".join([*names, str(key)]), (), None, num_stacked, is_state)
+    return AnnotatedLeaf(".".join(names), words, owner, num_stacked, is_state)
 
 
 def names_last_axes(words: tuple[str, ...], shape: tuple[int, ...]) -> bool:

@@ -5,10 +5,9 @@ import dataclasses
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
 from jaxtyping import Bool, Integer
 
-from ._alignment import MTPTargets, align_targets
+from ._alignment import MTPTargets, align_targets, default_position_ids
 from ._checks import check_ids
 from ._types import HostOrDeviceArray, checked
 
@@ -113,12 +112,11 @@ def make_batch(
     on_host = isinstance(tokens, np.ndarray)
     if segment_ids is None:
         xp = np if on_host else jnp
-        positions = xp.arange(input_ids.shape[1], dtype=np.int32)
         return Batch(
             input_ids,
             target_ids,
             target_mask=xp.ones(input_ids.shape, bool),
-            position_ids=xp.broadcast_to(positions, input_ids.shape),
+            position_ids=default_position_ids(input_ids),
         )
     segments = check_ids("segment_ids", segment_ids)
     is_next_same = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] != 0)
@@ -126,25 +124,6 @@ def make_batch(
         input_ids,
         target_ids,
         target_mask=is_next_same,
-        position_ids=_positions_in_runs(segments[:, :-1]),
+        position_ids=default_position_ids(input_ids, segments[:, :-1]),
         segment_ids=segments[:, :-1],
     )
-
-
-def _positions_in_runs(
-    segment_ids: Integer[HostOrDeviceArray, "batch seq"],
-) -> Integer[HostOrDeviceArray, "batch seq"]:
-    """How far each position is from the first of its run of equal ids."""
-    on_host = isinstance(segment_ids, np.ndarray)
-    xp = np if on_host else jnp
-    positions = xp.arange(segment_ids.shape[1], dtype=np.int32)
-    is_start = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = xp.pad(xp.where(is_start, positions[1:], 0), ((0, 0), (1, 0)))
-    run_starts = _running_maximum(starts)
-    return positions - run_starts
-
-
-def _running_maximum(x: HostOrDeviceArray) -> HostOrDeviceArray:
-    if isinstance(x, Array):
-        return lax.cummax(x, axis=1)
-    return np.maximum.accumulate(x, axis=1)

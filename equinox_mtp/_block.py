@@ -1,7 +1,7 @@
 """All depths of Multi-Token Prediction."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -50,7 +50,7 @@ class MultiTokenPredictionBlock(eqx.Module):
     The block holds only the MTP layers; embedding, final norm and output head are the decoder's, so
     that a model's pytree holds each weight once. The layers are scanned over depths and recomputed
     in the backward pass, and the losses of all depths are computed tile by tile, without logits:
-    a depth more takes no compile time, and the memory of four arrays `[batch seq embed]`.
+    a depth more takes next to no compile time, and the memory of four arrays `[batch seq embed]`.
 
     `layers` holds all layers stacked over a leading axis of size D (1 if the layer is repeated, and
     `None` without depths); `block.layer(depth)` takes one out.
@@ -62,6 +62,8 @@ class MultiTokenPredictionBlock(eqx.Module):
     >>> print(output.losses.weights)  # targets scored at depths 1 and 2
     [14. 12.]
     """
+
+    STACKED: ClassVar = ("layers",)
 
     layers: MultiTokenPredictionLayer | None
     config: MTPConfig = eqx.field(static=True)
@@ -172,7 +174,7 @@ class MultiTokenPredictionBlock(eqx.Module):
         - `main_hidden_state`: the main model's, **before** its final norm.
         - `targets`: of `align_targets`, with as many depths as the block.
         - `position_ids`, `segment_ids`: of the batch, **not** shifted; `position_ids` count from 0
-            in each row if `None`.
+            in each document if `None`.
         - `predictions`: whether to find every position's best id, for acceptance.
         - `z_loss_weight`: adds `z_loss_weight · log_sum_exp²` to the loss of every scored token
             (PaLM, arXiv 2204.02311, §5); `None` for none.
@@ -193,7 +195,8 @@ class MultiTokenPredictionBlock(eqx.Module):
             return _empty_output(targets, main_hidden_state, predictions, objective)
         _check_embed_size(self.layers, main_hidden_state)
         if position_ids is None:
-            position_ids = default_position_ids(main_hidden_state[..., 0])
+            rows = main_hidden_state[..., 0]
+            position_ids = jnp.asarray(default_position_ids(rows, segment_ids))
         head_decoder = _stop_gradient(decoder) if self.config.stop_gradient_head else decoder
         hidden_states, normed, auxiliary = self._run_layers(
             decoder,

@@ -28,11 +28,17 @@ class TokenLoss(eqx.Module):
     Outside of `jit`, `+` is exact to 2^53 tokens: it adds on the host, in 64 bits, and waits for
     the arrays. While tracing it adds in float32, where a count is exact to 2^24.
 
-    `z_loss` is the part of `loss` that is a z-loss, for reports, without gradient.
+    To minimise is `mean`; `loss` grows with the batch.
 
     >>> losses = emtp.TokenLoss(jnp.float32(6), jnp.float32(2))
     >>> print(losses.mean, (losses + losses).weight)
     3.0 4.0
+
+    **Fields:**
+
+    - `loss`: the sum over all scored tokens, in nats.
+    - `weight`: how many tokens were scored.
+    - `z_loss`: the part of `loss` that is a z-loss, for reports, without gradient.
     """
 
     loss: Float[HostOrDeviceArray, ""]
@@ -151,7 +157,7 @@ def calculate_mtp_loss(
     - `total_weights`: the counts C_k to divide by, if not `losses.weights`. For exact gradient
         accumulation: give each microbatch the counts of the whole batch, and add up gradients.
 
-    **Returns:** the loss, in nats a token; 0, with gradient 0, where nothing is scored.
+    **Returns:** the loss, in nats per token; 0, with gradient 0, where nothing is scored.
 
     **Raises:** `ValueError` if weights are not one a depth, or if λ or a weight is negative or not
     finite. What is traced is not looked at: a negative or non-finite one enters the formula.

@@ -62,7 +62,8 @@ class MTPModel(eqx.Module):
             value = getattr(self, name)
             if not isinstance(value, wanted):
                 raise TypeError(
-                    f"`{name}` must be a `{wanted.__name__}`; got a `{type(value).__name__}`. A "
+                    f"`{name}` must be of the class `{wanted.__name__}`; got "
+                    f"`{type(value).__name__}`. A "
                     "model of your own becomes a decoder by a wrapper, as README shows."
                 )
 
@@ -94,7 +95,7 @@ class MTPModel(eqx.Module):
         - `target_ids`, `target_mask`: the successor of each token, and which of them count; `None`
             counts all. In packed rows, mask the last token of each document if its target is the
             next document's first, as `inputs_and_targets` does.
-        - `position_ids`: count from 0 in each row if `None`.
+        - `position_ids`: count from 0 in each document if `None`.
         - `segment_ids`: which document each position belongs to; 0 is padding. `None` means that
             every row is one document. No depth predicts beyond a run of one id, but attention goes
             by the ids alone: give the documents of a row different ones.
@@ -195,7 +196,7 @@ def _as_batch(
         input_ids,
         target_ids,
         np.ones(target_ids.shape, bool) if target_mask is None else target_mask != 0,
-        default_position_ids(input_ids) if position_ids is None else position_ids,
+        default_position_ids(input_ids, segment_ids) if position_ids is None else position_ids,
         segment_ids,
         targets,
     )

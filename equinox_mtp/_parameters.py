@@ -54,7 +54,8 @@ def weight_decay_mask(tree: PyTree[Any]) -> PyTree[bool]:
 
     A parameter decays if its annotation has two axis words or more, `Float[Array, "vocab embed"]`
     for instance, however many axes its layers are stacked over. Without axis words it decays if it
-    has two axes or more. What is named `bias`, or `…_bias`, and norms of `equinox.nn` never do.
+    has two axes or more in its layer. What is named `bias`, or `…_bias`, and norms of `equinox.nn`
+    never do.
 
     **Arguments:**
 
@@ -71,7 +72,7 @@ def weight_decay_mask(tree: PyTree[Any]) -> PyTree[bool]:
             return False
         if names_last_axes(leaf.words, x.shape) and leaf.words:
             return len(leaf.words) >= 2
-        return len(x.shape) >= 2
+        return len(x.shape) - leaf.num_stacked >= 2
 
     return jax.tree_util.tree_map_with_path(decays, tree)
 

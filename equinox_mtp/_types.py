@@ -72,13 +72,36 @@ def _first_lines(message: str, name: str) -> str | None:
     what = f"`{problem['argument']}`" if problem["argument"] else f"the {problem['what']}"
     value = " ".join((problem["value"] or "another value").split())
     wanted = " ".join((problem["type"] or "of the types and shapes in its signature").split())
+    wanted = _plain_type(wanted)
     _, _, axes = message.partition("The current values for each jaxtyping axis")
     axes = ", ".join(axes.splitlines()[1:])
     axes = f"\nAxes so far: {_cut(axes, 100)}." if axes else ""
     return (
         f"{what} must be {_cut(wanted, 120)}; got {_cut(value, 80)}.\n"
-        f"In a call of `{name.removeprefix('equinox_mtp.')}`.{axes}"
+        f"In a call of `{_public_name(name)}`.{axes}"
     )
+
+
+def _plain_type(text: str) -> str:
+    """As annotations name it: `Integer[Array, 'batch seq']`, or NumPy's."""
+    for written, meant in (
+        ("jaxlib._jax.Array", "Array"),
+        ("jaxtyping.", ""),
+        ("equinox_mtp.", ""),
+        ("<class '", ""),
+        ("'>", ""),
+    ):
+        text = text.replace(written, meant)
+    union = re.fullmatch(r"typing\.Union\[(.*)\]", text)
+    if union:
+        text = re.sub(r"(\]|\w), (?=[A-Za-z])", r"\1 or ", union[1])
+    return text
+
+
+def _public_name(name: str) -> str:
+    """Without the files that users do not import from."""
+    _, *parts = name.split(".")
+    return ".".join(part for part in parts if not part.startswith("_") or part.startswith("__"))
 
 
 def _cut(text: str, length: int) -> str:

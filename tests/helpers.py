@@ -73,7 +73,11 @@ def align_oracle(
     segments = np.ones((batch, seq), int) if segment_ids is None else segment_ids
     counts = np.ones((batch, seq), bool) if target_mask is None else target_mask != 0
     if position_ids is None:
-        position_ids = np.tile(np.arange(seq, dtype=np.int32), (batch, 1))
+        position_ids = np.zeros((batch, seq), np.int32)
+        for b in range(batch):
+            for i in range(1, seq):
+                same = segments[b, i] == segments[b, i - 1]
+                position_ids[b, i] = position_ids[b, i - 1] + 1 if same else 0
     shape = (num_depths, batch, seq)
     out = {
         "input_ids": np.zeros(shape, input_ids.dtype),

@@ -159,3 +159,52 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="`target_ids` must lie in 0 … 12"):
         model(outside)
     assert isinstance(batch, Batch)
+
+
+class LearnedPositions(emtp.AbstractDecoder):
+    """Positions enter as they are, and not as differences."""
+
+    table: jax.Array
+    positions: jax.Array
+
+    def embed(self, input_ids: Any, position_ids: Any) -> Any:
+        return self.table[input_ids] + self.positions[position_ids]
+
+    def __call__(self, input_ids: Any, *, position_ids: Any, **unused: Any) -> Any:
+        return self.embed(input_ids, position_ids)
+
+    def final_norm(self, hidden_states: Any) -> Any:
+        return hidden_states
+
+    def output_head(self) -> Any:
+        return self.table
+
+
+def test_positions_count_from_0_in_each_document_everywhere() -> None:
+    tokens, segments = make_rows()
+    keys = jax.random.split(jax.random.key(0))
+    decoder = LearnedPositions(
+        jax.random.normal(keys[0], (VOCAB, 8)), jax.random.normal(keys[1], (16, 8))
+    )
+    model = MTPModel(decoder, make_model().block)
+    batch = make_batch(tokens, segment_ids=segments)
+    assert (np.asarray(batch.position_ids) != np.arange(batch.input_ids.shape[1])).any()
+    run = eqx.filter_jit(model)
+    expected = run(batch)
+    fields = {"segment_ids": batch.segment_ids, "target_mask": batch.target_mask}
+    output = run(batch.input_ids, batch.target_ids, **fields)
+    targets = emtp.align_targets(
+        batch.input_ids, batch.target_ids, num_depths=2, segment_ids=batch.segment_ids
+    )
+    alone = eqx.filter_jit(model.block)(
+        decoder,
+        decoder(jnp.asarray(batch.input_ids), position_ids=jnp.asarray(batch.position_ids)),
+        targets,
+        segment_ids=jnp.asarray(batch.segment_ids),
+    )
+    np.testing.assert_allclose(output.main.loss, expected.main.loss, rtol=1e-6)
+    np.testing.assert_allclose(output.mtp.losses.losses, expected.mtp.losses.losses, rtol=1e-6)
+    np.testing.assert_allclose(alone.hidden_states, expected.mtp.hidden_states, rtol=1e-5)
+    measured = emtp.speculative.measure_acceptance(model, tokens, segment_ids=segments)
+    rate = emtp.calculate_mtp_acceptance_rate(expected.mtp.acceptance, expected.predictions)
+    np.testing.assert_array_equal(measured.overall.independent, rate.independent)

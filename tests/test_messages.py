@@ -62,6 +62,9 @@ VALUES = {
         " depth_weights=-np.ones(99))"
     ),
     "`shift` must be zero or negative": "emtp.roll_and_mask(ids, 1)",
+    "`head` must be a matrix": (
+        "emtp.linear_cross_entropy(hidden, __import__('equinox').nn.Linear(8, 11, key=key), ids)"
+    ),
     "`order` must hold each of": "emtp.sharding.reorder(ids, np.array([0, 0, 1, 2]))",
     "`target_ids` must lie in 0 … 10": "model(np.array([[1, 2]]), np.array([[3, 11]]))",
     "`targets` must have shape": "block(decoder, hidden, bad_targets)",

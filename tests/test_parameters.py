@@ -193,3 +193,25 @@ def test_count_parameters(tie_embeddings: bool, matrices_of_vocab: int) -> None:
     layer = sum(layer) + 2 * 8
     expected = matrices_of_vocab * 11 * 8 + 8 + 2 * layer + 3 * (layer + projection + 3 * 8)
     assert emtp.count_parameters(model) == expected
+
+
+class LayerScale(emtp.AbstractDecoderLayer):
+    """Parameters without axis words."""
+
+    scale: jax.Array
+    kernel: jax.Array
+
+    def __call__(self, hidden_states: Any, **unused: Any) -> Any:
+        return hidden_states @ self.kernel * self.scale
+
+
+def test_vectors_without_axis_words_are_vectors_in_a_stack() -> None:
+    block = emtp.MultiTokenPredictionBlock(
+        emtp.MTPConfig(2),
+        lambda key: LayerScale(jnp.ones(8), jax.random.normal(key, (8, 8))),
+        embed_size=8,
+        key=jax.random.key(0),
+    )
+    assert block.layers is not None
+    layer: Any = emtp.weight_decay_mask(block).layers.transformer_layer
+    assert (layer.scale, layer.kernel) == (False, True)

@@ -155,6 +155,12 @@ def as_linear_head(head: OutputHead) -> LinearHead | None:
     `None` for a callable of another kind.
     """
     if not isinstance(head, LinearHead):
+        if isinstance(head, eqx.nn.Linear):
+            raise ValueError(
+                "`head` must be a matrix, a `LinearHead`, or map [batch seq embed] to [batch seq "
+                "vocab]; an `equinox.nn.Linear` maps one vector. Write "
+                "`LinearHead(linear.weight, bias=linear.bias)`."
+            )
         if callable(head):
             return None
         head = LinearHead(head)

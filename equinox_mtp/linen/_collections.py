@@ -80,7 +80,7 @@ def calculate_mtp_loss(intermediate_outputs: Mapping[str, Any], config: Any) -> 
         `["weights"]`: arrays over depths, or tuples of scalars.
     - `config`: its `mtp_loss_scaling_factor` is λ.
 
-    **Returns:** the loss in nats a token; 0 if nothing was collected or scored.
+    **Returns:** the loss in nats per token; 0 if nothing was collected or scored.
 
     **Raises:** `ValueError` if `config` has no λ, or the collection is another block's.
     """

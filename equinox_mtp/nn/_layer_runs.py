@@ -1,7 +1,7 @@
 """The layers of a decoder, in runs of layers that are alike."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -20,6 +20,8 @@ class LayerRun(eqx.Module):
     >>> run.num_layers, run.layer(0).attention_norm.scale.shape
     (1, (16,))
     """
+
+    STACKED: ClassVar = ("layers",)
 
     layers: AbstractCachedDecoderLayer
 

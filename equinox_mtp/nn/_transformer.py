@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -33,6 +33,8 @@ class TransformerDecoder(AbstractCachedDecoder):
     >>> logits.shape
     (1, 3, 32)
     """
+
+    STACKED: ClassVar = ("layers",)
 
     embedding: Float[Array, "vocab embed"]
     layers: Layers

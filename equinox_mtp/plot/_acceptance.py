@@ -36,7 +36,7 @@ def acceptance(rate: MTPAcceptanceRate, *, ax: Axes | None = None) -> Axes:
         ax.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
     ax.set(xlabel="depth", ylabel="accepted (%)", xticks=depths, ylim=(0, 125))
     ax.set_yticks(range(0, 101, 20))
-    ax.set_title(f"τ = {float(rate.expected_accepted_length):.2f} tokens a pass")
+    ax.set_title(f"τ = {float(rate.expected_accepted_length):.2f} tokens per pass")
     finish_curves(ax)
     ax.grid(visible=False, axis="x")
     ax.legend(

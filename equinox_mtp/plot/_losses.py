@@ -25,7 +25,7 @@ def losses(
     **Arguments:**
 
     - `steps`: when each loss was measured.
-    - `main_losses`: `output.main.mean` of each step, in nats a token.
+    - `main_losses`: `output.main.mean` of each step, in nats per token.
     - `depth_losses`: `output.mtp.losses.mean` of each step.
     - `as_points`: whether to draw points without names, in the colours of the curves; for text that
         is held out.
@@ -42,6 +42,6 @@ def losses(
             ax.plot(np.asarray(steps), curve, color=color, marker="o", linestyle="none")
         else:
             ax.plot(np.asarray(steps), curve, color=color, alpha=0.8, label=name)
-    ax.set(xlabel="step", ylabel="loss (nats a token)")
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
     finish_curves(ax)
     return ax

@@ -47,7 +47,7 @@ def parameter_shardings(tree: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RU
     def place(path: Any, leaf: Any) -> NamedSharding | None:
         if not is_array_or_shape(leaf):
             return None
-        name, words, _, is_state = annotated_leaf(tree, path)
+        name, words, _, _, is_state = annotated_leaf(tree, path)
         rule = _longest_fitting(rules, name)
         if rule is not None:
             unused.discard(rule)

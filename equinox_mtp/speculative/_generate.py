@@ -56,8 +56,8 @@ def generate(
         length.
     - `prompt_lengths`: how many tokens of a row are its prompt; at least 1. `None`: all.
     - `max_new_tokens`: how many tokens to add to each row, at most.
-    - `num_drafts`: drafts a step, at most 64; the number of depths if `None`. 0 is plain decoding.
-        Beyond the number of depths the last layer is repeated.
+    - `num_drafts`: drafts per step, at most 64; the number of depths if `None`. 0 is plain
+        decoding. Beyond the number of depths the last layer is repeated.
     - `sampler`: greedy, or `Sampler(temperature, top_k, top_p)`; for drafts and model alike.
     - `eos_id`: ends a row; it is the row's last token then.
     - `key`: for draws; needed unless `sampler` is greedy.

@@ -73,7 +73,8 @@ def measure_acceptance(
 
     - `model`: any `MTPModel`; it needs no cached step.
     - `tokens`: rows of `seq + 1` tokens.
-    - `segment_ids`, `position_ids`: of these, for packed rows; see `MTPModel`.
+    - `segment_ids`: for packed rows, which document each of these tokens belongs to; 0 is padding.
+    - `position_ids`: of these tokens; they count from 0 in each document if `None`.
     - `num_buckets`: into how many parts of equal length the positions are split.
 
     **Returns:** `PositionalAcceptance`.
@@ -96,11 +97,9 @@ def measure_acceptance(
     is_token = None if segment_ids is None else at_hand(segment_ids)
     check_ids("tokens", at_hand(tokens), head_vocab_size(model.decoder.output_head()), is_token)
     input_ids, target_ids, target_mask = inputs_and_targets(tokens, segment_ids=segment_ids)
-    positions = (
-        default_position_ids(input_ids)
-        if position_ids is None
-        else jnp.asarray(check_ids("position_ids", position_ids))[:, :-1]
-    )
+    if position_ids is None:
+        position_ids = default_position_ids(tokens, segment_ids)
+    positions = jnp.asarray(check_ids("position_ids", position_ids))[:, :-1]
     output = model(
         input_ids,
         target_ids,

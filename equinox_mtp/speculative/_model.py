@@ -19,13 +19,13 @@ def check_cached_steps(model: MTPModel) -> None:
     parts: list[tuple[str, Any, type]] = [("decoder", model.decoder, AbstractCachedDecoder)]
     if model.block.layers is not None:
         layer = model.block.layers.transformer_layer
-        parts.append(("transformer layers", layer, AbstractCachedDecoderLayer))
+        parts.append(("transformer layer", layer, AbstractCachedDecoderLayer))
     for name, part, wanted in parts:
         if not isinstance(part, wanted):
             raise TypeError(
-                f"`model` must have a cached step to generate; its {name} is a "
-                f"`{type(part).__name__}`, which is no `{wanted.__name__}`. Derive it from that "
-                "class, and add `init_cache` and `decode`."
+                f"`model` must have a cached step to generate; its {name} is of the class "
+                f"`{type(part).__name__}`, not an `{wanted.__name__}`. Derive it from that class, "
+                "and add `init_cache` and `decode`."
             )
 
 

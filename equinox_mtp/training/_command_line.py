@@ -12,7 +12,10 @@ from ._options import GROUPS
 
 _COMMON = "common"
 
-_CONFIG = "--config FILE takes the options of a run, from its config.json; those given here win."
+_CONFIG = (
+    "--config FILE|FOLDER starts from the options of an earlier run (its config.json, or its "
+    "folder); options on this command line take precedence."
+)
 
 
 def parse_train_options(arguments: Sequence[str], default: TrainConfig) -> TrainConfig:

@@ -39,10 +39,18 @@ def train_command(options: Sequence[str]) -> None:
         stored = info_of_run(out / "checkpoints").config
         default = dataclasses.replace(stored, out=out)
     config = parse_train_options(options, default)
-    if config.distributed:
-        _train_in_several_processes(config)
-    else:
-        train(config)
+    try:
+        if config.distributed:
+            _train_in_several_processes(config)
+        else:
+            train(config)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            "there is not enough memory for a step. Lower --seq-len or --batch-size, or raise "
+            "--accumulate."
+        ) from None
 
 
 def _train_in_several_processes(config: TrainConfig) -> None:
@@ -97,10 +105,11 @@ def _named_run(options: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
     **Returns:** these, and the options without `--config`.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    prog = "python -m equinox_mtp train"
+    early = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     run, rest = early.parse_known_args(options)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path)
     return parser.parse_known_args(rest, run)[0], rest

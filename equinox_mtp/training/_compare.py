@@ -25,7 +25,7 @@ class Comparison:
 
     **Fields:**
 
-    - `num_drafts`: drafts a step.
+    - `num_drafts`: drafts per step.
     - `num_tokens`: new tokens of all prompts.
     - `plain_seconds`, `seconds`: without and with drafts; medians of several rounds.
     - `same_tokens`: the share of prompts whose two continuations are the same. Below 1 only if
@@ -49,7 +49,7 @@ class Comparison:
     def __str__(self) -> str:
         return (
             f"{self.num_tokens / self.plain_seconds:,.0f} tokens/s plain, "
-            f"{self.num_tokens / self.seconds:,.0f} with {self.num_drafts} draft(s) a step: "
+            f"{self.num_tokens / self.seconds:,.0f} with {self.num_drafts} draft(s) per step: "
             f"{self.speedup:.2f} times as fast, {self.same_tokens:.0%} of the continuations equal\n"
             f"  {describe_acceptance(self.tokens_per_pass, self.accepted_per_position)}"
         )
@@ -120,7 +120,7 @@ def describe_acceptance(tokens_per_pass: float, accepted: Sequence[float]) -> st
         f"first {'draft' if k == 1 else k} {rate:.0%}" for k, rate in enumerate(accepted, start=1)
     )
     accepted_words = f"; accepted: {rates}" if rates else ""
-    return f"{tokens_per_pass:.2f} tokens a forward pass{accepted_words}"
+    return f"{tokens_per_pass:.2f} tokens per forward pass{accepted_words}"
 
 
 def held_out_prompts(corpus: Corpus, *, num_prompts: int, length: int) -> list[np.ndarray]:

@@ -230,12 +230,12 @@ class _Counts:
 
     def __str__(self) -> str:
         num_steps = len(self.accepted)
-        text = f"{self.num_tokens} tokens in {1 + num_steps} passes"
+        text = f"{self.num_tokens} tokens in {1 + num_steps} forward passes"
         if not num_steps:
             return text
         rates = [sum(n > k for n in self.accepted) / num_steps for k in range(self.num_drafts)]
         described = describe_acceptance((self.num_tokens - 1) / num_steps, rates)
-        return f"{text}; after the prompt's {described}"
+        return f"{text}; not counting the prompt's, {described}"
 
 
 def _newest(path: Path) -> Path:
@@ -244,7 +244,8 @@ def _newest(path: Path) -> Path:
     found = checkpoints(path / "checkpoints") or checkpoints(path) or itself
     if not found:
         raise FileNotFoundError(
-            f"`checkpoint`: there is none in {path}. Give the folder of a run, or of a checkpoint."
+            f"`checkpoint`: there is none in {path}. Give the folder of a run of `train`, such as "
+            "runs/0001, or of one of its checkpoints."
         )
     return found[-1]
 

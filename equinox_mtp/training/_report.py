@@ -145,7 +145,7 @@ def summary(
     """The closing lines of a run, from its last evaluation."""
     lines = [
         f"held-out text after step {record['step']} ({record['tokens']} tokens)",
-        f"  main loss            {record['main_loss']:.4f} nats a token",
+        f"  main loss            {record['main_loss']:.4f} nats per token",
     ]
     rows = zip(
         record["mtp_losses"],
@@ -161,7 +161,7 @@ def summary(
             f"(jointly {joint:.1%}, conditionally {conditional:.1%}), right {truth:.1%}"
         )
     lines.append(
-        f"  expected accepted length τ = {record['expected_accepted_length']:.3f} tokens a pass"
+        f"  expected accepted length τ = {record['expected_accepted_length']:.3f} tokens per pass"
     )
     if comparisons:
         lines.append("held-out prompts continued greedily")
@@ -170,6 +170,7 @@ def summary(
         f"{seconds:.0f} s in all"
         + ("" if tokens_per_second is None else f", {tokens_per_second:,.0f} tokens/s in training"),
         f"files: {out}/metrics.jsonl, {out}/curves.png, {out}/checkpoints",
+        f"next:  python -m equinox_mtp generate --checkpoint {out} --prompt 'Once upon a time'",
     ]
     return "\n".join(lines)
 

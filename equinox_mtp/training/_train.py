@@ -123,6 +123,11 @@ def prepare(config: TrainConfig) -> Run:
         config.data, vocab_size=config.vocab_size, end_of_document=config.end_of_document
     )
     train_corpus, held_out_corpus = corpus.split(config.seed)
+    if config.seq_len > train_corpus.num_tokens:
+        raise ValueError(
+            f"`seq_len` must be at most the {train_corpus.num_tokens} tokens of the training data; "
+            f"got {config.seq_len}. Take shorter rows, or more text."
+        )
     return Run(
         config=config,
         info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, without_devices(config)),
@@ -138,12 +143,15 @@ def prepare(config: TrainConfig) -> Run:
 
 def describe_start(run: Run, state: TrainState) -> str:
     """The first lines that a run prints."""
-    first_step = int(state.step)
+    first_step, steps = int(state.step), run.config.steps
+    start = f", from step {first_step} on" if first_step else ""
+    if first_step == steps:
+        start = f": the run has ended, at step {first_step} of {steps}"
     return (
         f"{describe_corpus(run.corpus, run.held_out_corpus, run.config.depths)}\n"
         f"{emtp.count_parameters(state.model):,} parameters, "
         f"{run.config.depths} prediction depth(s)\n"
-        f"writing to {run.out}" + (f", from step {first_step} on" if first_step else "")
+        f"writing to {run.out}{start}"
     )
 
 

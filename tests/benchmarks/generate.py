@@ -5,7 +5,7 @@
 
 Models of text are trained first, unless `DIR` holds them from an earlier call: that of the default
 training run, and one of 12 wide layers, next to which a prediction depth is small. Held-out prompts
-are then continued greedily, alone and eight at a time, with 0 … 4 drafts a step.
+are then continued greedily, alone and eight at a time, with 0 … 4 drafts per step.
 
 `ideal` is the speed-up if a step took no longer than its passes, τ · t_plain / (t_verify + drafts ·
 t_draft), where t_plain is a pass of the main model over one token, t_verify one over the last token

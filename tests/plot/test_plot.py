@@ -169,7 +169,7 @@ def test_acceptance_has_three_bars_for_each_depth() -> None:
     np.testing.assert_allclose(bars["independent"], [80, 100 * 60 / 90], rtol=1e-6)
     np.testing.assert_allclose(bars["joint"], [80, 100 * 52 / 80], rtol=1e-6)
     np.testing.assert_allclose(bars["conditional"], [80, 100 * 52 / 64], rtol=1e-6)
-    assert ax.get_title() == "τ = 2.45 tokens a pass"  # 1 + 0.8 + 0.65
+    assert ax.get_title() == "τ = 2.45 tokens per pass"  # 1 + 0.8 + 0.65
     labels = [text.get_text() for text in ax.texts]
     assert labels == ["80", "67", "80", "65", "80", "81"]
     for depth, group in enumerate(zip(*groups.values(), strict=True), start=1):

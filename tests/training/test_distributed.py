@@ -189,9 +189,9 @@ class Processes:
     def __init__(
         self, options: list[str], *, of_last: Sequence[str] = (), path: Path | None = None
     ) -> None:
-        count, devices = 2, 4
-        flags = f"--xla_force_host_platform_device_count={devices} "
-        flags += "--xla_backend_optimization_level=0"
+        count = 2
+        # Otherwise those of the tests, which compile fast.
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
         environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
         if path is not None:
             environment["PYTHONPATH"] = f"{path}:{environment.get('PYTHONPATH', '')}"

@@ -76,11 +76,11 @@ def expected_text(folder: Path, num_drafts: int, new: int = NEW) -> tuple[bytes,
 def test_training_ends_with_a_comparison(run: tuple[Path, str]) -> None:
     _, printed = run
     assert "held-out prompts continued greedily\n" in printed
-    assert re.search(r"\n  [\d,]+ tokens/s plain, [\d,]+ with 1 draft\(s\) a step", printed)
+    assert re.search(r"\n  [\d,]+ tokens/s plain, [\d,]+ with 1 draft\(s\) per step", printed)
     line = re.search(
         r"\n  ([\d,]+) tokens/s plain, ([\d,]+) with 2 "
-        r"draft\(s\) a step: ([\d.]+) times as fast, 100% of the continuations equal\n"
-        r"    ([\d.]+) tokens a forward pass; accepted: first draft (\d+)%, first 2 (\d+)%\n",
+        r"draft\(s\) per step: ([\d.]+) times as fast, 100% of the continuations equal\n"
+        r"    ([\d.]+) tokens per forward pass; accepted: first draft (\d+)%, first 2 (\d+)%\n",
         printed,
     )
     assert line is not None, printed
@@ -106,8 +106,9 @@ def test_text_is_streamed_with_marks(
     assert len(marked) == int(accepted.sum())
     assert (len(marked) > 0) == (num_drafts > 0)
     assert counts.startswith(
-        f"{int(generation.num_generated[0])} tokens in {1 + steps} passes; after the prompt's "
-        f"{float(generation.tokens_per_pass):.2f} tokens a forward pass"
+        f"{int(generation.num_generated[0])} tokens in {1 + steps} forward passes; not "
+        "counting the prompt's, "
+        f"{float(generation.tokens_per_pass):.2f} tokens per forward pass"
     )
     for rate in generation.accepted_per_position.tolist():
         assert f" {rate:.0%}" in counts
@@ -263,12 +264,12 @@ def test_counts_of_the_command_are_of_what_was_committed() -> None:
     ]
     assert list(counts.of(steps)) == steps
     assert str(counts) == (
-        "4 tokens in 2 passes; after the prompt's 3.00 tokens a forward pass; accepted: "
-        "first draft 100%, first 2 100%, first 3 100%, first 4 0%, first 5 0%"
+        "4 tokens in 2 forward passes; not counting the prompt's, 3.00 tokens per forward pass; "
+        "accepted: first draft 100%, first 2 100%, first 3 100%, first 4 0%, first 5 0%"
     )
     alone = _Counts()
     assert list(alone.of(steps[:1])) == steps[:1]
-    assert str(alone) == "1 tokens in 1 passes"
+    assert str(alone) == "1 tokens in 1 forward passes"
 
 
 def test_comparison_counts_what_generate_counts(run: tuple[Path, str]) -> None:

@@ -834,3 +834,26 @@ def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_step_of_the_second_scaling_factor(switch: float, steps: int, step: int) -> None:
     config = TrainConfig(mtp_scaling_switch=switch, steps=steps)
     assert scaling_switch_step(config) == step
+
+
+def test_rows_longer_than_the_text_are_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    options = ["--data", str(text), "--seq-len", "1000000", "--out", str(out)]
+    assert main(["train", *options]) == 1
+    assert "`seq_len` must be at most the " in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_too_little_memory_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(config: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr("equinox_mtp.training._commands.train", exhausted)
+    assert main(["train"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is not enough memory for a step. Lower --seq-len")
+    assert error.count("\n") == 1
