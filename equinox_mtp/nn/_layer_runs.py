@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from .._checks import check_integer
 from .._decoder import AbstractCachedDecoderLayer
+from .._types import is_array_or_shape
 from ..stacking import are_alike, stack_layers
 
 
@@ -28,7 +29,7 @@ class LayerRun(eqx.Module):
     @property
     def num_layers(self) -> int:
         """The size of the leading axis."""
-        return jax.tree.leaves(eqx.filter(self.layers, eqx.is_array))[0].shape[0]
+        return jax.tree.leaves(eqx.filter(self.layers, is_array_or_shape))[0].shape[0]
 
     def layer(self, index: int) -> AbstractCachedDecoderLayer:
         """One layer; they count from 0.

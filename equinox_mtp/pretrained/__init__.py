@@ -1,0 +1,25 @@
+"""Released models in and out: folders of `config.json`, `*.safetensors` and `tokenizer.json`.
+
+    from equinox_mtp import pretrained
+    model, tokenizer = pretrained.load("Qwen3-0.6B", num_depths=3, preset="fast_mtp", key=key)
+    pretrained.save("out", model, layout="mimo", source="Qwen3-0.6B")
+
+The families are data: `Family` says which tensor is which array of the tree. `load` and `save` read
+and write all of them by the same walk over the tree.
+"""
+
+from ._load import load
+from ._registry import FAMILIES
+from ._tables import AbstractStep, Family, Flat, Kernel, MTPTable, Same, Tensor
+
+__all__ = [
+    "FAMILIES",
+    "AbstractStep",
+    "Family",
+    "Flat",
+    "Kernel",
+    "MTPTable",
+    "Same",
+    "Tensor",
+    "load",
+]

@@ -1,0 +1,282 @@
+"""From a checkpoint folder to an `MTPModel`."""
+
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+from jaxtyping import PRNGKeyArray
+
+from .._block import MultiTokenPredictionBlock
+from .._checks import check_choice, check_integer
+from .._config import MTPConfig, Preset
+from .._layer import MultiTokenPredictionLayer
+from .._model import MTPModel
+from .._types import checked, module_of
+from ..nn import RMSNorm, TransformerDecoder
+from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings, shard_model
+from ._folder import CONFIG_FILE, CheckpointFolder
+from ._places import Layout, Place, conventions
+from ._read import Reader
+from ._registry import family_of
+from ._settings import Settings
+from ._speculators import HEAD_KIND_KEY, depths_of_head, head_table, verifier_folder
+from ._tables import Family, MTPTable
+from ._tokenizer import load_tokenizer
+
+_DTYPES = ("float32", "bfloat16", "float16")
+HINTS = "equinox_mtp"
+"""The key of `config.json` under which `save` keeps conventions that a layout does not tell."""
+
+
+@checked
+def load(
+    folder: str | Path,
+    *,
+    num_depths: int | None = None,
+    preset: Preset | None = None,
+    key: PRNGKeyArray | None = None,
+    dtype: str | None = None,
+    compute_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules = DEFAULT_RULES,
+    verifier: str | Path | None = None,
+    tokenizer: bool = True,
+) -> tuple[MTPModel, Any]:
+    """Reads a released model: `config.json`, `*.safetensors` and `tokenizer.json` of a folder.
+
+    Llama 3, Qwen2, Qwen3 and MiMo-7B, and FastMTP heads in the format of speculators, over the
+    folder of the model that they were made for. The prediction depths are those of the folder, or
+    fresh ones.
+
+        model, tokenizer = pretrained.load("MiMo-7B")  # with its own depth
+        model, tokenizer = pretrained.load("Qwen3-0.6B", num_depths=3, preset="fast_mtp", key=key)
+
+    Weights are read from a memory map, a piece at a time, and go straight to their devices: beside
+    the parameters less than a tenth of their memory is taken. Weights of 8 bits with scales of
+    blocks are dequantized. Numbers that are not finite are kept, and reported by a warning.
+
+    **Arguments:**
+
+    - `folder`: the checkpoint; or one with a FastMTP head alone.
+    - `num_depths`: fresh prediction depths in place of the folder's own; 0 for none. `None` takes
+        the folder's, which are none for most models.
+    - `preset`: the conventions of fresh depths, see `MTPConfig.preset`; `"deepseek_v3"` if `None`.
+    - `key`: for the initial values of fresh depths.
+    - `dtype`: of the parameters; as they are stored if `None`. Fresh depths are float32 then.
+    - `compute_dtype`: float32 or bfloat16; `None` follows the configuration.
+    - `mesh`, `rules`: where parameters go; everything on one device without a mesh.
+    - `verifier`: the folder of a FastMTP head's model; `None` looks for the one that it names.
+    - `tokenizer`: whether to read the tokenizer, which needs the extra `hf`.
+
+    **Returns:** the model, and a `tokenizers.Tokenizer`, or `None` where the folder has none.
+
+    **Raises:** `FileNotFoundError` if there is no such folder; `ValueError`, in one line that names
+    the file and the tensor, for a folder that is damaged, of an unknown family, or not what its
+    configuration says, before anything is allocated.
+    """
+    if dtype is not None:
+        check_choice("dtype", dtype, _DTYPES)
+    if compute_dtype is not None:
+        check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16"))
+    head_folder = None
+    checkpoint = CheckpointFolder(Path(folder))
+    if HEAD_KIND_KEY in checkpoint.config:
+        head_folder = checkpoint
+        checkpoint = CheckpointFolder(verifier_folder(head_folder, verifier))
+    settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
+    family = family_of(settings)
+    decoder = _decoder_shapes(settings, family, checkpoint, compute_dtype)
+    is_fresh = num_depths is not None and (head_folder is None or num_depths == 0)
+    if is_fresh or preset is not None:
+        own, config = None, _fresh_config(num_depths, preset, key)
+    elif head_folder is not None:
+        own, config = head_table(), depths_of_head(head_folder, num_depths)
+    else:
+        own, config = _own_depths(settings, family)
+    loading = _Loading(Layout(family, own), dtype, settings.dtype, mesh, rules)
+    places = loading.layout.decoder_places(decoder)
+    decoder = loading.fill(checkpoint, decoder, places)
+    block = module_of(MultiTokenPredictionBlock, config=config, layers=None)
+    used = [*places]
+    if own is not None:
+        layers = _depth_shapes(settings, family, head_folder or checkpoint, config)
+        own_places = loading.layout.block_places(layers, decoder.num_layers)
+        layers = loading.fill(head_folder or checkpoint, layers, own_places)
+        block = module_of(MultiTokenPredictionBlock, config=config, layers=layers)
+        used += own_places
+    elif config.num_depths:
+        assert key is not None
+        block = _fresh_block(settings, family, checkpoint, config, dtype, key)
+        block = block if mesh is None else shard_model(block, mesh, rules)
+    for one in filter(None, (checkpoint, head_folder)):
+        _check_all_used(one, family, used, keeps_depths=own is not None and one is checkpoint)
+    loading.report()
+    return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
+
+
+class _Loading:
+    """What is the same for decoder and depths."""
+
+    def __init__(
+        self, layout: Layout, dtype: str | None, stored_dtype: str, mesh: Any, rules: ShardingRules
+    ):
+        self.layout = layout
+        self._dtypes = (dtype, stored_dtype)
+        self._mesh, self._rules = mesh, rules
+        self._not_finite: list[str] = []
+
+    def fill(self, folder: CheckpointFolder, shapes: Any, places: list[Place]) -> Any:
+        """The arrays in place of their shapes."""
+        reader = Reader(folder, *self._dtypes)
+        for place in places:
+            reader.check(place)
+        leaves, structure = jax.tree.flatten(shapes)
+        dtypes = iter([reader.dtype_of(place) for place in places])
+        is_shape = [isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
+        typed = [
+            jax.ShapeDtypeStruct(x.shape, next(dtypes)) if is_one else x
+            for x, is_one in zip(leaves, is_shape, strict=True)
+        ]
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = [here] * len(leaves)
+        if self._mesh is not None:
+            tree = parameter_shardings(structure.unflatten(typed), self._mesh, self._rules)
+            shardings = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+        remaining = iter(places)
+        filled = [
+            reader.array(next(remaining), x.shape, sharding) if is_one else x
+            for x, sharding, is_one in zip(typed, shardings, is_shape, strict=True)
+        ]
+        self._not_finite += [folder.where(name) for name in sorted(reader.not_finite)]
+        return structure.unflatten(filled)
+
+    def report(self) -> None:
+        """Warns of numbers that are not finite."""
+        if self._not_finite:
+            warnings.warn(
+                f"{len(self._not_finite)} tensor(s) hold numbers that are not finite, such as "
+                f"{self._not_finite[0]}.",
+                stacklevel=4,
+            )
+
+
+def _decoder_shapes(
+    settings: Settings, family: Family, names: Collection[str], compute_dtype: str | None
+) -> TransformerDecoder:
+    """The decoder that a configuration describes, with shapes in place of arrays."""
+    vocab_size, embed_size = settings.integer("vocab_size"), settings.integer("hidden_size")
+    head = family.decoder["head"].name
+    # Not said: as the weights are. Said otherwise than they are: a tensor is missing.
+    is_tied = settings.flag("tie_word_embeddings", head not in names)
+
+    def make() -> TransformerDecoder:
+        keys = jax.random.split(jax.random.key(0), settings.integer("num_hidden_layers"))
+        layers = [
+            family.make_layer(settings, index, names, key=key) for index, key in enumerate(keys)
+        ]
+        return TransformerDecoder.of(
+            layers,
+            embedding=jnp.zeros((vocab_size, embed_size)),
+            norm=RMSNorm(embed_size, epsilon=settings.number("rms_norm_eps", 1e-6)),
+            head=None if is_tied else jnp.zeros((vocab_size, embed_size)),
+            dtype=settings.compute_dtype if compute_dtype is None else compute_dtype,
+        )
+
+    return eqx.filter_eval_shape(make)
+
+
+def _depth_shapes(
+    settings: Settings, family: Family, names: Collection[str], config: MTPConfig
+) -> MultiTokenPredictionLayer:
+    """The stacked layers of all depths, with shapes in place of arrays."""
+
+    def make() -> MultiTokenPredictionBlock:
+        return _make_block(settings, family, names, config, jax.random.key(0))
+
+    return eqx.filter_eval_shape(make).layers
+
+
+def _fresh_block(
+    settings: Settings,
+    family: Family,
+    names: Collection[str],
+    config: MTPConfig,
+    dtype: str | None,
+    key: PRNGKeyArray,
+) -> MultiTokenPredictionBlock:
+    @eqx.filter_jit
+    def make(key: PRNGKeyArray) -> MultiTokenPredictionBlock:
+        block = _make_block(settings, family, names, config, key)
+        return jax.tree.map(
+            lambda x: x.astype(dtype) if dtype is not None and eqx.is_inexact_array(x) else x, block
+        )
+
+    return make(key)
+
+
+def _make_block(
+    settings: Settings, family: Family, names: Collection[str], config: MTPConfig, key: PRNGKeyArray
+) -> MultiTokenPredictionBlock:
+    num_layers = settings.integer("num_hidden_layers")
+    return MultiTokenPredictionBlock(
+        config,
+        lambda key: family.make_layer(settings, num_layers, names, key=key),
+        embed_size=settings.integer("hidden_size"),
+        norm_epsilon=settings.number("rms_norm_eps", 1e-6),
+        key=key,
+    )
+
+
+def _own_depths(settings: Settings, family: Family) -> tuple[MTPTable | None, MTPConfig]:
+    """The tables and conventions of a folder's own depths."""
+    mtp = family.mtp
+    num_depths = 0 if mtp is None else settings.integer(mtp.count_key, 0, at_least=0)
+    if mtp is None or not num_depths:
+        return None, MTPConfig(num_depths=0)
+    hints = settings.get(HINTS, {})
+    hints = hints if isinstance(hints, dict) else {}
+    try:
+        return mtp, conventions(mtp, **{"num_depths": num_depths, **hints})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{settings.path}: `{HINTS}`: {error}") from None
+
+
+def _fresh_config(
+    num_depths: int | None, preset: Preset | None, key: PRNGKeyArray | None
+) -> MTPConfig:
+    num_depths = check_integer("num_depths", 1 if num_depths is None else num_depths, at_least=0)
+    if num_depths == 0:
+        return MTPConfig(num_depths=0)
+    if key is None:
+        raise ValueError(
+            f"`key` must be given for the initial values of {num_depths} fresh depth(s); got "
+            "`None`. Pass `key=jax.random.key(0)`."
+        )
+    return MTPConfig.preset("deepseek_v3" if preset is None else preset, num_depths)
+
+
+def _check_all_used(
+    folder: CheckpointFolder, family: Family, places: list[Place], *, keeps_depths: bool
+) -> None:
+    """**Raises:** `ValueError` for a tensor that nothing was made of."""
+    used = {name for place in places for name in place.flat_names}
+    allowed = {family.decoder["head"].name}  # there again, if it is tied
+    mtp = family.mtp
+    for name in folder:
+        if name in used or name in allowed or folder.is_scale(name):
+            continue
+        if any(name.endswith(ending) for ending in family.ignored):
+            continue
+        if mtp is not None and not keeps_depths:
+            before, _, after = mtp.prefix.partition("{")
+            if name.startswith(before) and after:
+                continue
+        raise ValueError(
+            f"{folder.where(name)}: the family {family.name!r} has no place for it. Does "
+            "`architectures` name the right one?"
+        )

@@ -1,0 +1,129 @@
+"""Where each array of a model stands in a checkpoint: the walk that reading and writing share."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+
+from .._config import MTPConfig
+from .._types import dotted_name, is_array_or_shape
+from ..nn import LayerRun, TransformerDecoder
+from ._tables import AbstractStep, Family, MTPTable, Shape, Table, Tensor
+
+_EXPERT = "{expert}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The tensors of one array of a model.
+
+    **Fields:**
+
+    - `leaf`: the array's dotted name.
+    - `names`: a list of tensors for each of the leading axes over which there are several, nested;
+        a single name without such axes.
+    - `step`: how each of them lies.
+    - `shape`: of the part that one tensor has.
+    """
+
+    leaf: str
+    names: Any
+    step: AbstractStep
+    shape: Shape
+
+    @property
+    def flat_names(self) -> list[str]:
+        """All tensors, in the order of the leading axes."""
+        return jax.tree.leaves(self.names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A family's tables, and with them the places of a model's arrays.
+
+    **Fields:**
+
+    - `family`: of the decoder, and of the depths' transformer layers.
+    - `mtp`: the tables of the depths; `None` if only the decoder has places.
+    """
+
+    family: Family
+    mtp: MTPTable | None
+
+    def decoder_places(self, decoder: TransformerDecoder) -> list[Place]:
+        """The places of a decoder's arrays, in the order of its leaves.
+
+        **Raises:** `ValueError` for an array that the family has no tensor for.
+        """
+        runs = decoder.layers if isinstance(decoder.layers, tuple) else (decoder.layers,)
+        lengths = [run.num_layers if isinstance(run, LayerRun) else 1 for run in runs]
+        if not isinstance(decoder.layers, tuple):
+            lengths = [decoder.num_layers]
+        starts = [0, *itertools.accumulate(lengths)]
+        places = []
+        for leaf, x in _leaves(decoder):
+            first, *rest = leaf.split(".")
+            if first != "layers":
+                tensor = self._find(self.family.decoder, leaf, "")
+                places.append(_place(leaf, tensor, x.shape, []))
+                continue
+            run, is_run = 0, True
+            if isinstance(decoder.layers, tuple):
+                run, rest = int(rest[0]), rest[1:]
+                is_run = isinstance(decoder.layers[run], LayerRun)
+                rest = rest[1:] if is_run else rest
+            tensor = self._find(self.family.layer, ".".join(rest), self.family.layer_prefix)
+            numbers = range(starts[run], starts[run] + lengths[run])
+            layers = [{"layer": number} for number in numbers]
+            place = _place(leaf, tensor, x.shape, layers)
+            places.append(dataclasses.replace(place, names=place.names[0]) if not is_run else place)
+        return places
+
+    def block_places(self, layers: Any, num_layers: int) -> list[Place]:
+        """The places of the arrays of a block's layers, behind `num_layers` of a decoder."""
+        places = []
+        for leaf, x in _leaves(layers):
+            assert self.mtp is not None
+            part, _, rest = leaf.partition(".")
+            if part == "transformer_layer":
+                prefix = self.mtp.prefix + self.mtp.layer_prefix
+                tensor = self._find(self.family.layer, rest, prefix)
+            else:
+                tensor = self._find(self.mtp.table, leaf, self.mtp.prefix)
+            depths = [{"depth": k, "layer": num_layers + k} for k in range(x.shape[0])]
+            places.append(_place(leaf, tensor, x.shape, depths))
+        return places
+
+    def _find(self, table: Table, name: str, prefix: str) -> Tensor:
+        if name not in table:
+            raise ValueError(
+                f"`layout` {self.family.name!r} has no tensor for `{name}`. Take the layout of the "
+                "folder that the model came from, or another one that has."
+            )
+        return Tensor(prefix + table[name].name, table[name].step)
+
+
+def _place(leaf: str, tensor: Tensor, shape: Shape, numbers: list[dict[str, int]]) -> Place:
+    """Numbers for the layers of a stack; empty outside of stacks."""
+    shape = shape[1:] if numbers else shape
+    name = tensor.name
+    experts = range(shape[0]) if _EXPERT in name else None
+
+    def names_of(values: dict[str, int]) -> Any:
+        if experts is None:
+            return name.format(**values)
+        return [name.format(**values, expert=expert) for expert in experts]
+
+    names = [names_of(values) for values in numbers] if numbers else names_of({})
+    return Place(leaf, names, tensor.step, shape[1:] if experts else shape)
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(dotted_name(path), x) for path, x in leaves if is_array_or_shape(x)]
+
+
+def conventions(mtp: MTPTable, num_depths: int, **changes: Any) -> MTPConfig:
+    """The `MTPConfig` of a family's depths."""
+    return MTPConfig(num_depths, **{**mtp.config, **changes})

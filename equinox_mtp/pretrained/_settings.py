@@ -1,0 +1,161 @@
+"""What a `config.json` says, in this library's terms."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .. import nn
+
+_SCALINGS = {"default", "linear", "llama3", "yarn"}
+_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+
+
+class Settings:
+    """Typed access to a configuration; a nested `text_config` takes the place of the whole.
+
+    **Raises:** `ValueError` that names the file and the key, for keys that are missing or of
+    another type.
+    """
+
+    def __init__(self, config: dict[str, Any], path: Path):
+        nested = config.get("text_config")
+        self.path = path
+        self.config = {**config, **nested} if isinstance(nested, dict) else config
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key; `default` if it is not there, or null."""
+        value = self.config.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None, *, at_least: int = 1) -> int:
+        """A size, or a number of things."""
+        value = self.get(key, default)
+        if type(value) is not int or not at_least <= value < 2**31:
+            raise self.error(key, f"an integer, at least {at_least}", value)
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self.get(key, default)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise self.error(key, "a number", value)
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false", value)
+        return value
+
+    def error(self, key: str, wanted: str, value: Any) -> ValueError:
+        """An error about a key."""
+        return ValueError(f"{self.path}: `{key}` must be {wanted}; got {value!r:.80}.")
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that parameters were made for: `dtype`, or `torch_dtype` in older files."""
+        value = str(self.get("dtype", self.get("torch_dtype", "float32"))).removeprefix("torch.")
+        if value not in _DTYPES:
+            raise self.error("dtype", " or ".join(_DTYPES), value)
+        return value
+
+    @property
+    def compute_dtype(self) -> str:
+        """bfloat16 if parameters are; float32 otherwise."""
+        return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
+    @property
+    def head_dim(self) -> int:
+        """`head_dim`, or the features that each head has of a hidden state."""
+        heads = self.integer("num_attention_heads")
+        return self.integer("head_dim", max(1, self.integer("hidden_size") // heads))
+
+    def rotary(self, *, interleaved: bool = False) -> nn.Rotary:
+        """From `rope_theta` with `rope_scaling`, or the newer `rope_parameters`."""
+        scaling = self.get("rope_parameters", self.get("rope_scaling", {}))
+        if not isinstance(scaling, dict):
+            raise self.error("rope_scaling", "an object", scaling)
+        theta = scaling.get("rope_theta", self.get("rope_theta", 10_000.0))
+        fraction = scaling.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
+        rope = Settings({**scaling, "rope_theta": theta, "fraction": fraction}, self.path)
+        size = int(self.head_dim * rope.number("fraction"))
+        return nn.Rotary(
+            theta=rope.number("rope_theta"),
+            size=None if size == self.head_dim else size,
+            interleaved=interleaved,
+            scaling=self._scaling(rope),
+        )
+
+    def _scaling(self, rope: "Settings") -> nn.AbstractRotaryScaling | None:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in _SCALINGS:
+            raise self.error("rope_type", " or ".join(sorted(_SCALINGS)), kind)
+        if kind == "default":
+            return None
+        factor = rope.number("factor")
+        if kind == "linear":
+            return nn.LinearScaling(factor)
+        if kind == "llama3":
+            return nn.Llama3Scaling(
+                factor,
+                low_freq_factor=rope.number("low_freq_factor"),
+                high_freq_factor=rope.number("high_freq_factor"),
+                original_length=rope.integer("original_max_position_embeddings"),
+            )
+        longest = self.get("max_position_embeddings", 4096)
+        return nn.YarnScaling(
+            factor,
+            original_length=rope.integer("original_max_position_embeddings", longest),
+            beta_fast=rope.number("beta_fast", 32.0),
+            beta_slow=rope.number("beta_slow", 1.0),
+            attention_factor=_yarn_amplitude(rope, factor),
+            rounds_ramp=rope.flag("truncate", True),
+        )
+
+
+def _yarn_amplitude(rope: Settings, factor: float) -> float | None:
+    """`attention_factor`, or the ratio that `mscale` and `mscale_all_dim` give."""
+    if rope.get("attention_factor") is not None:
+        return rope.number("attention_factor")
+    if not (rope.get("mscale") and rope.get("mscale_all_dim")):
+        return None
+    scales = [
+        0.1 * rope.number(name) * math.log(factor) + 1 if factor > 1 else 1.0
+        for name in ("mscale", "mscale_all_dim")
+    ]
+    return scales[0] / scales[1]
+
+
+def rope_config(rotary: nn.Rotary, head_dim: int) -> dict[str, Any]:
+    """The keys of `Settings.rotary`, in the form that all readers take."""
+    config: dict[str, Any] = {"rope_theta": rotary.theta, "rope_scaling": None}
+    if rotary.size is not None:
+        config["partial_rotary_factor"] = rotary.size / head_dim
+    scaling = rotary.scaling
+    if isinstance(scaling, nn.LinearScaling):
+        config["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
+    elif isinstance(scaling, nn.Llama3Scaling):
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    elif isinstance(scaling, nn.YarnScaling):
+        config["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_length,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "attention_factor": scaling.amplitude,
+            "truncate": scaling.rounds_ramp,
+        }
+    elif scaling is not None:
+        raise ValueError(
+            f"`model` has a rotary scaling that no config.json has: {type(scaling).__name__}."
+        )
+    return config

@@ -1,0 +1,178 @@
+"""A family of checkpoints as data: which tensor is which array of the tree, and how it is laid out.
+
+A family is one file with one `Family` in it, added to `_registry.py`; nothing else changes. A layer
+with another feed-forward network than the dense families', for instance:
+
+    LAYER = {
+        **dense.LAYER,
+        "feed_forward.router.kernel": Tensor("mlp.gate.weight", Kernel()),
+        "feed_forward.experts.up": Tensor("mlp.experts.{expert}.up_proj.weight", Kernel()),
+    }
+    FAMILY = Family(
+        name="my_moe",
+        architectures=("MyMoeForCausalLM",),
+        make_layer=make_layer,  # of the configuration: a `TransformerDecoderLayer.of` its parts
+        config_of=config_of,  # the inverse, for writing
+        layer=LAYER,
+    )
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._decoder import AbstractCachedDecoderLayer
+from ..nn import TransformerDecoder
+
+Shape = tuple[int, ...]
+
+
+class AbstractStep(abc.ABC):
+    """How a stored tensor and an array of the tree lie to one another; without a copy to read."""
+
+    @abc.abstractmethod
+    def stored_shape(self, shape: Shape) -> Shape:
+        """The stored tensor's shape, from that of the array."""
+
+    @abc.abstractmethod
+    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
+        """The array, as a view of the stored tensor."""
+
+    @abc.abstractmethod
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `view`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Same(AbstractStep):
+    """The array as it is stored."""
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """See `AbstractStep`."""
+        return shape
+
+    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
+        """See `AbstractStep`."""
+        return stored
+
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """See `AbstractStep`."""
+        return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat(AbstractStep):
+    """A bias of heads `[heads head_dim]`, stored with one axis."""
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """See `AbstractStep`."""
+        return (math.prod(shape),)
+
+    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
+        """See `AbstractStep`."""
+        return stored.reshape(shape)
+
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """See `AbstractStep`."""
+        return array.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel(AbstractStep):
+    """A matrix, stored `[outputs, inputs]`: transposed here, and its heads on an axis of their own.
+
+    `num_inputs` axes of the array are its inputs: 1 for `[embed heads head_dim]`, 2 for
+    `[heads head_dim embed]`.
+    """
+
+    num_inputs: int = 1
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """See `AbstractStep`."""
+        return (math.prod(shape[self.num_inputs :]), math.prod(shape[: self.num_inputs]))
+
+    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
+        """See `AbstractStep`."""
+        inputs, outputs = shape[: self.num_inputs], shape[self.num_inputs :]
+        split = stored.reshape(*outputs, *inputs)
+        return np.moveaxis(split, range(len(outputs)), range(len(inputs), len(shape)))
+
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """See `AbstractStep`."""
+        outputs = range(self.num_inputs, array.ndim)
+        moved = np.moveaxis(array, outputs, range(array.ndim - self.num_inputs))
+        return moved.reshape(self.stored_shape(array.shape))
+
+
+class Tensor(NamedTuple):
+    """A stored tensor's name, and how it lies. With `{expert}` in it there is one for each of the
+    array's first axis."""
+
+    name: str
+    step: AbstractStep = Same()
+
+
+Table = Mapping[str, Tensor]
+"""From the dotted name of an array, in its decoder, layer or depth, to a tensor."""
+
+DECODER: Table = {
+    "embedding": Tensor("model.embed_tokens.weight"),
+    "norm.scale": Tensor("model.norm.weight"),
+    "head": Tensor("lm_head.weight"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPTable:
+    """Where the layers of the prediction depths are, and by which conventions they were trained.
+
+    **Fields:**
+
+    - `prefix`: of a depth's tensors, with `{depth}`, from 0, or `{layer}`, which counts on from the
+        main model's layers.
+    - `table`: arrays of `MultiTokenPredictionLayer` but for its transformer layer, whose names are
+        those of the family's layers.
+    - `layer_prefix`: of the transformer layer's tensors, behind `prefix`.
+    - `config`: fields of `MTPConfig`.
+    - `count_key`: of the configuration: how many depths there are; 0 without it.
+    - `duplicates`: tensors behind `prefix` that hold the main model's weights again.
+    """
+
+    prefix: str
+    table: Table
+    config: Mapping[str, Any]
+    count_key: str = "num_nextn_predict_layers"
+    layer_prefix: str = ""
+    duplicates: Collection[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture of released checkpoints.
+
+    **Fields:**
+
+    - `name`: as `layout=` of `save` takes it.
+    - `architectures`: the names that `config.json` may have for it.
+    - `make_layer`: `make_layer(settings, index, names, key=key)` builds the layer of an index, of
+        parts; `names` are the tensors there are, which tell of optional ones.
+    - `config_of`: the keys of `config.json` that describe a decoder: the inverse.
+    - `layer`: the arrays of a layer, by their tensors' names behind `layer_prefix`.
+    - `decoder`, `layer_prefix`: the arrays outside of layers; `{layer}` counts from 0.
+    - `mtp`: the prediction depths; `None` if the family has none.
+    - `ignored`: the last parts of names that hold no parameter.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    make_layer: Callable[..., AbstractCachedDecoderLayer]
+    config_of: Callable[[TransformerDecoder], dict[str, Any]]
+    layer: Table
+    decoder: Table = dataclasses.field(default_factory=lambda: DECODER)
+    layer_prefix: str = "model.layers.{layer}."
+    mtp: MTPTable | None = None
+    ignored: Collection[str] = ("rotary_emb.inv_freq",)

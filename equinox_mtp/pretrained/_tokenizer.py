@@ -1,0 +1,43 @@
+"""The tokenizer of a folder, by the package `tokenizers`."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What serving engines read beside weights and configuration."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A `tokenizers.Tokenizer`; `None` if the folder has none. Chat templates are not applied.
+
+    **Raises:** `ModuleNotFoundError` without the extra `hf`; `ValueError` for a damaged file.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return None
+    try:
+        tokenizers = importlib.import_module("tokenizers")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{path} needs the package tokenizers. Install the extra `hf`, in the repository by: "
+            "pip install -e '.[hf]', or pass `tokenizer=False`.",
+            name=error.name,
+        ) from error
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ValueError(
+            f"{path}: it cannot be read: {error!s:.120}. Copy the checkpoint again."
+        ) from None
