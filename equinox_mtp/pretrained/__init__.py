@@ -10,6 +10,7 @@ and write all of them by the same walk over the tree.
 
 from ._load import load
 from ._registry import FAMILIES
+from ._save import save
 from ._tables import AbstractStep, Family, Flat, Kernel, MTPTable, Same, Tensor
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "Same",
     "Tensor",
     "load",
+    "save",
 ]

@@ -161,6 +161,7 @@ QWEN2 = Family(
     make_layer=partial(make_layer, has_norm=False),
     config_of=partial(config_of, has_bias=True, has_norm=False),
     layer={**_LAYER, **_BIASES},
+    needs_biases=True,
 )
 QWEN3 = Family(
     name="qwen3",
@@ -175,6 +176,7 @@ MIMO = Family(
     make_layer=partial(make_layer, has_norm=False),
     config_of=partial(config_of, has_bias=True, has_norm=False),
     layer={**_LAYER, **_BIASES},
+    needs_biases=True,
     mtp=MTPTable(
         prefix="model.mtp_layers.{depth}.",
         table=MTP_LAYER,

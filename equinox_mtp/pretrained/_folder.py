@@ -74,6 +74,10 @@ class CheckpointFolder:
         """A tensor and its file, for messages."""
         return f"{self._find(name).path}: tensor `{name}`"
 
+    def where_file(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._find(name).path.name
+
     def _find(self, name: str) -> TensorFile:
         file = self._file_of.get(name)
         if file is None:

@@ -27,6 +27,7 @@ from ._settings import Settings
 from ._speculators import HEAD_KIND_KEY, depths_of_head, head_table, verifier_folder
 from ._tables import Family, MTPTable
 from ._tokenizer import load_tokenizer
+from ._transformers import COUNT_KEY, transformers_table
 
 _DTYPES = ("float32", "bfloat16", "float16")
 HINTS = "equinox_mtp"
@@ -91,13 +92,13 @@ def load(
     settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
     family = family_of(settings)
     decoder = _decoder_shapes(settings, family, checkpoint, compute_dtype)
+    stored, config = _own_depths(settings, family)
+    own = stored if config.num_depths else None
     is_fresh = num_depths is not None and (head_folder is None or num_depths == 0)
     if is_fresh or preset is not None:
         own, config = None, _fresh_config(num_depths, preset, key)
     elif head_folder is not None:
         own, config = head_table(), depths_of_head(head_folder, num_depths)
-    else:
-        own, config = _own_depths(settings, family)
     loading = _Loading(Layout(family, own), dtype, settings.dtype, mesh, rules)
     places = loading.layout.decoder_places(decoder)
     decoder = loading.fill(checkpoint, decoder, places)
@@ -113,8 +114,9 @@ def load(
         assert key is not None
         block = _fresh_block(settings, family, checkpoint, config, dtype, key)
         block = block if mesh is None else shard_model(block, mesh, rules)
+    left_out = [] if own is stored else _depth_prefixes(settings, stored)
     for one in filter(None, (checkpoint, head_folder)):
-        _check_all_used(one, family, used, keeps_depths=own is not None and one is checkpoint)
+        _check_all_used(one, family, used, left_out)
     loading.report()
     return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
 
@@ -232,18 +234,28 @@ def _make_block(
     )
 
 
-def _own_depths(settings: Settings, family: Family) -> tuple[MTPTable | None, MTPConfig]:
+def _own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]:
     """The tables and conventions of a folder's own depths."""
     mtp = family.mtp
-    num_depths = 0 if mtp is None else settings.integer(mtp.count_key, 0, at_least=0)
-    if mtp is None or not num_depths:
-        return None, MTPConfig(num_depths=0)
+    if mtp is None:
+        num_depths = settings.integer(COUNT_KEY, 0, at_least=0)
+        mtp = transformers_table(num_depths)
+    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
+    if not num_depths:
+        return mtp, MTPConfig(num_depths=0)
     hints = settings.get(HINTS, {})
     hints = hints if isinstance(hints, dict) else {}
     try:
         return mtp, conventions(mtp, **{"num_depths": num_depths, **hints})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{settings.path}: `{HINTS}`: {error}") from None
+
+
+def _depth_prefixes(settings: Settings, mtp: MTPTable) -> list[str]:
+    """What the names of a folder's own depths begin with."""
+    num_layers = settings.integer("num_hidden_layers")
+    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
+    return [mtp.prefix.format(depth=k, layer=num_layers + k) for k in range(num_depths)]
 
 
 def _fresh_config(
@@ -261,22 +273,18 @@ def _fresh_config(
 
 
 def _check_all_used(
-    folder: CheckpointFolder, family: Family, places: list[Place], *, keeps_depths: bool
+    folder: CheckpointFolder, family: Family, places: list[Place], left_out: list[str]
 ) -> None:
-    """**Raises:** `ValueError` for a tensor that nothing was made of."""
+    """**Raises:** `ValueError` for a tensor that nothing was made of.
+
+    Depths whose names begin like those `left_out` may be there, and a head that is tied.
+    """
     used = {name for place in places for name in place.flat_names}
-    allowed = {family.decoder["head"].name}  # there again, if it is tied
-    mtp = family.mtp
+    used.add(family.decoder["head"].name)
     for name in folder:
-        if name in used or name in allowed or folder.is_scale(name):
-            continue
-        if any(name.endswith(ending) for ending in family.ignored):
-            continue
-        if mtp is not None and not keeps_depths:
-            before, _, after = mtp.prefix.partition("{")
-            if name.startswith(before) and after:
-                continue
-        raise ValueError(
-            f"{folder.where(name)}: the family {family.name!r} has no place for it. Does "
-            "`architectures` name the right one?"
-        )
+        is_ignored = name.endswith(tuple(family.ignored)) or name.startswith(tuple(left_out))
+        if name not in used and not folder.is_scale(name) and not is_ignored:
+            raise ValueError(
+                f"{folder.where(name)}: the family {family.name!r} has no place for it. Does "
+                "`architectures` name the right one?"
+            )

@@ -67,3 +67,21 @@ def verifier_folder(folder: CheckpointFolder, verifier: str | Path | None) -> Pa
         f"`verifier` must be given: {folder.path} holds a head alone, and its model {name!r:.80} "
         "is not beside it. Pass `verifier=FOLDER`."
     )
+
+
+def head_config(verifier: dict[str, Any], name: str, num_depths: int) -> dict[str, Any]:
+    """The `config.json` of a head, from that of its model."""
+    return {
+        "architectures": ["MTPDraftModel"],
+        HEAD_KIND_KEY: "mtp",
+        "num_nextn_predict_layers": 1,
+        "transformer_layer_config": verifier,
+        "torch_dtype": verifier["torch_dtype"],
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": "mtp",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_depths}],
+            "verifier": {"name_or_path": name, "architectures": verifier["architectures"]},
+        },
+    }

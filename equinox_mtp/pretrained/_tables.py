@@ -164,6 +164,7 @@ class Family:
     - `layer`: the arrays of a layer, by their tensors' names behind `layer_prefix`.
     - `decoder`, `layer_prefix`: the arrays outside of layers; `{layer}` counts from 0.
     - `mtp`: the prediction depths; `None` if the family has none.
+    - `needs_biases`: whether attention has biases, of 0 if a model has none.
     - `ignored`: the last parts of names that hold no parameter.
     """
 
@@ -175,4 +176,5 @@ class Family:
     decoder: Table = dataclasses.field(default_factory=lambda: DECODER)
     layer_prefix: str = "model.layers.{layer}."
     mtp: MTPTable | None = None
+    needs_biases: bool = False
     ignored: Collection[str] = ("rotary_emb.inv_freq",)
