@@ -386,7 +386,7 @@ def test_parts_of_another_kind_are_named() -> None:
     # Checked on a bare instance: the import hook of the tests would stop the constructor first.
     model = object.__new__(MTPModel)
     object.__setattr__(model, "decoder", eqx.nn.Identity())
-    with pytest.raises(TypeError, match="`decoder` must be a `AbstractDecoder`; got a `Identity`"):
+    with pytest.raises(TypeError, match="`decoder` must be of the class `AbstractDecoder`; got `Identity`"):
         model.__check_init__()
     object.__setattr__(model, "decoder", _make_model().decoder)
     object.__setattr__(model, "block", model.decoder)

@@ -215,7 +215,7 @@ class Rotary:
         sin, cos = amplitude * jnp.sin(angles), amplitude * jnp.cos(angles)
         rotated, rest = x[..., :size].astype(jnp.float32), x[..., size:]
         # The two features of a pair, each on an axis of its own.
-        shape, axis = ((-1, 2), -1) if self.interleaved else ((2, -1), -2)
+        shape, axis = ((size // 2, 2), -1) if self.interleaved else ((2, size // 2), -2)
         pairs = rotated.reshape(*x.shape[:-1], *shape)
         first, second = jnp.moveaxis(pairs, axis, 0)
         turned = (first * cos - second * sin, second * cos + first * sin)

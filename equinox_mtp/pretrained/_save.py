@@ -223,7 +223,8 @@ def _with_transformers_depths(
         tensors = _decoder_tensors(family, model) + depths
         config = _config(family, decoder, origin)
     config[COUNT_KEY] = num_depths
-    if "layer_types" in config:
+    # transformers gives Qwen's configurations `layer_types`, and then wants the depths' too.
+    if family is not LLAMA or "layer_types" in config:
         config["mtp_layer_types"] = ["full_attention"] * num_depths
     return _Contents(tensors, config)
 
@@ -264,8 +265,10 @@ def _config(
 def _link_files(temporary: Path, origin: CheckpointFolder, contents: _Contents) -> None:
     """Links to the source's tensor files (copies on other disks), and one file more."""
     files = {name: origin.where_file(name) for name in origin}
+    # Readers take a file of this name for the whole model, and look for no index.
+    renamed = {"model.safetensors": "model-00001-of-00002.safetensors"}
     for file in sorted(set(files.values())):
-        target = temporary / file
+        target = temporary / renamed.get(file, file)
         try:
             os.link((origin.path / file).resolve(), target)
         except OSError:
@@ -277,6 +280,7 @@ def _link_files(temporary: Path, origin: CheckpointFolder, contents: _Contents) 
             f"{origin.path}: it has depths already, such as `{sorted(taken or [_MTP_FILE])[0]}`. "
             "Take the folder of the main model alone."
         )
+    files = {name: renamed.get(file, file) for name, file in files.items()}
     files |= {tensor.name: _MTP_FILE for tensor in contents.tensors}
     size = sum(origin.info(name).stop - origin.info(name).start for name in origin)
     write_index(temporary, files, size + sum(tensor.num_bytes for tensor in contents.tensors))

@@ -795,7 +795,7 @@ def test_models_without_a_cached_step_are_named() -> None:
         def output_head(self) -> Any:
             return self.decoder.output_head()
 
-    with pytest.raises(TypeError, match="its decoder is a `Plain`, which is no `AbstractCached"):
+    with pytest.raises(TypeError, match="its decoder is of the class `Plain`, not an `AbstractCached"):
         generate(MTPModel(Plain(model.decoder), model.block), *prompts(), max_new_tokens=2)
 
 
