@@ -12,7 +12,7 @@ returns everything that it computed. The rooms, where imports run downward only:
 |---|---|---|
 | 9 | `__main__`, `training` | `python -m equinox_mtp …`; uses only the public names |
 | 8 | `__init__` | the public names |
-| 7 | `speculative`, `linen`, `plot` | draft, verify, commit; MaxText's constructors and names; pictures |
+| 7 | `speculative`, `linen`, `pretrained`, `plot` | draft, verify, commit; MaxText's constructors and names; released models in and out; pictures |
 | 6 | `_model` | `MTPModel(decoder, block)` |
 | 5 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
 | 4 | `_layer` | one depth |
@@ -42,6 +42,7 @@ from . import (
     cross_entropy,
     linen,
     nn,
+    pretrained,
     serialization,
     sharding,
     speculative,
@@ -117,6 +118,7 @@ __all__ = [
     "multi_token_prediction_block_as_linen",
     "muon_dimension_numbers",
     "nn",
+    "pretrained",
     "roll_and_mask",
     "roll_and_mask_by_segment",
     "save",

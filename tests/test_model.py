@@ -386,11 +386,13 @@ def test_parts_of_another_kind_are_named() -> None:
     # Checked on a bare instance: the import hook of the tests would stop the constructor first.
     model = object.__new__(MTPModel)
     object.__setattr__(model, "decoder", eqx.nn.Identity())
-    with pytest.raises(TypeError, match="`decoder` must be of the class `AbstractDecoder`; got `Identity`"):
+    with pytest.raises(
+        TypeError, match="`decoder` must be of the class `AbstractDecoder`; got `Identity`"
+    ):
         model.__check_init__()
     object.__setattr__(model, "decoder", _make_model().decoder)
     object.__setattr__(model, "block", model.decoder)
-    with pytest.raises(TypeError, match="`block` must be a `MultiTokenPredictionBlock`"):
+    with pytest.raises(TypeError, match="`block` must be of the class `MultiTokenPredictionBlock`"):
         model.__check_init__()
 
 

@@ -115,7 +115,7 @@ def load(
         block = _fresh_block(settings, family, checkpoint, config, dtype, key)
         block = block if mesh is None else shard_model(block, mesh, rules)
     left_out = [] if own is stored else _depth_prefixes(settings, stored)
-    for one in filter(None, (checkpoint, head_folder)):
+    for one in filter(None, (checkpoint, head_folder if own is not None else None)):
         _check_all_used(one, family, used, left_out)
     loading.report()
     return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
@@ -148,7 +148,7 @@ class _Loading:
         shardings = [here] * len(leaves)
         if self._mesh is not None:
             tree = parameter_shardings(structure.unflatten(typed), self._mesh, self._rules)
-            shardings = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+            shardings = structure.flatten_up_to(tree)
         remaining = iter(places)
         filled = [
             reader.array(next(remaining), x.shape, sharding) if is_one else x

@@ -18,7 +18,7 @@ from ..cross_entropy import head_vocab_size
 from ._model import DecodingModel, check_cached_steps
 from ._sampling import GREEDY, Sampler
 from ._state import DecodingState, Generation
-from ._steps import DecodingShape, prefill, step
+from ._steps import DecodingShape, Recursion, prefill, step
 
 
 @checked
@@ -29,6 +29,7 @@ def generate(
     *,
     max_new_tokens: int | np.integer,
     num_drafts: int | np.integer | None = None,
+    recursion: Recursion = "by_depth",
     sampler: Sampler = GREEDY,
     eos_id: int | np.integer | None = None,
     key: PRNGKeyArray | None = None,
@@ -57,7 +58,10 @@ def generate(
     - `prompt_lengths`: how many tokens of a row are its prompt; at least 1. `None`: all.
     - `max_new_tokens`: how many tokens to add to each row, at most.
     - `num_drafts`: drafts per step, at most 64; the number of depths if `None`. 0 is plain
-        decoding. Beyond the number of depths the last layer is repeated.
+        decoding. Beyond the number of layers the last one is repeated.
+    - `recursion`: how it is repeated: `"by_depth"` as a further depth over the whole text, as a
+        repeated layer is trained; `"extended"` from its own last output on, as vLLM drafts, which
+        costs a single position for each such draft.
     - `sampler`: greedy, or `Sampler(temperature, top_k, top_p)`; for drafts and model alike.
     - `eos_id`: ends a row; it is the row's last token then.
     - `key`: for draws; needed unless `sampler` is greedy.
@@ -71,7 +75,15 @@ def generate(
     where its logits are not finite.
     """
     request = _request(
-        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, sampler, eos_id, key
+        model,
+        prompt_ids,
+        prompt_lengths,
+        max_new_tokens,
+        num_drafts,
+        recursion,
+        sampler,
+        eos_id,
+        key,
     )
     generation = _run(request, model)
     if not isinstance(generation.tokens, Tracer):
@@ -106,6 +118,7 @@ def stream(
     *,
     max_new_tokens: int | np.integer,
     num_drafts: int | np.integer | None = None,
+    recursion: Recursion = "by_depth",
     sampler: Sampler = GREEDY,
     eos_id: int | np.integer | None = None,
     key: PRNGKeyArray | None = None,
@@ -120,7 +133,15 @@ def stream(
     [4 4]
     """
     request = _request(
-        model, prompt_ids, prompt_lengths, max_new_tokens, num_drafts, sampler, eos_id, key
+        model,
+        prompt_ids,
+        prompt_lengths,
+        max_new_tokens,
+        num_drafts,
+        recursion,
+        sampler,
+        eos_id,
+        key,
     )
     return _stream(request, model)
 
@@ -177,6 +198,7 @@ def _request(
     prompt_lengths: Any,
     max_new_tokens: Any,
     num_drafts: Any,
+    recursion: Recursion,
     sampler: Sampler,
     eos_id: Any,
     key: PRNGKeyArray | None,
@@ -190,7 +212,7 @@ def _request(
         raise ValueError(
             f"`num_drafts` must be 0 for a model without depths; got {drafts} for 0 depth(s)."
         )
-    # Places are int32: those of the longest row, with the drafts of its last step.
+    # Positions are int32: those of the longest row, with the drafts of its last step.
     most = 2**31 - 2 - prompts.shape[1] - drafts
     new = check_integer("max_new_tokens", max_new_tokens, at_least=1, at_most=most)
     if key is None:
@@ -204,7 +226,7 @@ def _request(
         at_most = 2**31 - 1 if vocab_size is None else vocab_size - 1
         eos_id = check_integer("eos_id", eos_id, at_least=0, at_most=at_most)
     eos = jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32)
-    return _Request(DecodingShape(drafts, new), prompts, lengths, sampler, eos, key)
+    return _Request(DecodingShape(drafts, new, recursion), prompts, lengths, sampler, eos, key)
 
 
 def _prompts(prompt_ids: Any, prompt_lengths: Any, vocab_size: int | None) -> tuple[Array, Array]:

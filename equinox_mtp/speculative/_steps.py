@@ -1,13 +1,13 @@
 """The phases of a decoding step: draft, verify, commit. Each is a pure function."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from .._checks import check_integer
+from .._checks import check_choice, check_integer
 from .._decoder import Cache
 from .._types import checked
 from ._model import DecodingModel
@@ -16,13 +16,21 @@ from ._state import DecodingState, Drafts, Verification
 
 _MAX_DRAFTS = 64
 
+Recursion: TypeAlias = Literal["by_depth", "extended"]
+"""How drafts beyond a model's own layers are made; see `generate`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodingShape:
     """What a compiled decoding step is for; everything else is an array.
 
-    >>> emtp.speculative.DecodingShape(num_drafts=2, max_new_tokens=4)
-    DecodingShape(num_drafts=2, max_new_tokens=4)
+    >>> shape = emtp.speculative.DecodingShape(num_drafts=2, max_new_tokens=4)
+    >>> shape.window
+    3
+
+    **Fields:**
+
+    - `num_drafts`, `max_new_tokens`: see `generate`, as for `recursion`.
 
     **Raises:** `ValueError` unless 0 ≤ `num_drafts` ≤ 64 (a step is compiled with a layer for every
     draft) and `max_new_tokens` ≥ 1.
@@ -30,20 +38,27 @@ class DecodingShape:
 
     num_drafts: int
     max_new_tokens: int
+    recursion: Recursion = "by_depth"
 
     def __post_init__(self) -> None:
+        check_choice("recursion", self.recursion, get_args(Recursion))
         check_integer("num_drafts", self.num_drafts, at_least=0, at_most=_MAX_DRAFTS)
         check_integer("max_new_tokens", self.max_new_tokens, at_least=1, at_most=2**31 - 1)
 
     @property
     def window(self) -> int:
-        """Places before the last token that the draft layers run anew in each step.
+        """Positions before the last token that the draft layers recompute in each step.
 
         With n the last token's position, a drafts accepted and m ≤ a+1 tokens committed: at depth k
         the positions after n+a-k saw a refused draft, and the m new ones were not run; that is
         max(m, `num_drafts`) positions in all.
         """
         return self.num_drafts + 1 if self.num_drafts else 0
+
+    def num_depths(self, model: DecodingModel) -> int:
+        """How many drafts are of a depth with a cache of its own; the others extend the last."""
+        num_layers = len(model.layers) if self.recursion == "extended" else self.num_drafts
+        return min(self.num_drafts, num_layers)
 
 
 @checked
@@ -85,7 +100,7 @@ def prefill(
         first_ids[:, None], jnp.zeros_like(first_ids), end_lengths - prompt_lengths, eos_id
     )
     states, draft_caches = model.enter(hidden_states), []
-    for depth in range(1, shape.num_drafts + 1):
+    for depth in range(1, shape.num_depths(model) + 1):
         layer: Any = model.layer(depth).transformer_layer
         cache = layer.init_cache(batch, max_length, hidden_states.dtype)
         states, _, cache = _run_depth(model, depth, states, tokens, cache, position_ids)
@@ -130,17 +145,22 @@ def draft(
     positions = last - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
     tokens, states = state.tokens, model.enter(state.hidden_states)
     keys = jax.random.split(key, max(shape.num_drafts, 1))
-    ids, distributions, caches = [], [], []
+    num_depths = shape.num_depths(model)
+    ids, distributions, caches = [], [], list(state.draft_caches)
     for depth in range(1, shape.num_drafts + 1):
-        states, normed, cache = _run_depth(
-            model, depth, states, tokens, state.draft_caches[depth - 1], positions
+        cached = min(depth, num_depths)
+        if depth > num_depths:
+            # The last layer goes on from its own output, at the next position of its cache. The
+            # next step writes all of these positions again, from what is verified by then.
+            states, positions = states[:, -1:], last - 1 + depth - num_depths
+        states, normed, caches[cached - 1] = _run_depth(
+            model, cached, states, tokens, caches[cached - 1], positions
         )
         logits = model.logits(normed[:, -1:])[:, 0]
         draft_ids, probabilities = sampler.choose(logits, keys[depth - 1])
         tokens = _scatter_rows(tokens, last + depth, draft_ids[:, None])
         ids.append(draft_ids)
         distributions.append(probabilities)
-        caches.append(cache)
     probabilities = None if sampler.is_greedy else jnp.stack(distributions, axis=1)
     return Drafts(jnp.stack(ids, axis=1), probabilities), tuple(caches)
 

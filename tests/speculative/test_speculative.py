@@ -319,16 +319,26 @@ def with_one_answer(model: MTPModel) -> MTPModel:
 
 
 @pytest.mark.parametrize(
-    ("num_depths", "num_drafts", "all_accepted"),
-    [(1, 1, False), (2, 2, False), (2, 4, False), (3, 3, False), (2, 2, True), (2, 4, True)],
+    ("num_depths", "num_drafts", "all_accepted", "recursion"),
+    [
+        (1, 1, False, "by_depth"),
+        (2, 2, False, "by_depth"),
+        (2, 4, False, "by_depth"),
+        (3, 3, False, "by_depth"),
+        (2, 2, True, "by_depth"),
+        (2, 4, True, "by_depth"),
+        (1, 3, False, "extended"),
+        (2, 4, False, "extended"),
+        (2, 4, True, "extended"),
+    ],
 )
 def test_caches_are_as_if_no_draft_had_been_wrong(
-    num_depths: int, num_drafts: int, all_accepted: bool
+    num_depths: int, num_drafts: int, all_accepted: bool, recursion: Any
 ) -> None:
     model = make_model(num_depths)
     model = with_one_answer(model) if all_accepted else model
     prompt_ids, lengths = (jnp.asarray(x, jnp.int32) for x in prompts())
-    sizes, sampler = DecodingShape(num_drafts, 3 * (num_drafts + 1) + 1), Sampler()
+    sizes, sampler = DecodingShape(num_drafts, 3 * (num_drafts + 1) + 1, recursion), Sampler()
     key, no_eos = jax.random.key(0), jnp.int32(-1)
     run_step, run_draft = quick_jit(speculative.step), quick_jit(speculative.draft)
     run_prefill = quick_jit(speculative.prefill)
@@ -358,6 +368,31 @@ def test_caches_are_as_if_no_draft_had_been_wrong(
                 for x, y in zip(of_row(mine, row), of_row(theirs, row), strict=True):
                     assert_close(x[:end], y[:end], 1e-5)
     assert (rejected == 0) == all_accepted
+
+
+@pytest.mark.parametrize("num_depths", [1, 2])
+def test_extended_drafts_go_on_in_one_cache(num_depths: int) -> None:
+    """Lossless, with the drafts of a loop that runs the whole text again for each of them."""
+    model = make_model(num_depths)
+    prompt_ids, lengths = prompts()
+    plain = generate(model, prompt_ids, lengths, max_new_tokens=NEW, num_drafts=0)
+    extended = generate(
+        model, prompt_ids, lengths, max_new_tokens=NEW, num_drafts=4, recursion="extended"
+    )
+    np.testing.assert_array_equal(extended.tokens, plain.tokens)
+    drawn = generate(
+        model,
+        prompt_ids,
+        lengths,
+        max_new_tokens=NEW,
+        num_drafts=4,
+        recursion="extended",
+        sampler=Sampler(1.0),
+        key=jax.random.key(0),
+    )
+    np.testing.assert_array_equal(drawn.num_generated, NEW)
+    with pytest.raises(ValueError, match="`recursion` must be 'by_depth' or 'extended'"):
+        DecodingShape(2, 4, "other")  # type: ignore[arg-type]
 
 
 # Drawn
@@ -795,7 +830,7 @@ def test_models_without_a_cached_step_are_named() -> None:
         def output_head(self) -> Any:
             return self.decoder.output_head()
 
-    with pytest.raises(TypeError, match="its decoder is of the class `Plain`, not an `AbstractCached"):
+    with pytest.raises(TypeError, match="its decoder is of the class `Plain`, not an `Abstract"):
         generate(MTPModel(Plain(model.decoder), model.block), *prompts(), max_new_tokens=2)
 
 

@@ -1,0 +1,412 @@
+"""Released layouts against the recorded numbers of other implementations."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import FOLDER, changed, config_of, reference, tensors_of
+from golden import quick_jit
+from safetensors.numpy import save_file
+
+import equinox_mtp as emtp
+from equinox_mtp import nn, pretrained, speculative
+from equinox_mtp.pretrained._folder import CheckpointFolder
+
+FAMILIES = ("qwen3", "llama3", "mimo", "fastmtp")
+WITH_DEPTHS = ("mimo", "fastmtp")
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, emtp.MTPModel]:
+    return {name: pretrained.load(FOLDER / name, tokenizer=False)[0] for name in FAMILIES}
+
+
+def close(actual: Any, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def with_config(model: emtp.MTPModel, **changes: Any) -> emtp.MTPModel:
+    """The same weights by other conventions."""
+    config = dataclasses.replace(model.block.config, **changes)
+    layers: Any = model.block.layers
+    fields = {field.name: getattr(layers, field.name) for field in dataclasses.fields(layers)}
+    fields["carried_hidden_state"] = config.carried_hidden_state
+    layers = emtp._types.module_of(type(layers), **fields)  # type: ignore[attr-defined]
+    block = emtp._types.module_of(type(model.block), layers=layers, config=config)  # type: ignore[attr-defined]
+    return emtp.MTPModel(model.decoder, block)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_and_logits(name: str, models: dict[str, emtp.MTPModel]) -> None:
+    decoder: Any = models[name].decoder
+    numbers = reference(name)
+    tokens = jnp.asarray(numbers["tokens"][:, :16])
+    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+
+    def outputs(decoder: Any, hidden: Any) -> tuple[Any, ...]:
+        normed = decoder.final_norm(hidden)
+        return hidden, normed, normed @ decoder.output_head().T
+
+    def in_parallel(decoder: Any) -> tuple[Any, ...]:
+        return outputs(decoder, decoder(tokens, position_ids=positions))
+
+    def in_cached_steps(decoder: Any) -> tuple[Any, ...]:
+        cache, parts = decoder.init_cache(2, 16), []
+        for start, stop in ((0, 7), (7, 8), (8, 16)):
+            part, cache = decoder.decode(
+                tokens[:, start:stop], cache, position_ids=positions[:, start:stop]
+            )
+            parts.append(part)
+        return outputs(decoder, jnp.concatenate(parts, axis=1))
+
+    for run in (in_parallel, in_cached_steps):
+        hidden, normed, logits = quick_jit(run)(decoder)
+        close(hidden, numbers["hidden_pre_norm"])
+        close(normed, numbers["hidden_post_norm"])
+        close(logits, numbers["logits"])
+
+
+@pytest.mark.parametrize("name", WITH_DEPTHS)
+def test_the_first_depth(name: str, models: dict[str, emtp.MTPModel]) -> None:
+    """The block's own pass over `tokens[:, :17]`, whose last position has no target at depth 1."""
+    numbers, model = reference(name), models[name]
+    tokens = numbers["tokens"]
+    batch = emtp.make_batch(tokens)
+    output = quick_jit(lambda model: model(batch))(model)
+    hidden = output.mtp.hidden_states[0][:, :16]
+    layer = model.block.layer(1)
+    normed, _ = layer.normed_and_carried(hidden, model.decoder.final_norm)
+    head: Any = model.decoder.output_head()
+    close(hidden, numbers["mtp0_hidden_pre_norm"])
+    close(normed, numbers["mtp0_hidden_post_norm"])
+    close(normed @ head.T, numbers["mtp0_logits"])
+    best = numbers["mtp0_logits"].argmax(-1)
+    np.testing.assert_array_equal(output.mtp.acceptance.predictions[0][:, :15], best[:, :15])
+
+
+def test_the_other_hidden_state_at_the_entrance(models: dict[str, emtp.MTPModel]) -> None:
+    for name, other, suffix in (
+        ("mimo", "after_norm", "from_post"),
+        ("fastmtp", "before_norm", "from_pre"),
+    ):
+        model = with_config(models[name], input_hidden_state=other)
+        numbers = reference(name)
+        batch = emtp.make_batch(numbers["tokens"])
+        hidden = quick_jit(lambda model, b=batch: model(b))(model).mtp.hidden_states[0][:, :16]
+        normed, _ = model.block.layer(1).normed_and_carried(hidden, model.decoder.final_norm)
+        close(normed @ model.decoder.output_head().T, numbers[f"mtp0_logits_{suffix}"])  # type: ignore[operator]
+
+
+def test_recursion_in_training(models: dict[str, emtp.MTPModel]) -> None:
+    """FastMTP's layer three times, each over the normed state of the one before."""
+    numbers, model = reference("fastmtp"), models["fastmtp"]
+    assert model.block.config.num_depths == 3
+    tokens = numbers["tokens"][:, :17]
+    hidden_states = quick_jit(lambda model: model(emtp.make_batch(tokens)))(model).mtp.hidden_states
+    head: Any = model.decoder.output_head()
+    for depth in range(3):
+        length = 15 - depth
+        normed, _ = model.block.layer(1).normed_and_carried(
+            hidden_states[depth][:, :length], model.decoder.final_norm
+        )
+        close(normed, numbers[f"recursive_step{depth}_hidden"])
+        close(normed @ head.T, numbers[f"recursive_step{depth}_logits"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_continuations(name: str, models: dict[str, emtp.MTPModel]) -> None:
+    numbers, model = reference(name), models[name]
+    ways: list[dict[str, Any]] = [{"num_drafts": 0}]
+    if model.block.config.num_depths:
+        ways += [{"num_drafts": 3}, {"num_drafts": 3, "recursion": "extended"}]
+    for way in ways:
+        generation = speculative.generate(model, numbers["prompt"], max_new_tokens=16, **way)
+        np.testing.assert_array_equal(generation.tokens[:, :23], numbers["greedy"])
+
+
+@pytest.mark.parametrize("carried", ["post", "pre"])
+@pytest.mark.parametrize("name", WITH_DEPTHS)
+def test_recursive_drafts(name: str, carried: str, models: dict[str, emtp.MTPModel]) -> None:
+    """After the prompt and the main model's own token, through the cached steps."""
+    numbers = reference(name)
+    placement = {"post": "after_norm", "pre": "before_norm"}[carried]
+    model = with_config(models[name], carried_hidden_state=placement)
+    decoding = speculative.DecodingModel.of(model)
+    shape = speculative.DecodingShape(3, max_new_tokens=8, recursion="extended")
+    key, sampler = jax.random.key(0), speculative.Sampler()
+
+    @eqx.filter_jit
+    def draft(decoding: Any, prompt: Any) -> Any:
+        state = speculative.prefill(
+            decoding,
+            prompt,
+            jnp.asarray([prompt.shape[1]], jnp.int32),
+            shape,
+            sampler,
+            eos_id=jnp.int32(-1),
+            key=key,
+        )
+        return speculative.draft(decoding, state, shape, sampler, key=key)[0].ids
+
+    ids = draft(decoding, jnp.asarray(numbers["prompt"], jnp.int32))
+    np.testing.assert_array_equal(ids, numbers[f"recursive_{carried}_drafts"])
+    # And the logits, in a whole pass over the text and the drafts before each.
+    pairs = jnp.concatenate([jnp.asarray(numbers["greedy"][:, 1:8]), ids], axis=1)
+    decoder: Any = model.decoder
+    hidden = decoder(jnp.asarray(numbers["prompt"]), position_ids=jnp.arange(7)[None])
+    enters = model.block.config.input_hidden_state == "after_norm"
+    states, layer = decoder.final_norm(hidden) if enters else hidden, model.block.layer(1)
+    for index in range(3):
+        positions = jnp.arange(7 + index)[None]
+        embeddings = decoder.embed(pairs[:, : 7 + index], positions)
+        out, _ = layer(states, embeddings, position_ids=positions)
+        normed, carry = layer.normed_and_carried(out, decoder.final_norm)
+        logits = normed[:, -1] @ decoder.output_head().T
+        close(logits, numbers[f"recursive_{carried}_logits"][:, index])
+        states = jnp.concatenate([states, carry[:, -1:]], axis=1)
+
+
+def test_conventions_are_the_families(models: dict[str, emtp.MTPModel]) -> None:
+    mimo, fastmtp = models["mimo"].block.config, models["fastmtp"].block.config
+    assert (mimo.num_depths, mimo.concat_order, mimo.input_hidden_state) == (
+        1,
+        "hidden_first",
+        "before_norm",
+    )
+    assert (fastmtp.num_depths, fastmtp.concat_order, fastmtp.input_hidden_state) == (
+        3,
+        "embedding_first",
+        "after_norm",
+    )
+    assert fastmtp.repeated_layer
+    assert models["qwen3"].block.config.num_depths == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3"])
+def test_tokenizers(name: str) -> None:
+    _, tokenizer = pretrained.load(FOLDER / name)
+    for sample in json.loads((FOLDER / name / "tokenizer_samples.json").read_text()):
+        assert tokenizer.encode(sample["text"]).ids == sample["ids"]
+        assert tokenizer.decode(sample["ids"]) == sample["text"]
+    assert pretrained.load(FOLDER / "mimo")[1] is None
+
+
+# What a configuration may say in another way
+
+
+def same_logits(folder: Path, name: str) -> None:
+    model, _ = pretrained.load(folder, tokenizer=False)
+    numbers = reference(name)
+    decoder: Any = model.decoder
+    tokens = jnp.asarray(numbers["tokens"][:, :16])
+    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+    normed = decoder.final_norm(decoder(tokens, position_ids=positions))
+    close(normed @ decoder.output_head().T, numbers["logits"])
+
+
+def newer(config: dict[str, Any]) -> None:
+    """`rope_parameters`, `dtype`, and the model in `text_config`."""
+    scaling = config.pop("rope_scaling") or {"rope_type": "default"}
+    config["rope_parameters"] = {**scaling, "rope_theta": config.pop("rope_theta")}
+    config["dtype"] = config.pop("torch_dtype")
+    names = [name for name in config if name != "architectures"]
+    config["text_config"] = {name: config.pop(name) for name in names}
+
+
+def test_newer_configurations(tmp_path: Path) -> None:
+    same_logits(changed("llama3", tmp_path / "llama3", config=newer), "llama3")
+    same_logits(changed("qwen3", tmp_path / "qwen3", config=newer), "qwen3")
+
+
+def test_older_configurations(tmp_path: Path) -> None:
+    def older(config: dict[str, Any]) -> None:
+        config["rope_scaling"]["type"] = config["rope_scaling"].pop("rope_type")
+        del config["use_cache"], config["tie_word_embeddings"]
+
+    same_logits(changed("llama3", tmp_path / "llama3", config=older), "llama3")
+
+
+def test_heads_that_are_tied(tmp_path: Path) -> None:
+    """Without a head in the file, or with the embedding there again."""
+
+    def drop(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["lm_head.weight"]
+
+    for name, said, change in (
+        ("not-said", None, drop),
+        ("said", True, drop),
+        ("twice", True, None),
+    ):
+        folder = changed(
+            "qwen3",
+            tmp_path / name,
+            config=lambda config, said=said: config.update(tie_word_embeddings=said),
+            tensors=change,
+        )
+        model, _ = pretrained.load(folder, tokenizer=False)
+        assert model.decoder.head is None  # type: ignore[attr-defined]
+        assert model.decoder.output_head() is model.decoder.embedding  # type: ignore[attr-defined]
+
+
+def test_shards_in_any_order(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_of(FOLDER / "qwen3")))
+    tensors = tensors_of(FOLDER / "qwen3")
+    names = sorted(tensors, key=lambda name: hash(name) % 97)
+    files = {name: f"part-{index % 3}.safetensors" for index, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({n: tensors[n] for n in names if files[n] == file}, folder / file)
+    same_logits(folder, "qwen3")  # without an index: all files
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    same_logits(folder, "qwen3")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_stay_as_they_are(dtype: str, tmp_path: Path) -> None:
+    narrow = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+
+    def cast(tensors: dict[str, np.ndarray]) -> None:
+        tensors.update({name: x.astype(narrow) for name, x in tensors.items()})
+
+    folder = changed(
+        "mimo", tmp_path / dtype, config=lambda c: c.update(torch_dtype=dtype), tensors=cast
+    )
+    model, _ = pretrained.load(folder)
+    arrays = jax.tree.leaves(eqx.filter(model, eqx.is_array))
+    assert {str(x.dtype) for x in arrays} == {dtype}
+    assert model.decoder.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")  # type: ignore[attr-defined]
+    wide, _ = pretrained.load(folder, dtype="float32", compute_dtype="float32")
+    assert {str(x.dtype) for x in jax.tree.leaves(eqx.filter(wide, eqx.is_array))} == {"float32"}
+    numbers = reference("mimo")
+    batch = emtp.make_batch(numbers["tokens"])
+    losses = [
+        quick_jit(lambda model: model(batch).mtp.losses.mean)(one)
+        for one in (model, wide, pretrained.load(FOLDER / "mimo")[0])
+    ]
+    np.testing.assert_allclose(losses[1], losses[2], atol=0.05)
+    np.testing.assert_allclose(losses[0], losses[2], atol=0.1)
+    # Greedy decoding of narrow weights is that of a whole pass with them.
+    plain, drafted = (
+        speculative.generate(wide, numbers["prompt"], max_new_tokens=8, num_drafts=drafts)
+        for drafts in (0, 2)
+    )
+    np.testing.assert_array_equal(plain.tokens, drafted.tokens)
+
+
+def test_weights_of_8_bits_are_dequantized() -> None:
+    folder = CheckpointFolder(FOLDER / "fp8")
+    with np.load(FOLDER / "fp8" / "dequantized.npz") as stored:
+        expected = {name: x for name, x in stored.items() if name.endswith(".weight")}
+    assert len(expected) == 11
+    for name, values in expected.items():
+        assert folder.is_quantized(name)
+        np.testing.assert_array_equal(folder.view(name), values)
+
+
+def test_weights_of_8_bits_become_those_of_the_configuration(tmp_path: Path) -> None:
+    scale = np.float32(0.0371)
+    name = "model.layers.1.mlp.up_proj.weight"
+    blocks = (3, 2)  # of 32 × 32 in 96 × 64
+
+    def quantize(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = (tensors[name] / scale).astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = np.full(blocks, scale, np.float32)
+
+    def config(config: dict[str, Any]) -> None:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+
+    folder = tmp_path / "fp8"
+    changed("llama3", folder, config=config)
+    tensors = tensors_of(folder)
+    quantize(tensors)
+    from equinox_mtp.pretrained._write import StoredTensor, write_file
+
+    (folder / "model.safetensors").unlink()
+    write_file(
+        folder / "model.safetensors",
+        [StoredTensor(n, x.dtype, x.shape, lambda x=x: x) for n, x in tensors.items()],
+    )
+    model, _ = pretrained.load(folder, tokenizer=False)
+    layers: Any = model.decoder.layers  # type: ignore[attr-defined]
+    assert layers.feed_forward.up.kernel.dtype == jnp.float32
+    expected = tensors[name].astype(np.float32) * scale
+    np.testing.assert_array_equal(layers.feed_forward.up.kernel[1], expected.T)
+
+
+def test_windows(tmp_path: Path) -> None:
+    """By the last layers of Qwen2, or by `layer_types`."""
+    for name, config in (
+        ("flag", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+        (
+            "types",
+            {
+                "sliding_window": 5,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            },
+        ),
+    ):
+        folder = changed("qwen3", tmp_path / name, config=lambda c, new=config: c.update(new))
+        decoder: Any = pretrained.load(folder, tokenizer=False)[0].decoder
+        assert [decoder.layer(i).attention.window for i in range(3)] == [None, 5, 5]
+        assert [run.num_layers for run in decoder.layers] == [1, 2]
+        stored = tensors_of(FOLDER / "qwen3")["model.layers.2.self_attn.k_proj.weight"]
+        kernel = decoder.layer(2).attention.key_kernel
+        np.testing.assert_array_equal(kernel.reshape(64, 48).T, stored)
+
+
+def test_rotary_embeddings_of_a_configuration() -> None:
+    from equinox_mtp.pretrained._settings import Settings
+
+    def rotary(**config: Any) -> nn.Rotary:
+        sizes = {"hidden_size": 64, "num_attention_heads": 4}
+        return Settings({**sizes, **config}, Path("config.json")).rotary()
+
+    assert rotary() == nn.Rotary()
+    assert rotary(rope_theta=5, partial_rotary_factor=0.5) == nn.Rotary(5.0, size=8)
+    assert rotary(rope_scaling={"type": "linear", "factor": 2}).scaling == nn.LinearScaling(2.0)
+    yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64}
+    assert rotary(rope_scaling=yarn).scaling == nn.YarnScaling(40.0, 64)
+    # DeepSeek's two scales cancel here: sine and cosine stay as they are.
+    equal = {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0}
+    assert rotary(rope_scaling=equal).scaling == nn.YarnScaling(40.0, 64, attention_factor=1.0)
+
+
+# Fresh depths
+
+
+def test_fresh_depths(tmp_path: Path) -> None:
+    key = jax.random.key(0)
+    model, tokenizer = pretrained.load(FOLDER / "qwen3", num_depths=3, preset="fast_mtp", key=key)
+    assert tokenizer is not None
+    assert model.block.config == emtp.MTPConfig.preset("fast_mtp", 3)
+    numbers = reference("qwen3")
+    layer: Any = model.block.layer(1)
+    assert layer.transformer_layer.attention.query_norm is not None
+    assert layer.transformer_layer.attention.rotary == nn.Rotary(1_000_000.0)
+    generation = speculative.generate(model, numbers["prompt"], max_new_tokens=16)
+    np.testing.assert_array_equal(generation.tokens[:, :23], numbers["greedy"])
+    # In place of a folder's own; and none.
+    fresh, _ = pretrained.load(FOLDER / "mimo", num_depths=2, key=key)
+    assert fresh.block.config == emtp.MTPConfig.preset("deepseek_v3", 2)
+    none, _ = pretrained.load(FOLDER / "mimo", num_depths=0)
+    assert none.block.layers is None
+    again, _ = pretrained.load(FOLDER / "mimo", num_depths=2, key=key, dtype="bfloat16")
+    arrays = jax.tree.leaves(eqx.filter(again, eqx.is_array))
+    assert {x.dtype for x in arrays} == {jnp.dtype("bfloat16")}
+
+
+def test_a_head_for_other_numbers_of_drafts() -> None:
+    model, _ = pretrained.load(FOLDER / "fastmtp", num_depths=5, verifier=FOLDER / "qwen3")
+    assert model.block.config.num_depths == 5
+    alone, _ = pretrained.load(FOLDER / "fastmtp", num_depths=0, tokenizer=False)
+    assert alone.block.layers is None
