@@ -56,7 +56,7 @@ def _run(arguments: Sequence[str]) -> int:
         (train_command if command == "train" else generate_command)(options)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -49,6 +49,14 @@ class TrainConfig:
         may_change=True,
         may_differ=True,
     )
+    tokenizer: Path | None = option(
+        None,
+        DATA,
+        "Read text as the tokens of this tokenizer.json, or of the one in this folder, and not as "
+        "bytes; needs the extra hf.",
+        may_change=True,
+        may_differ=True,
+    )
     vocab_size: int | None = integer(
         None,
         DATA,
@@ -56,7 +64,10 @@ class TrainConfig:
         at_least=1,
     )
     end_of_document: int | None = integer(
-        None, DATA, "For token ids: the id that ends a document. Text has 256."
+        None,
+        DATA,
+        "For token ids, and for a tokenizer that names none: the id that ends a document. Bytes "
+        "have 256.",
     )
     seq_len: int = integer(256, DATA, "Tokens in a row.", at_least=1, is_common=True)
 
@@ -209,7 +220,7 @@ class TrainConfig:
         for name, known in options().items():
             object.__setattr__(self, name, known.check(name, getattr(self, name), _DEFAULTS[name]))
         object.__setattr__(self, "mtp_scaling", _checked_scaling(self.mtp_scaling))
-        _check_paths(self.data, self.out)
+        _check_paths(self.data, out=self.out, tokenizer=self.tokenizer)
         bare = {"coordinator", "num_processes", "process_id"}
         given = {name for name in bare if getattr(self, name) is not None}
         if given and (given != bare or not self.distributed):
@@ -277,11 +288,12 @@ def _checked_scaling(values: Any) -> tuple[float, float]:
     return first, then
 
 
-def _check_paths(data: Any, out: Any) -> None:
+def _check_paths(data: Any, **others: Any) -> None:
     if not isinstance(data, tuple) or not all(isinstance(path, Path) for path in data):
         raise ValueError(
             f"`data` must be a tuple of `pathlib.Path`s; got {shorten(data)}. For a single file "
             "write (Path(name),)."
         )
-    if not (out is None or isinstance(out, Path)):
-        raise ValueError(f"`out` must be a `pathlib.Path`, or `None`; got {shorten(out)}.")
+    for name, path in others.items():
+        if not (path is None or isinstance(path, Path)):
+            raise ValueError(f"`{name}` must be a `pathlib.Path`, or `None`; got {shorten(path)}.")

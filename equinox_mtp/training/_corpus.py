@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ._processes import all_gather, is_first
 from ._sources import Source, Stream, TokenArray, open_files
+from ._text import AbstractText, tokenize_files
 
 _HELD_OUT = 0.05
 _PART = 1 << 22
@@ -111,7 +112,11 @@ class Corpus:
 
 
 def load_corpus(
-    paths: Sequence[Path], *, vocab_size: int | None = None, end_of_document: int | None = None
+    paths: Sequence[Path],
+    *,
+    vocab_size: int | None = None,
+    end_of_document: int | None = None,
+    text: AbstractText | None = None,
 ) -> Corpus:
     """Finds the documents of text or token ids.
 
@@ -131,6 +136,7 @@ def load_corpus(
         empty, the Python standard library's own source files. All processes see the same files.
     - `vocab_size`: required for token ids; text has 257, the bytes and an end-of-document id.
     - `end_of_document`: the id at which a stream of token ids is cut into documents.
+    - `text`: reads text by a tokenizer, into memory; as bytes if `None`.
 
     **Raises:** `FileNotFoundError` for a path that does not exist; `ValueError` for data that is
     empty, of mixed kinds, outside the vocabulary, or not the same in every process.
@@ -138,11 +144,16 @@ def load_corpus(
     problem: Exception | None = None
     stream = Stream([])
     try:
-        stream, vocab_size = open_files(paths, vocab_size, end_of_document)
+        if text is None:
+            stream, vocab_size = open_files(paths, vocab_size, end_of_document)
+        else:
+            stream, vocab_size = tokenize_files(paths, text, vocab_size, end_of_document)
         _check_not_empty(stream, ", ".join(str(path) for path in paths))
     except (ValueError, OSError) as error:
         problem = error
-    layout = _Layout.of(stream, vocab_size or 0, end_of_document)
+    # Documents of a tokenizer are apart already.
+    cut_at = end_of_document if text is None else None
+    layout = _Layout.of(stream, vocab_size or 0, cut_at)
     # Before the scan, which takes longer than the first communication may wait.
     for process, digest in enumerate(_all_gather_or_raise(layout.digest, problem)):
         if digest != layout.digest:

@@ -1,7 +1,7 @@
 """Text from a checkpoint, drafted by the prediction depths and verified by the model."""
 
-import codecs
 import dataclasses
+import json
 import os
 import sys
 import unicodedata
@@ -12,15 +12,22 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray
 
 import equinox_mtp as emtp
 from equinox_mtp.speculative import Sampler, StreamedStep, stream
 
 from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
 from ._compare import compare, describe_acceptance
-from ._sources import TEXT_END, TEXT_VOCAB
 from ._step import make_optimizer, make_state
+from ._text import (
+    TOKENIZER_FILE,
+    AbstractText,
+    AbstractTextDecoder,
+    ByteText,
+    TokenizerText,
+    end_token,
+    read_text,
+)
 
 _COLORS = "\033[30;102m", "\033[0m"
 _BRACKETS = "⟦", "⟧"
@@ -36,12 +43,14 @@ class GenerateConfig:
     text are shown as `\\x1b`.
     """
 
-    checkpoint: Path
-    """A checkpoint, or the folder of a run: its last one."""
     prompt: str
     """The text to continue."""
+    checkpoint: Path | None = None
+    """A checkpoint, or the folder of a run: its last one."""
+    model: Path | None = None
+    """In its place the folder of a released model: config.json, *.safetensors, tokenizer.json."""
     drafts: int | None = None
-    """Drafts a step; 0 decodes plainly. Default: the model's depths."""
+    """Drafts per step; 0 decodes plainly. Default: the model's depths."""
     temperature: float = 0.0
     """Of the draws; 0 takes the best token."""
     top_k: int | None = None
@@ -63,13 +72,20 @@ def generate_text(config: GenerateConfig) -> None:
     `ValueError`, too, if there is not enough memory for so many tokens; `FloatingPointError` if the
     model's logits are not finite.
     """
-    prompt, screen = _prompt_bytes(config.prompt), _Screen(sys.stdout)
+    if not config.prompt:
+        raise ValueError("`prompt` must hold at least one character; got none.")
+    if (config.checkpoint is None) == (config.model is None):
+        raise ValueError(
+            "`checkpoint` or `model` must be given, one of them: a run of `train`, or the folder "
+            "of a released model."
+        )
     if not 0 <= config.seed < 2**32:  # JAX's keys would take no more than 32 bits of it
         raise ValueError(f"`seed` must lie in 0 … {2**32 - 1}; got {config.seed}.")
-    _require_text(config.checkpoint)
-    model, info = load_model(config.checkpoint)
+    _ = ByteText().encode(config.prompt)
+    model, text, longest = _open(config)
+    prompt = text.encode(config.prompt)
     try:
-        _continue_text(config, screen, prompt, jax.random.key(config.seed), model, info)
+        _continue_text(config, text, prompt, model, longest)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -81,12 +97,12 @@ def generate_text(config: GenerateConfig) -> None:
 
 def _continue_text(
     config: GenerateConfig,
-    screen: "_Screen",
+    text: AbstractText,
     prompt: np.ndarray,
-    key: PRNGKeyArray,
     model: emtp.MTPModel,
-    info: CheckpointInfo,
+    longest: int,
 ) -> None:
+    screen = _Screen(sys.stdout)
     # Padded, so that prompts of about the same length share a compiled program.
     padded = np.zeros((1, -(-len(prompt) // _PADDED_TO) * _PADDED_TO), np.int32)
     padded[0, : len(prompt)] = prompt
@@ -97,19 +113,23 @@ def _continue_text(
         max_new_tokens=config.max_new_tokens,
         num_drafts=config.drafts,
         sampler=Sampler(config.temperature, config.top_k, config.top_p),
-        eos_id=TEXT_END,
-        key=key,
+        eos_id=text.end_id,
+        key=jax.random.key(config.seed),
     )
-    longest, trained = len(prompt) + config.max_new_tokens, info.config.seq_len
-    if longest > trained:
+    wanted = len(prompt) + config.max_new_tokens
+    if wanted > longest:
         screen.write(
-            f"note: up to {longest} tokens are asked for; the model was trained on rows of "
-            f"{trained}, and may not do well beyond\n\n"
+            f"note: up to {wanted} tokens are asked for; the model was trained on rows of "
+            f"{longest}, and may not do well beyond\n\n"
         )
-    screen.write(screen.shown(bytes(prompt.tolist()).decode("utf8", "replace")))
+    decoder = text.decoder()
+    shown = decoder.feed(prompt.tolist())
+    screen.write(
+        screen.shown(shown if isinstance(text, TokenizerText) else shown + decoder.finish())
+    )
     counts = _Counts()
-    for text in marked_text(counts.of(steps), *screen.marks, screen.shown):
-        screen.write(text)
+    for part in marked_text(counts.of(steps), *screen.marks, screen.shown, decoder):
+        screen.write(part)
     screen.write(f"\n\n{counts}\n")
     if config.compare:
         comparison = compare(
@@ -117,20 +137,9 @@ def _continue_text(
             [prompt],
             max_new_tokens=config.max_new_tokens,
             num_drafts=config.drafts,
-            eos_id=TEXT_END,
+            eos_id=text.end_id,
         )
         screen.write(f"greedily: {comparison}\n")
-
-
-def _prompt_bytes(prompt: str) -> np.ndarray:
-    """Token ids: the bytes of UTF-8, and those of the command line that are none."""
-    try:
-        encoded = prompt.encode("utf8", "surrogateescape")
-    except UnicodeEncodeError:
-        raise ValueError("`prompt` must be text; it holds half of a surrogate pair.") from None
-    if not encoded:
-        raise ValueError("`prompt` must hold at least one character; got none.")
-    return np.frombuffer(encoded, np.uint8).astype(np.int32)
 
 
 def load_model(path: Path) -> tuple[emtp.MTPModel, CheckpointInfo]:
@@ -151,18 +160,19 @@ def marked_text(
     begin: str,
     end: str,
     shown: Callable[[str], str] = str,
+    decoder: AbstractTextDecoder | None = None,
 ) -> Iterator[str]:
     """The text of a single row, step by step, with marks around accepted drafts.
 
     A character that is cut at the end is U+FFFD. `shown` is applied to the text, not to the marks.
     """
-    decoder = codecs.getincrementaldecoder("utf8")("replace")
+    decoder = ByteText().decoder() if decoder is None else decoder
     for new_ids, num_new, num_accepted in steps:
-        ids = [int(x) for x in new_ids[0, : num_new[0]] if x != TEXT_END]
-        drafted = shown(decoder.decode(bytes(ids[: num_accepted[0]])))
-        rest = shown(decoder.decode(bytes(ids[num_accepted[0] :])))
+        ids = new_ids[0, : num_new[0]].tolist()
+        drafted = shown(decoder.feed(ids[: num_accepted[0]]))
+        rest = shown(decoder.feed(ids[num_accepted[0] :]))
         yield (f"{begin}{drafted}{end}" if drafted else "") + rest
-    cut = decoder.decode(b"", final=True)
+    cut = decoder.finish()
     if cut:
         yield shown(cut)
 
@@ -250,11 +260,31 @@ def _newest(path: Path) -> Path:
     return found[-1]
 
 
-def _require_text(path: Path) -> None:
-    vocab_size = load_info(_newest(path)).vocab_size
-    if vocab_size != TEXT_VOCAB:
+def _open(config: GenerateConfig) -> tuple[emtp.MTPModel, AbstractText, int]:
+    """The model, its text, and how long the rows were that it was trained on."""
+    if config.model is not None:
+        model, tokenizer = emtp.pretrained.load(config.model)
+        if tokenizer is None:
+            raise ValueError(
+                f"`model`: {config.model} has no {TOKENIZER_FILE}. Load it in Python by "
+                "`equinox_mtp.pretrained.load`, and continue token ids by "
+                "`equinox_mtp.speculative.generate`."
+            )
+        read = json.loads((config.model / "config.json").read_bytes())
+        longest = read.get("max_position_embeddings")
+        text = TokenizerText(tokenizer, end_token(tokenizer, config.model))
+        return model, text, longest if isinstance(longest, int) else 2**31
+    assert config.checkpoint is not None
+    checkpoint = _newest(config.checkpoint)
+    tokenizer_file = checkpoint.parent.parent / TOKENIZER_FILE
+    text = read_text(tokenizer_file) if tokenizer_file.is_file() else ByteText()
+    vocab_size = load_info(checkpoint).vocab_size
+    if vocab_size != text.vocab_size:
         raise ValueError(
-            f"`checkpoint` must be of a model of text, with {TEXT_VOCAB} token ids; the one in "
-            f"{path} has {vocab_size}. In Python load it by `equinox_mtp.training.load_model`, and "
-            "continue token ids by `equinox_mtp.speculative.generate`."
+            f"`checkpoint` must be of a model of text, with {text.vocab_size} token ids; the one "
+            f"in {config.checkpoint} has {vocab_size}. In Python load it by "
+            "`equinox_mtp.training.load_model`, and continue token ids by "
+            "`equinox_mtp.speculative.generate`."
         )
+    model, info = load_model(config.checkpoint)
+    return model, text, info.config.seq_len

@@ -10,7 +10,7 @@ import numpy as np
 TEXT_END = 256
 """The id after the bytes, which ends a document of text."""
 TEXT_VOCAB = 257
-_TOKEN_SUFFIXES = (".npy", ".bin")
+TOKEN_SUFFIXES = (".npy", ".bin")
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo"}
 
 
@@ -120,8 +120,8 @@ def open_files(
     paths: Sequence[Path], vocab_size: int | None, end_of_document: int | None
 ) -> tuple[Stream, int]:
     """All files, none of them read."""
-    files = [file for path in paths for file in _files_of(path)] if paths else _library_files()
-    token_files = [file for file in files if file.suffix in _TOKEN_SUFFIXES]
+    files = find_files(paths)
+    token_files = [file for file in files if file.suffix in TOKEN_SUFFIXES]
     if not token_files:
         if vocab_size not in (None, TEXT_VOCAB) or end_of_document not in (None, TEXT_END):
             raise ValueError(
@@ -145,6 +145,11 @@ def open_files(
     return Stream([file for file in opened if file.num_tokens]), vocab_size
 
 
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """Those named, and those in directories; the Python standard library's own if none are."""
+    return [file for path in paths for file in _files_of(path)] if paths else _library_files()
+
+
 def _files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -156,7 +161,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _is_binary(file: Path) -> bool:
-    if file.suffix in _TOKEN_SUFFIXES:
+    if file.suffix in TOKEN_SUFFIXES:
         return False
     with file.open("rb") as stream:
         return b"\0" in stream.read(4096)

@@ -62,8 +62,9 @@ def from_json(stored: dict[str, Any]) -> dict[str, Any]:
     found = dict(stored)
     if isinstance(data := found.get("data"), list):
         found["data"] = tuple(Path(path) for path in data)
-    if isinstance(found.get("out"), str):
-        found["out"] = Path(found["out"])
+    for name in ("out", "tokenizer"):
+        if isinstance(found.get(name), str):
+            found[name] = Path(found[name])
     if isinstance(scaling := found.get("mtp_scaling"), list):
         found["mtp_scaling"] = tuple(scaling)
     return found

@@ -47,6 +47,7 @@ from ._step import (
     train_step,
 )
 from ._stored_options import write_options
+from ._text import keep_tokenizer, read_text
 
 RUNS = Path("runs")
 
@@ -75,6 +76,8 @@ def train(config: TrainConfig) -> Path:
         first_step = int(state.step)
         if is_first() and not config.resume:
             write_options(run.out, run.info.config)
+            if config.tokenizer is not None:
+                keep_tokenizer(config.tokenizer, run.out)
         print_once(describe_start(run, state))
         metrics = stack.enter_context(
             contextlib.closing(
@@ -120,7 +123,10 @@ def prepare(config: TrainConfig) -> Run:
     """Reads the data, and fits everything to it; nothing is compiled or written."""
     check_agreement(config)
     corpus = load_corpus(
-        config.data, vocab_size=config.vocab_size, end_of_document=config.end_of_document
+        config.data,
+        vocab_size=config.vocab_size,
+        end_of_document=config.end_of_document,
+        text=None if config.tokenizer is None else read_text(config.tokenizer),
     )
     train_corpus, held_out_corpus = corpus.split(config.seed)
     if config.seq_len > train_corpus.num_tokens:

@@ -96,7 +96,7 @@ def test_text_is_streamed_with_marks(
     run: tuple[Path, str], num_drafts: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = run
-    generate_text(GenerateConfig(folder, PROMPT, drafts=num_drafts, max_new_tokens=NEW))
+    generate_text(GenerateConfig(PROMPT, folder, drafts=num_drafts, max_new_tokens=NEW))
     printed = capsys.readouterr().out
     text, generation = expected_text(folder, num_drafts)
     body, _, counts = printed.rpartition("\n\n")
@@ -118,7 +118,7 @@ def test_long_texts_are_warned_of_and_compared(
     run: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = run
-    generate_text(GenerateConfig(folder, PROMPT, max_new_tokens=30, compare=True))
+    generate_text(GenerateConfig(PROMPT, folder, max_new_tokens=30, compare=True))
     printed = capsys.readouterr().out
     assert printed.startswith(
         "note: up to 40 tokens are asked for; the model was trained on rows of 32"
@@ -196,7 +196,7 @@ def printed_on(
 
     monkeypatch.setattr("equinox_mtp.training._generate.stream", steps)
     monkeypatch.setattr("sys.stdout", out)
-    generate_text(GenerateConfig(folder, prompt, max_new_tokens=NEW))
+    generate_text(GenerateConfig(prompt, folder, max_new_tokens=NEW))
     written = out.buffer
     assert isinstance(written, io.BytesIO)
     return written.getvalue().decode(out.encoding)

@@ -1,0 +1,203 @@
+"""Text as token ids: its bytes, or the tokens of a tokenizer."""
+
+import abc
+import codecs
+import importlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ._processes import is_first
+from ._sources import TEXT_END, TEXT_VOCAB, TOKEN_SUFFIXES, Stream, TokenArray, find_files
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class AbstractText(abc.ABC):
+    """How text and token ids become one another."""
+
+    vocab_size: int
+    end_id: int | None
+    """Ends a document; `None` if there is no such token."""
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32."""
+
+    @abc.abstractmethod
+    def decoder(self) -> "AbstractTextDecoder":
+        """Decodes ids as they come."""
+
+
+class AbstractTextDecoder(abc.ABC):
+    """Text of token ids that come a few at a time."""
+
+    @abc.abstractmethod
+    def feed(self, ids: Sequence[int]) -> str:
+        """What of the text is complete now, and was not before."""
+
+    @abc.abstractmethod
+    def finish(self) -> str:
+        """The rest: U+FFFD for a character that is cut."""
+
+
+class ByteText(AbstractText):
+    """The bytes of UTF-8, and those of the command line that are none."""
+
+    vocab_size = TEXT_VOCAB
+    end_id = TEXT_END
+
+    def encode(self, text: str) -> np.ndarray:
+        """See `AbstractText`."""
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    def decoder(self) -> "AbstractTextDecoder":
+        """See `AbstractText`."""
+        return _ByteDecoder()
+
+
+class TokenizerText(AbstractText):
+    """The tokens of a `tokenizers.Tokenizer`."""
+
+    def __init__(self, tokenizer: Any, end_id: int | None):
+        self._tokenizer = tokenizer
+        self.vocab_size = tokenizer.get_vocab_size()
+        self.end_id = end_id
+
+    def encode(self, text: str) -> np.ndarray:
+        """See `AbstractText`."""
+        text = _utf8(text).decode("utf8", "replace")
+        return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+
+    def decoder(self) -> "AbstractTextDecoder":
+        """See `AbstractText`."""
+        return _TokenDecoder(self._tokenizer, self.end_id)
+
+
+class _ByteDecoder(AbstractTextDecoder):
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf8")("replace")
+
+    def feed(self, ids: Sequence[int]) -> str:
+        return self._decoder.decode(bytes(x for x in ids if x != TEXT_END))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _TokenDecoder(AbstractTextDecoder):
+    """Decodes all ids again: how a token is written may depend on those before it."""
+
+    def __init__(self, tokenizer: Any, end_id: int | None) -> None:
+        self._tokenizer, self._end_id = tokenizer, end_id
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def feed(self, ids: Sequence[int]) -> str:
+        self._ids += [x for x in ids if x != self._end_id]
+        text = self._tokenizer.decode(self._ids)
+        # A character whose last bytes are still to come.
+        return self._show(text.rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        return self._show(self._tokenizer.decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        new = text[len(self._shown) :] if text.startswith(self._shown) else ""
+        self._shown += new
+        return new
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ValueError("`prompt` must be text; it holds half of a surrogate pair.") from None
+
+
+def read_text(path: Path) -> TokenizerText:
+    """The tokenizer of a folder, or of its file, with the end of documents that the folder names.
+
+    **Raises:** `FileNotFoundError` if there is none; `ModuleNotFoundError` without the extra `hf`;
+    `ValueError` for a damaged file.
+    """
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"`tokenizer`: there is no file {file}. Name a {TOKENIZER_FILE}, or its folder."
+        )
+    try:
+        tokenizers = importlib.import_module("tokenizers")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "`tokenizer` needs the package tokenizers. Install the extra `hf`, in the repository "
+            "by: pip install -e '.[hf,train]'",
+            name=error.name,
+        ) from error
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise ValueError(f"`tokenizer`: {file} cannot be read: {error!s:.120}.") from None
+    return TokenizerText(tokenizer, end_token(tokenizer, file.parent))
+
+
+def end_token(tokenizer: Any, folder: Path) -> int | None:
+    """The id that ends a text, as a folder's configuration says; by its usual names otherwise."""
+    for name in ("generation_config.json", "config.json"):
+        ids = _read(folder / name).get("eos_token_id")
+        ids = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(ids, int):
+            return ids
+    token = _read(folder / "tokenizer_config.json").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    for name in (token, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"):
+        found = tokenizer.token_to_id(name) if isinstance(name, str) else None
+        if found is not None:
+            return found
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def tokenize_files(
+    paths: Sequence[Path], text: AbstractText, vocab_size: int | None, end_of_document: int | None
+) -> tuple[Stream, int]:
+    """Text files as documents of tokens, each with the id that ends it.
+
+    **Raises:** `ValueError` for token ids, or if no id ends a document.
+    """
+    if vocab_size not in (None, text.vocab_size):
+        raise ValueError(
+            f"`vocab_size` is the tokenizer's, {text.vocab_size}; got {vocab_size}. Leave it out."
+        )
+    end = text.end_id if end_of_document is None else end_of_document
+    if end is None or not 0 <= end < text.vocab_size:
+        raise ValueError(
+            f"`end_of_document` must be given, in [0, {text.vocab_size}): the tokenizer's folder "
+            f"names no id that ends a text; got {end}."
+        )
+    files = find_files(paths)
+    for file in files:
+        if file.suffix in TOKEN_SUFFIXES:
+            raise ValueError(f"`data` must hold text for a tokenizer; got {file}.")
+    documents = []
+    for file in tqdm(files, "tokenizing", delay=2, unit="file", disable=not is_first()):
+        ids = text.encode(file.read_bytes().decode("utf8", "surrogateescape"))
+        documents.append(TokenArray(np.append(ids, np.int32(end))))
+    return Stream(documents), text.vocab_size
+
+
+def keep_tokenizer(path: Path, folder: Path) -> None:
+    """Copies a tokenizer into a run's folder: with it `generate` reads the run's text."""
+    shutil.copyfile(path / TOKENIZER_FILE if path.is_dir() else path, folder / TOKENIZER_FILE)

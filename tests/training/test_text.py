@@ -1,0 +1,146 @@
+"""Text as tokens: released models and runs of one's own, from the commands."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from checkpoints import FOLDER, changed
+
+from equinox_mtp import pretrained, speculative
+from equinox_mtp.__main__ import main
+from equinox_mtp.training import load_corpus
+from equinox_mtp.training._text import ByteText, end_token, read_text
+
+SAMPLES = [*json.loads((FOLDER / "qwen3" / "tokenizer_samples.json").read_text())]
+
+
+@pytest.mark.parametrize("split", [1, 2, 5])
+def test_text_of_ids_that_come_a_few_at_a_time(split: int) -> None:
+    text = read_text(FOLDER / "qwen3")
+    for sample in SAMPLES:
+        ids = text.encode(sample["text"]).tolist()
+        assert ids == sample["ids"]
+        decoder = text.decoder()
+        parts = [decoder.feed(ids[i : i + split]) for i in range(0, len(ids), split)]
+        assert "".join(parts) + decoder.finish() == sample["text"]
+        assert "\ufffd" not in "".join(parts)
+
+
+def test_a_character_that_is_cut() -> None:
+    text = read_text(FOLDER / "qwen3")
+    ids = text.encode("我").tolist()
+    assert len(ids) > 1
+    for one, last in ((text, ids[:-1]), (ByteText(), [0xE6, 0x88])):
+        decoder = one.decoder()
+        assert decoder.feed(last) == ""
+        assert set(decoder.finish()) == {"\ufffd"}
+
+
+def test_which_token_ends_a_text(tmp_path: Path) -> None:
+    tokenizer = pretrained.load(FOLDER / "qwen3")[1]
+    assert end_token(tokenizer, tmp_path) == tokenizer.token_to_id("<|endoftext|>") == 0
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    assert end_token(words, tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "the"}}')
+    assert end_token(tokenizer, tmp_path) == tokenizer.token_to_id("the")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    assert end_token(tokenizer, tmp_path) == 7
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
+    assert end_token(tokenizer, tmp_path) == 9
+
+
+def test_generate_continues_with_a_released_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "to be or not"
+    folder = str(FOLDER / "fastmtp")
+    options = ["--prompt", prompt, "--max-new-tokens", "8", "--drafts", "2", "--compare"]
+    assert main(["generate", "--model", folder, *options]) == 0
+    printed = capsys.readouterr().out
+    model, tokenizer = pretrained.load(folder)
+    ids = tokenizer.encode(prompt).ids
+    generation = speculative.generate(model, [ids], max_new_tokens=8)
+    expected = tokenizer.decode(generation.tokens[0].tolist())
+    assert re.sub("[⟦⟧]", "", printed.split("\n\n8 tokens in ")[0]) == expected
+    assert re.search(r"8 tokens in \d+ forward passes; not counting the prompt's", printed)
+    assert "100% of the continuations equal" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "`checkpoint` or `model` must be given"),
+        (["--model", "x", "--checkpoint", "y"], "`checkpoint` or `model` must be given"),
+        (["--model", str(FOLDER / "mimo")], "has no tokenizer.json"),
+        (["--model", "no/such/folder"], "`folder`: there is no folder no/such/folder"),
+    ],
+)
+def test_models_that_cannot_be_opened(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--prompt", "x", *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_on_the_tokens_of_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(6):
+        (texts / f"{i}.txt").write_text("the dog and the fox, to be or not to be. " * 20)
+    folder = changed("qwen3", tmp_path / "model", config=lambda c: c.update(eos_token_id=3))
+    small = {"embed-size": 16, "num-layers": 1, "num-heads": 2, "mlp-size": 16, "depths": 1}
+    sizes = {"steps": 2, "batch-size": 2, "seq-len": 16, "eval-rows": 2, "compare-prompts": 0}
+    options = [f"--{name}={value}" for name, value in {**small, **sizes}.items()]
+    out = tmp_path / "run"
+    train = ["train", "--data", str(texts), "--tokenizer", str(folder), "--out", str(out)]
+    assert main([*train, *options]) == 0
+    corpus = load_corpus([texts], text=read_text(folder))
+    assert len(corpus) == 6
+    assert corpus.vocab_size == 300
+    ids = read_text(folder).encode((texts / "0.txt").read_text())
+    np.testing.assert_array_equal(corpus[0], [*ids, 3])
+    capsys.readouterr()
+    generate = ["generate", "--checkpoint", str(out), "--prompt", "the dog"]
+    assert main([*generate, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("the dog")
+    (folder / "tokenizer.json").unlink()  # the run has its own
+    assert main([*generate, "--max-new-tokens", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokenizer", "no-such"], "`tokenizer`: there is no file no-such"),
+        (["--tokenizer", str(FOLDER / "mimo")], "`tokenizer`: there is no file"),
+        (["--tokenizer", "{words}"], "`end_of_document` must be given"),
+        (
+            ["--tokenizer", str(FOLDER / "qwen3"), "--vocab-size", "9"],
+            "`vocab_size` is the tokenizer's, 300; got 9",
+        ),
+        (
+            ["--tokenizer", str(FOLDER / "qwen3"), "--end-of-document", "1", "--data", "{ids}"],
+            "`data` must hold text for a tokenizer",
+        ),
+    ],
+)
+def test_tokenizers_that_do_not_fit(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(9))
+    (tmp_path / "text.txt").write_text("the dog")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.save(str(tmp_path / "words.json"))
+    names = {"ids": tmp_path / "ids.npy", "words": tmp_path / "words.json"}
+    options = [option.format(**names) for option in options]
+    data = [] if "--data" in options else ["--data", str(tmp_path / "text.txt")]
+    assert main(["train", *data, *options, "--out", str(tmp_path / "run")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
