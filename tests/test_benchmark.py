@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from checkpoints import FOLDER, reference, tensors_of
 from hlo import compile_for, transfers
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -22,8 +24,9 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 def report_of(script: str, arguments: list[str], folder: Path) -> tuple[dict[str, Any], str]:
     """What a benchmark writes, and what it prints."""
     report_file = folder / "report.json"
-    # Compiled in half the time: for the rows, not for their numbers.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    # Those of the tests but for the devices: for the rows, not for their numbers.
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    environment = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *arguments, "--json", str(report_file)],
         capture_output=True,
@@ -74,6 +77,43 @@ def test_generation_rows_of_every_batch_and_number_of_drafts(tmp_path: Path) -> 
         assert row["ideal_speedup"] == pytest.approx(ideal)
         assert row["speedup"] == pytest.approx(row["tokens_per_s"] / plain["tokens_per_s"])
         assert f"| tiny | {row['batch']} | {drafts} | {row['tokens_per_s']:,.0f} " in printed
+
+
+def test_a_released_model_and_its_numbers(tmp_path: Path) -> None:
+    """The recorded numbers of a tiny one, in the form of the large one's."""
+    stored = reference("llama3")
+    ids = stored["tokens"][:1, :16]
+    logits = stored["logits"][0]
+    top = np.argsort(-logits, axis=-1)[:, :20]
+    numbers = {
+        "ids0": ids,
+        "top_ids0": top,
+        "top_logits0": np.take_along_axis(logits, top, axis=1),
+        "logsumexp0": np.log(np.exp(logits.astype(np.float64)).sum(-1)),
+        "greedy0": stored["greedy"],
+        "ids1": stored["prompt"],
+        "top_ids1": top[:7],
+        "top_logits1": np.take_along_axis(logits, top, axis=1)[:7] + 1.0,
+        "logsumexp1": np.zeros(7),
+        "greedy1": stored["greedy"],
+    }
+    numbers["ids0"], numbers["greedy0"] = ids, np.concatenate([ids, ids[:, :1]], axis=1)
+    np.savez(tmp_path / "reference.npz", **numbers)
+    arguments = [str(FOLDER / "llama3"), "--reference", str(tmp_path / "reference.npz")]
+    report, printed = report_of(
+        "released.py", [*arguments, "--rounds", "1", "--tokens", "2", "40"], tmp_path
+    )
+    right, wrong = report["differences"]
+    assert right["top_logits"] < 1e-4
+    assert right["log_sum_exp"] < 1e-4
+    assert not right["greedy_equal"]
+    assert wrong["top_logits"] == pytest.approx(1.0, abs=1e-3)
+    assert wrong["log_sum_exp"] > 1
+    assert wrong["greedy_equal"]
+    sizes = sum(x.nbytes for x in tensors_of(FOLDER / "llama3").values())
+    assert report["weights_bytes"] == sizes
+    assert report["of_ideal"] == pytest.approx(report["ideal_ms"] / report["token_ms"])
+    assert f"| {report['token_ms']:.1f} ms " in printed
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ ROOMS = (
     "equinox_mtp.cross_entropy",
     "equinox_mtp.linen",
     "equinox_mtp.nn",
+    "equinox_mtp.pretrained",
     "equinox_mtp.serialization",
     "equinox_mtp.sharding",
     "equinox_mtp.speculative",

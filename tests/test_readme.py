@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import FOLDER, changed
 from helpers import as_float64
 
 import equinox_mtp as emtp
@@ -150,6 +151,25 @@ def test_generation_of_its_package(tmp_path: Path) -> None:
     model = emtp.MTPModel(own["gpt"], own["block"])
     plain = emtp.speculative.generate(model, [[5, 6, 7]], max_new_tokens=8, num_drafts=0)
     np.testing.assert_array_equal(own["generation"].tokens, plain.tokens)
+
+
+def test_a_family_of_ones_own_is_read(tmp_path: Path) -> None:
+    (names,) = run_blocks(PACKAGES / "pretrained" / "README.md", tmp_path)
+    folder = tmp_path / "mine"
+
+    def rename(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("self_attn", "attn")] = tensors.pop(name)
+
+    changed(
+        "llama3",
+        folder,
+        config=lambda config: config.update(architectures=["MineForCausalLM"]),
+        tensors=rename,
+    )
+    model, _ = emtp.pretrained.load(folder, families=names["families"], tokenizer=False)
+    same, _ = emtp.pretrained.load(FOLDER / "llama3", tokenizer=False)
+    assert eqx.tree_equal(model, same)
 
 
 def test_shim_example_is_the_functional_loss(tmp_path: Path) -> None:

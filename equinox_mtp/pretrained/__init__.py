@@ -6,6 +6,17 @@
 
 The families are data: `Family` says which tensor is which array of the tree. `load` and `save` read
 and write all of them by the same walk over the tree.
+
+The examples of this package begin with a small folder of their own:
+
+>>> from equinox_mtp import pretrained
+>>> import tempfile
+>>> from pathlib import Path
+>>> folder = Path(tempfile.mkdtemp()) / "llama"
+>>> main_model = emtp.MTPModel(decoder, emtp.MultiTokenPredictionBlock.from_layers(
+...     emtp.MTPConfig(num_depths=0), []
+... ))
+>>> pretrained.save(folder, main_model, layout="llama")
 """
 
 from ._load import load

@@ -1,7 +1,7 @@
 """From a checkpoint folder to an `MTPModel`."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings, shard_
 from ._folder import CONFIG_FILE, CheckpointFolder
 from ._places import Layout, Place, conventions
 from ._read import Reader
-from ._registry import family_of
+from ._registry import FAMILIES, family_of
 from ._settings import Settings
 from ._speculators import HEAD_KIND_KEY, depths_of_head, head_table, verifier_folder
 from ._tables import Family, MTPTable
@@ -47,6 +47,7 @@ def load(
     rules: ShardingRules = DEFAULT_RULES,
     verifier: str | Path | None = None,
     tokenizer: bool = True,
+    families: Sequence[Family] = FAMILIES,
 ) -> tuple[MTPModel, Any]:
     """Reads a released model: `config.json`, `*.safetensors` and `tokenizer.json` of a folder.
 
@@ -56,6 +57,10 @@ def load(
 
         model, tokenizer = pretrained.load("MiMo-7B")  # with its own depth
         model, tokenizer = pretrained.load("Qwen3-0.6B", num_depths=3, preset="fast_mtp", key=key)
+
+    >>> loaded, tokenizer = pretrained.load(folder, num_depths=2, key=jax.random.key(0))
+    >>> loaded.block.config.num_depths, tokenizer
+    (2, None)
 
     Weights are read from a memory map, a piece at a time, and go straight to their devices: beside
     the parameters less than a tenth of their memory is taken. Weights of 8 bits with scales of
@@ -73,6 +78,7 @@ def load(
     - `mesh`, `rules`: where parameters go; everything on one device without a mesh.
     - `verifier`: the folder of a FastMTP head's model; `None` looks for the one that it names.
     - `tokenizer`: whether to read the tokenizer, which needs the extra `hf`.
+    - `families`: the architectures that are known; `(mine, *pretrained.FAMILIES)` adds one.
 
     **Returns:** the model, and a `tokenizers.Tokenizer`, or `None` where the folder has none.
 
@@ -90,7 +96,7 @@ def load(
         head_folder = checkpoint
         checkpoint = CheckpointFolder(verifier_folder(head_folder, verifier))
     settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
-    family = family_of(settings)
+    family = family_of(settings, families)
     decoder = _decoder_shapes(settings, family, checkpoint, compute_dtype)
     stored, config = _own_depths(settings, family)
     own = stored if config.num_depths else None

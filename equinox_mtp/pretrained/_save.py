@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ._fitting import fit_depths, with_biases
 from ._folder import CONFIG_FILE, CheckpointFolder
 from ._load import HINTS
 from ._places import Layout
-from ._registry import FAMILIES, family_named, family_of
+from ._registry import FAMILIES, family_of
 from ._settings import Settings
 from ._speculators import head_config, head_table
 from ._tables import Family, MTPTable
@@ -46,6 +47,7 @@ def save(
     layout: str | Path | None = None,
     source: str | Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    families: Sequence[Family] = FAMILIES,
 ) -> None:
     """Writes a model into a new folder, in a layout that other engines read.
 
@@ -60,6 +62,10 @@ def save(
 
         pretrained.save("out", model, layout="mimo", source="Qwen2-7B")
 
+    >>> pretrained.save("out", main_model, layout="llama")
+    >>> sorted(path.name for path in Path("out").iterdir())
+    ['config.json', 'model.safetensors']
+
     The folder gets its name when all is in it. What a layout says in another way is rewritten
     exactly: the halves of the projection change places, a shared norm is copied, biases of 0 are
     added.
@@ -72,6 +78,7 @@ def save(
     - `source`: the folder that the model came from. Its tokenizer is copied, and of its
         `config.json` whatever this library does not know of, such as `eos_token_id`.
     - `max_shard_bytes`: files are at most of this size, or hold a single tensor.
+    - `families`: the architectures that are known, as in `load`.
 
     **Raises:** `ValueError`, before anything is written, for a model that the layout cannot hold;
     `FileExistsError` if `folder` is not free; `OSError` if it cannot be written.
@@ -82,9 +89,11 @@ def save(
             "`model` must have a `nn.TransformerDecoder` to be written in a released layout; got a "
             f"{type(model.decoder).__name__}. `equinox_mtp.save` writes any model."
         )
-    if layout is None or layout not in (*_OTHER_LAYOUTS, *_ALIASES, *(f.name for f in FAMILIES)):
+    named = {family.name: family for family in families}
+    layout = _ALIASES.get(str(layout), layout)
+    if layout not in (*_OTHER_LAYOUTS, *named):
         if layout is not None and not Path(layout).is_dir():
-            known = ", ".join(map(repr, (*(f.name for f in FAMILIES), *_OTHER_LAYOUTS)))
+            known = ", ".join(map(repr, (*named, *_OTHER_LAYOUTS)))
             raise ValueError(f"`layout` must be {known}, or a folder; got {str(layout)!r:.80}.")
         source = layout if layout is not None else source
         if source is None:
@@ -93,7 +102,7 @@ def save(
             )
         layout = "source"
     origin = None if source is None else CheckpointFolder(Path(source))
-    contents = _contents(str(layout), model, origin)
+    contents = _contents(str(layout), model, origin, families)
     with new_folder(Path(folder)) as temporary:
         if layout == "stitched":
             assert origin is not None
@@ -115,16 +124,17 @@ class _Contents:
     config: dict[str, Any]
 
 
-def _contents(layout: str, model: MTPModel, origin: CheckpointFolder | None) -> _Contents:
+def _contents(
+    layout: str, model: MTPModel, origin: CheckpointFolder | None, families: Sequence[Family]
+) -> _Contents:
     if layout == "source":
         assert origin is not None
-        return _like(model, origin)
+        return _like(model, origin, families)
     if layout == "speculators":
         return _head(model, origin)
     if layout in ("transformers", "stitched"):
         return _with_transformers_depths(layout, model, origin)
-    family = family_named(_ALIASES.get(layout, layout))
-    assert family is not None
+    family = next(family for family in families if family.name == layout)
     return _family(family, model, origin)
 
 
@@ -173,16 +183,13 @@ def _hints(mtp: MTPTable, config: MTPConfig) -> dict[str, Any]:
     return hints
 
 
-def _like(model: MTPModel, origin: CheckpointFolder) -> _Contents:
+def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family]) -> _Contents:
     """As it came from a folder: with its configuration, whatever is in it."""
     settings = Settings(origin.config, origin.path / CONFIG_FILE)
-    family = family_of(settings)
-    contents = _family(family, model, origin) if family.mtp is not None else None
-    if contents is None:
-        num_depths = model.block.config.num_depths
-        if num_depths and settings.get(COUNT_KEY) is not None:
-            return _with_transformers_depths("transformers", model, origin)
-        contents = _family(family, model, origin)
+    family = family_of(settings, families)
+    if family.mtp is None and model.block.config.num_depths and settings.get(COUNT_KEY):
+        return _with_transformers_depths("transformers", model, origin)
+    contents = _family(family, model, origin)
     config = dict(origin.config)
     for name in ("quantization_config", "compression_config"):
         config.pop(name, None)

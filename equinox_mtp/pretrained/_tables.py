@@ -1,7 +1,7 @@
 """A family of checkpoints as data: which tensor is which array of the tree, and how it is laid out.
 
-A family is one file with one `Family` in it, added to `_registry.py`; nothing else changes. A layer
-with another feed-forward network than the dense families', for instance:
+A family is one file with one `Family` in it; nothing else changes. For instance, a layer whose
+feed-forward network has experts, which are stored one by one:
 
     LAYER = {
         **dense.LAYER,
@@ -32,7 +32,11 @@ Shape = tuple[int, ...]
 
 
 class AbstractStep(abc.ABC):
-    """How a stored tensor and an array of the tree lie to one another; without a copy to read."""
+    """How a stored tensor and an array of the tree lie to one another; without a copy to read.
+
+    >>> isinstance(pretrained.Kernel(), pretrained.AbstractStep)
+    True
+    """
 
     @abc.abstractmethod
     def stored_shape(self, shape: Shape) -> Shape:
@@ -49,7 +53,11 @@ class AbstractStep(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Same(AbstractStep):
-    """The array as it is stored."""
+    """The array as it is stored.
+
+    >>> pretrained.Same().stored_shape((4, 3))
+    (4, 3)
+    """
 
     def stored_shape(self, shape: Shape) -> Shape:
         """See `AbstractStep`."""
@@ -66,7 +74,11 @@ class Same(AbstractStep):
 
 @dataclasses.dataclass(frozen=True)
 class Flat(AbstractStep):
-    """A bias of heads `[heads head_dim]`, stored with one axis."""
+    """A bias of heads `[heads head_dim]`, stored with one axis.
+
+    >>> pretrained.Flat().stored_shape((4, 3))
+    (12,)
+    """
 
     def stored_shape(self, shape: Shape) -> Shape:
         """See `AbstractStep`."""
@@ -87,6 +99,11 @@ class Kernel(AbstractStep):
 
     `num_inputs` axes of the array are its inputs: 1 for `[embed heads head_dim]`, 2 for
     `[heads head_dim embed]`.
+
+    >>> stored = np.arange(12).reshape(4, 3)  # two heads of two features, of three inputs
+    >>> pretrained.Kernel().view(stored, (3, 2, 2))[0]
+    array([[0, 3],
+           [6, 9]])
     """
 
     num_inputs: int = 1
@@ -109,8 +126,13 @@ class Kernel(AbstractStep):
 
 
 class Tensor(NamedTuple):
-    """A stored tensor's name, and how it lies. With `{expert}` in it there is one for each of the
-    array's first axis."""
+    """A stored tensor's name, and how it lies.
+
+    With `{expert}` in it there is one for each entry of the array's first axis.
+
+    >>> pretrained.Tensor("mlp.up_proj.weight", pretrained.Kernel()).name
+    'mlp.up_proj.weight'
+    """
 
     name: str
     step: AbstractStep = Same()
@@ -129,6 +151,10 @@ DECODER: Table = {
 @dataclasses.dataclass(frozen=True)
 class MTPTable:
     """Where the layers of the prediction depths are, and by which conventions they were trained.
+
+    >>> mimo = next(family for family in pretrained.FAMILIES if family.name == "mimo")
+    >>> mimo.mtp.prefix
+    'model.mtp_layers.{depth}.'
 
     **Fields:**
 
@@ -153,6 +179,10 @@ class MTPTable:
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture of released checkpoints.
+
+    >>> llama = next(family for family in pretrained.FAMILIES if family.name == "llama")
+    >>> llama.layer["attention.query_kernel"].name
+    'self_attn.q_proj.weight'
 
     **Fields:**
 

@@ -272,9 +272,9 @@ def test_nothing_is_left_of_a_save_that_fails(
 # A new family, from its table to its round trip
 
 
-def test_a_new_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_family(tmp_path: Path) -> None:
     """As `_tables.py` shows: other names, and a feed-forward network of experts."""
-    from equinox_mtp.pretrained import Family, Kernel, Tensor, _dense, _registry
+    from equinox_mtp.pretrained import FAMILIES, Family, Kernel, Tensor, _dense
 
     class Experts(nn.AbstractFeedForward):
         up: jax.Array
@@ -306,7 +306,7 @@ def test_a_new_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "feed_forward.down": Tensor("mlp.experts.{expert}.down.weight", Kernel()),
         },
     )
-    monkeypatch.setattr(_registry, "FAMILIES", (*_registry.FAMILIES, family))
+    families = (family, *FAMILIES)
     rng = np.random.default_rng(0)
 
     def tensors(tensors: dict[str, np.ndarray]) -> None:
@@ -322,10 +322,10 @@ def test_a_new_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         config.update(architectures=["ExpertsForCausalLM"], num_experts=4)
 
     folder = changed("llama3", tmp_path / "in", config=config, tensors=tensors)
-    model = load(folder)
+    model = load(folder, families=families)
     stored = tensors_of(folder)
     up: Any = model.decoder.layers.feed_forward.up  # type: ignore[attr-defined]
     assert up.shape == (3, 4, 64, 5)
     np.testing.assert_array_equal(up[2, 1].T, stored["model.layers.2.mlp.experts.1.up.weight"])
-    pretrained.save(tmp_path / "out", model, layout=folder)
+    pretrained.save(tmp_path / "out", model, layout=folder, families=families)
     assert_same_tensors(tensors_of(tmp_path / "out"), stored)
