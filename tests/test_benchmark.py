@@ -26,6 +26,7 @@ def report_of(script: str, arguments: list[str], folder: Path) -> tuple[dict[str
     report_file = folder / "report.json"
     # Those of the tests but for the devices: for the rows, not for their numbers.
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    flags = flags.replace("optimization_level=2", "optimization_level=0")
     environment = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *arguments, "--json", str(report_file)],

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -105,72 +105,67 @@ def load(
         own, config = None, _fresh_config(num_depths, preset, key)
     elif head_folder is not None:
         own, config = head_table(), depths_of_head(head_folder, num_depths)
-    loading = _Loading(Layout(family, own), dtype, settings.dtype, mesh, rules)
-    places = loading.layout.decoder_places(decoder)
-    decoder = loading.fill(checkpoint, decoder, places)
-    block = module_of(MultiTokenPredictionBlock, config=config, layers=None)
-    used = [*places]
+    layout = Layout(family, own)
+    parts = [_Part(checkpoint, decoder, layout.decoder_places(decoder))]
     if own is not None:
-        layers = _depth_shapes(settings, family, head_folder or checkpoint, config)
-        own_places = loading.layout.block_places(layers, decoder.num_layers)
-        layers = loading.fill(head_folder or checkpoint, layers, own_places)
+        source = head_folder or checkpoint
+        layers = _depth_shapes(settings, family, source, config)
+        parts.append(_Part(source, layers, layout.block_places(layers, decoder.num_layers)))
+    left_out = [] if own is stored else _depth_prefixes(settings, stored)
+    _check_all_used(parts, family, left_out)
+    readers = [Reader(part.folder, dtype, settings.dtype) for part in parts]
+    for part, reader in zip(parts, readers, strict=True):
+        for place in part.places:
+            reader.check(place)
+    # Nothing is allocated before all is known to fit.
+    decoder, *own_layers = [
+        _fill(part, reader, mesh, rules) for part, reader in zip(parts, readers, strict=True)
+    ]
+    if own_layers or not config.num_depths:
+        layers = own_layers[0] if own_layers else None
         block = module_of(MultiTokenPredictionBlock, config=config, layers=layers)
-        used += own_places
-    elif config.num_depths:
-        assert key is not None
+    else:
         block = _fresh_block(settings, family, checkpoint, config, dtype, key)
         block = block if mesh is None else shard_model(block, mesh, rules)
-    left_out = [] if own is stored else _depth_prefixes(settings, stored)
-    for one in filter(None, (checkpoint, head_folder if own is not None else None)):
-        _check_all_used(one, family, used, left_out)
-    loading.report()
+    _report_not_finite(readers)
     return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
 
 
-class _Loading:
-    """What is the same for decoder and depths."""
+class _Part(NamedTuple):
+    """A decoder, or the layers of all depths: their shapes, and where their arrays are."""
 
-    def __init__(
-        self, layout: Layout, dtype: str | None, stored_dtype: str, mesh: Any, rules: ShardingRules
-    ):
-        self.layout = layout
-        self._dtypes = (dtype, stored_dtype)
-        self._mesh, self._rules = mesh, rules
-        self._not_finite: list[str] = []
+    folder: CheckpointFolder
+    shapes: Any
+    places: list[Place]
 
-    def fill(self, folder: CheckpointFolder, shapes: Any, places: list[Place]) -> Any:
-        """The arrays in place of their shapes."""
-        reader = Reader(folder, *self._dtypes)
-        for place in places:
-            reader.check(place)
-        leaves, structure = jax.tree.flatten(shapes)
-        dtypes = iter([reader.dtype_of(place) for place in places])
-        is_shape = [isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
-        typed = [
-            jax.ShapeDtypeStruct(x.shape, next(dtypes)) if is_one else x
-            for x, is_one in zip(leaves, is_shape, strict=True)
-        ]
-        here = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = [here] * len(leaves)
-        if self._mesh is not None:
-            tree = parameter_shardings(structure.unflatten(typed), self._mesh, self._rules)
-            shardings = structure.flatten_up_to(tree)
-        remaining = iter(places)
-        filled = [
-            reader.array(next(remaining), x.shape, sharding) if is_one else x
-            for x, sharding, is_one in zip(typed, shardings, is_shape, strict=True)
-        ]
-        self._not_finite += [folder.where(name) for name in sorted(reader.not_finite)]
-        return structure.unflatten(filled)
 
-    def report(self) -> None:
-        """Warns of numbers that are not finite."""
-        if self._not_finite:
-            warnings.warn(
-                f"{len(self._not_finite)} tensor(s) hold numbers that are not finite, such as "
-                f"{self._not_finite[0]}.",
-                stacklevel=4,
-            )
+def _fill(part: _Part, reader: Reader, mesh: Mesh | None, rules: ShardingRules) -> Any:
+    """The arrays in place of their shapes."""
+    leaves, structure = jax.tree.flatten(part.shapes)
+    remaining = iter(part.places)
+    places = [next(remaining) if isinstance(x, jax.ShapeDtypeStruct) else None for x in leaves]
+    typed = [
+        x if place is None else jax.ShapeDtypeStruct(x.shape, reader.dtype_of(place))
+        for x, place in zip(leaves, places, strict=True)
+    ]
+    shardings = [SingleDeviceSharding(jax.local_devices()[0])] * len(leaves)
+    if mesh is not None:
+        tree = parameter_shardings(structure.unflatten(typed), mesh, rules)
+        shardings = structure.flatten_up_to(tree)
+    filled = [
+        x if place is None else reader.array(place, x.shape, sharding)
+        for x, place, sharding in zip(typed, places, shardings, strict=True)
+    ]
+    return structure.unflatten(filled)
+
+
+def _report_not_finite(readers: Sequence[Reader]) -> None:
+    found = [reader.folder.where(name) for reader in readers for name in sorted(reader.not_finite)]
+    if found:
+        warnings.warn(
+            f"{len(found)} tensor(s) hold numbers that are not finite, such as {found[0]}.",
+            stacklevel=4,
+        )
 
 
 def _decoder_shapes(
@@ -215,8 +210,10 @@ def _fresh_block(
     names: Collection[str],
     config: MTPConfig,
     dtype: str | None,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | None,
 ) -> MultiTokenPredictionBlock:
+    assert key is not None
+
     @eqx.filter_jit
     def make(key: PRNGKeyArray) -> MultiTokenPredictionBlock:
         block = _make_block(settings, family, names, config, key)
@@ -278,19 +275,18 @@ def _fresh_config(
     return MTPConfig.preset("deepseek_v3" if preset is None else preset, num_depths)
 
 
-def _check_all_used(
-    folder: CheckpointFolder, family: Family, places: list[Place], left_out: list[str]
-) -> None:
-    """**Raises:** `ValueError` for a tensor that nothing was made of.
+def _check_all_used(parts: Sequence[_Part], family: Family, left_out: list[str]) -> None:
+    """**Raises:** `ValueError` for a tensor that nothing is made of.
 
     Depths whose names begin like those `left_out` may be there, and a head that is tied.
     """
-    used = {name for place in places for name in place.flat_names}
+    used = {name for part in parts for place in part.places for name in place.flat_names}
     used.add(family.decoder["head"].name)
-    for name in folder:
-        is_ignored = name.endswith(tuple(family.ignored)) or name.startswith(tuple(left_out))
-        if name not in used and not folder.is_scale(name) and not is_ignored:
-            raise ValueError(
-                f"{folder.where(name)}: the family {family.name!r} has no place for it. Does "
-                "`architectures` name the right one?"
-            )
+    for folder in {id(part.folder): part.folder for part in parts}.values():
+        for name in folder:
+            is_ignored = name.endswith(tuple(family.ignored)) or name.startswith(tuple(left_out))
+            if name not in used and not folder.is_scale(name) and not is_ignored:
+                raise ValueError(
+                    f"{folder.where(name)}: the family {family.name!r} has no place for it. Does "
+                    "`architectures` name the right one?"
+                )

@@ -190,8 +190,9 @@ class Processes:
         self, options: list[str], *, of_last: Sequence[str] = (), path: Path | None = None
     ) -> None:
         count = 2
-        # Otherwise those of the tests, which compile fast.
+        # Otherwise those of the tests, and without optimisations where those have them.
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+        flags = flags.replace("optimization_level=2", "optimization_level=0")
         environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
         if path is not None:
             environment["PYTHONPATH"] = f"{path}:{environment.get('PYTHONPATH', '')}"
