@@ -9,7 +9,7 @@ from collections.abc import Sequence
 _USAGE = """usage: python -m equinox_mtp COMMAND [options]
 
   train      train a small language model with Multi-Token Prediction
-  generate   continue a text with a trained model, drafting by its prediction depths
+  generate   continue a text with a trained or a released model, drafting by its prediction depths
 
 `python -m equinox_mtp COMMAND --help` lists the options, and `--version` tells the version.
 """

@@ -52,7 +52,9 @@ class MTPConfig:
 
     Sources: DeepSeek-V3 (arXiv 2412.19437, §2.2); MaxText's `multi_token_prediction`; the released
     DeepSeek-V3 weights as vLLM runs them; Megatron-LM's `multi_token_prediction`; FastMTP (arXiv
-    2509.18362) on MiMo-7B. Where the paper is silent its preset takes MaxText's choice.
+    2509.18362) on MiMo-7B. Where the paper is silent its preset takes MaxText's choice. The defaults
+    are MaxText's, which no released checkpoint follows: `pretrained.load` takes the conventions of
+    its family.
 
     >>> config = emtp.MTPConfig(num_depths=2, output_norm="own")
     >>> config.concat_order
