@@ -38,25 +38,34 @@ def make_layer(
     index: int,
     names: Collection[str],
     *,
+    has_bias: bool | None,
     has_norm: bool,
+    has_window: bool,
     key: PRNGKeyArray,
 ) -> nn.TransformerDecoderLayer:
-    """A layer of grouped-query attention and SwiGLU."""
-    activation = settings.get("hidden_act", "silu")
-    if activation != "silu":
-        raise settings.error("hidden_act", "'silu'", activation)
+    """A layer of grouped-query attention and SwiGLU.
+
+    `has_bias`, `has_norm` and `has_window` say what a family has; `has_bias` is `None` where its
+    models have biases or not.
+    """
+    _check_parts(settings, names, has_bias)
     attention_key, feed_forward_key = jax.random.split(key)
     embed_size, epsilon = settings.integer("hidden_size"), settings.number("rms_norm_eps", 1e-6)
-    heads = settings.integer("num_attention_heads")
+    heads, rotary = settings.integer("num_attention_heads"), settings.rotary()
+    if rotary.size is not None:
+        raise settings.error("partial_rotary_factor", "1 in this family", rotary.size)
+    window = _window(settings, index)
+    if window is not None and not has_window:
+        raise settings.error("use_sliding_window", "false in this family", True)
     attention = nn.GroupedQueryAttention(
         embed_size,
         heads,
         settings.integer("num_key_value_heads", heads),
         settings.head_dim,
-        rotary=settings.rotary(),
-        bias=any(name.endswith("self_attn.q_proj.bias") for name in names),
+        rotary=rotary,
+        bias=_has_bias(names) if has_bias is None else has_bias,
         norm_epsilon=epsilon if has_norm else None,
-        window=_window(settings, index),
+        window=window,
         key=attention_key,
     )
     return nn.TransformerDecoderLayer.of(
@@ -67,56 +76,64 @@ def make_layer(
     )
 
 
+def _has_bias(names: Collection[str]) -> bool:
+    return any(name.endswith("self_attn.q_proj.bias") for name in names)
+
+
+def _check_parts(settings: Settings, names: Collection[str], has_bias: bool | None) -> None:
+    """**Raises:** `ValueError` for what these layers do not have."""
+    activation = settings.get("hidden_act", "silu")
+    if activation != "silu":
+        raise settings.error("hidden_act", "'silu'", activation)
+    if has_bias is False and _has_bias(names):
+        raise settings.error("attention_bias", "false in this family", True)
+    for key, ending in (("attention_bias", "self_attn.o_proj.bias"), ("mlp_bias", "_proj.bias")):
+        part = "mlp." if key == "mlp_bias" else ""
+        if any(name.endswith(ending) and part in name for name in names):
+            raise settings.error(
+                key, "false: only queries, keys and values have biases here", settings.get(key)
+            )
+
+
 def _window(settings: Settings, index: int) -> int | None:
-    """The layers from `max_window_layers` on have a window, or those of `layer_types`."""
-    kinds = settings.get("layer_types")
+    """The window of a layer; depths, which count on, have none unless `mtp_layer_types` says so."""
+    num_layers = settings.integer("num_hidden_layers")
+    is_depth = index >= num_layers
+    kinds = settings.get("mtp_layer_types" if is_depth else "layer_types")
     if isinstance(kinds, list):
+        index -= num_layers if is_depth else 0
         kind = kinds[index] if index < len(kinds) else "full_attention"
         if kind not in ("full_attention", "sliding_attention"):
             raise settings.error("layer_types", "full_attention or sliding_attention", kind)
-        return settings.integer("sliding_window") if kind == "sliding_attention" else None
-    if not settings.flag("use_sliding_window", False) or settings.get("sliding_window") is None:
+        is_sliding = kind == "sliding_attention"
+    else:
+        is_sliding = not is_depth and settings.flag("use_sliding_window", False)
+        # The defaults are those of transformers.
+        is_sliding = is_sliding and index >= settings.integer("max_window_layers", 28, at_least=0)
+    if not is_sliding or settings.config.get("sliding_window", 4096) is None:
         return None
-    first = settings.integer("max_window_layers", 0, at_least=0)
-    return settings.integer("sliding_window") if index >= first else None
+    return settings.integer("sliding_window", 4096)
 
 
-def config_of(decoder: nn.TransformerDecoder, *, has_bias: bool, has_norm: bool) -> dict[str, Any]:
-    """The keys of `config.json` that describe a decoder of these layers.
+def config_of(decoder: nn.TransformerDecoder) -> dict[str, Any]:
+    """The keys of `config.json` that describe a decoder, taken from its first layer.
 
-    **Raises:** `ValueError` if its layers are of other kinds, or differ in more than a window.
+    `save` compares what these keys give with the whole model.
+
+    **Raises:** `ValueError` if its layers are of other kinds.
     """
     layers: list[Any] = [decoder.layer(index) for index in range(decoder.num_layers)]
     for layer in layers:
-        attention, feed_forward = (
-            getattr(layer, "attention", None),
-            getattr(layer, "feed_forward", None),
-        )
+        attention = getattr(layer, "attention", None)
+        feed_forward = getattr(layer, "feed_forward", None)
         is_dense = isinstance(attention, nn.GroupedQueryAttention)
         if not (is_dense and isinstance(feed_forward, nn.SwiGLU)):
             raise ValueError(
                 "`model` must have layers of grouped-query attention and SwiGLU for this layout; "
                 f"got a {type(attention).__name__} and a {type(feed_forward).__name__}."
             )
-        for what, has, wanted in (
-            ("biases", attention.query_bias is not None, has_bias),
-            ("query and key norms", attention.query_norm is not None, has_norm),
-        ):
-            if has and not wanted:
-                raise ValueError(
-                    f"`layout` has no {what} in attention, and `model` has. Take the layout of "
-                    "the folder it came from."
-                )
-            if wanted and not has and what != "biases":
-                raise ValueError(
-                    f"`layout` has {what} in attention, and `model` has none. Take the layout of "
-                    "the folder it came from."
-                )
     first = layers[0].attention
-    if any(layer.attention.rotary != first.rotary for layer in layers):
-        raise ValueError("`model` must have the same rotary embedding in all layers; it differs.")
     embed_size, heads, head_dim = first.query_kernel.shape
-    windows = [layer.attention.window for layer in layers]
     config = {
         "vocab_size": decoder.embedding.shape[0],
         "hidden_size": embed_size,
@@ -132,12 +149,11 @@ def config_of(decoder: nn.TransformerDecoder, *, has_bias: bool, has_norm: bool)
         "use_cache": True,
         **rope_config(first.rotary, head_dim),
     }
+    windows = [layer.attention.window for layer in layers]
     if any(windows):
-        sizes = {window for window in windows if window}
-        if len(sizes) > 1:
-            raise ValueError(f"`model` must have windows of one size; got {sorted(sizes)}.")
         kinds = ["sliding_attention" if window else "full_attention" for window in windows]
-        config |= {"sliding_window": sizes.pop(), "use_sliding_window": True, "layer_types": kinds}
+        window = max(window for window in windows if window)
+        config |= {"sliding_window": window, "use_sliding_window": True, "layer_types": kinds}
     return config
 
 
@@ -151,30 +167,30 @@ MTP_LAYER: Table = {
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
-    make_layer=partial(make_layer, has_norm=False),
-    config_of=partial(config_of, has_bias=False, has_norm=False),
+    make_layer=partial(make_layer, has_bias=False, has_norm=False, has_window=False),
+    config_of=config_of,
     layer=_LAYER,
 )
 QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
-    make_layer=partial(make_layer, has_norm=False),
-    config_of=partial(config_of, has_bias=True, has_norm=False),
+    make_layer=partial(make_layer, has_bias=True, has_norm=False, has_window=True),
+    config_of=config_of,
     layer={**_LAYER, **_BIASES},
     needs_biases=True,
 )
 QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
-    make_layer=partial(make_layer, has_norm=True),
-    config_of=partial(config_of, has_bias=True, has_norm=True),
+    make_layer=partial(make_layer, has_bias=None, has_norm=True, has_window=True),
+    config_of=config_of,
     layer={**_LAYER, **_BIASES, **_NORMS},
 )
 MIMO = Family(
     name="mimo",
     architectures=("MiMoForCausalLM",),
-    make_layer=partial(make_layer, has_norm=False),
-    config_of=partial(config_of, has_bias=True, has_norm=False),
+    make_layer=partial(make_layer, has_bias=True, has_norm=False, has_window=True),
+    config_of=config_of,
     layer={**_LAYER, **_BIASES},
     needs_biases=True,
     mtp=MTPTable(

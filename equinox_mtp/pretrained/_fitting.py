@@ -1,4 +1,4 @@
-"""Depths in the conventions of a layout: what can be said in another way is, exactly."""
+"""Depths rewritten in the conventions of a layout, where that is exact."""
 
 from typing import Any
 
@@ -43,8 +43,8 @@ def fit_depths(
         if matters and getattr(config, name) != getattr(wanted, name):
             raise ValueError(
                 f"`layout` {layout!r} has `{name}={getattr(wanted, name)!r}`, and `model` was made "
-                f"with {getattr(config, name)!r}: its readers would draft otherwise. Train with "
-                f"{_preset_for(wanted)}."
+                f"with {getattr(config, name)!r}: its readers would draft otherwise. Set it in "
+                "`MTPConfig` before training."
             )
     if may_repeat and config.num_depths > 1 and not config.repeated_layer:
         raise ValueError(
@@ -72,16 +72,6 @@ def fit_depths(
             lambda x: jnp.repeat(x, config.num_depths, axis=0) if eqx.is_array(x) else x, layers
         )
     return module_of(MultiTokenPredictionBlock, config=config, layers=layers)
-
-
-def _preset_for(config: MTPConfig) -> str:
-    return (
-        f"`input_hidden_state={config.input_hidden_state!r}, "
-        f"carried_hidden_state={config.carried_hidden_state!r}` in `MTPConfig`, as "
-        "the preset 'megatron' has them"
-        if config.input_hidden_state == config.carried_hidden_state == "after_norm"
-        else f"`input_hidden_state={config.input_hidden_state!r}`"
-    )
 
 
 def with_biases(tree: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ._tensor_file import TensorFile, TensorInfo
+from ._tensor_file import TensorFile, TensorInfo, shown
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -72,7 +72,7 @@ class CheckpointFolder:
 
     def where(self, name: str) -> str:
         """A tensor and its file, for messages."""
-        return f"{self._find(name).path}: tensor `{name}`"
+        return f"{self._find(name).path}: tensor `{shown(name)}`"
 
     def where_file(self, name: str) -> str:
         """The name of the file that holds a tensor."""
@@ -82,16 +82,19 @@ class CheckpointFolder:
         file = self._file_of.get(name)
         if file is None:
             raise ValueError(
-                f"{self.path}: tensor `{name}` is missing, which {CONFIG_FILE} implies. Copy the "
-                "checkpoint again."
+                f"{self.path}: tensor `{shown(name)}` is missing, which {CONFIG_FILE} implies. "
+                "Copy the checkpoint again."
             )
         return file
 
     def _dequantized(self, name: str, stored: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """`stored · scale` of each block, in float32; the blocks at the edges are cut."""
         quantization = self.config.get("quantization_config")
-        sizes = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-        if not isinstance(sizes, list) or len(sizes) != 2 or stored.ndim != 2:
+        sizes: Any = (
+            quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+        )
+        is_pair = isinstance(sizes, list) and [type(x) for x in sizes] == [int, int]
+        if not is_pair or min(sizes) < 1 or stored.ndim != 2:
             raise ValueError(
                 f"{self.where(name)}: it has scales of blocks, and `quantization_config` in "
                 f"{CONFIG_FILE} has no `weight_block_size` of two numbers."
@@ -114,23 +117,24 @@ class CheckpointFolder:
         if not isinstance(files, dict) or not files:
             raise ValueError(f"{index}: it has no `weight_map`. Copy the checkpoint again.")
         for name, file in files.items():
-            if not isinstance(file, str) or not file or Path(file).name != file or file == "..":
+            is_name = isinstance(file, str) and 0 < len(file) < 200 and Path(file).name == file
+            if not is_name or file == "..":
                 raise ValueError(
-                    f"{index}: tensor `{name}` would be in {str(file)[:80]!r}, which is no file of "
-                    "this folder."
+                    f"{index}: tensor `{shown(name)}` would be in {str(file)[:80]!r}, which is no "
+                    "file of this folder."
                 )
         found = {file: TensorFile(self.path / file) for file in sorted(set(files.values()))}
         for name, file in files.items():
             if name not in found[file].tensors:
                 raise ValueError(
-                    f"{index}: tensor `{name}` is not in {file}. Copy the checkpoint again."
+                    f"{index}: tensor `{shown(name)}` is not in {file}. Copy the checkpoint again."
                 )
         for file, tensor_file in found.items():
             for name in tensor_file.tensors:
                 if files.get(name) != file:
                     raise ValueError(
-                        f"{index}: tensor `{name}` of {file} is not listed. Copy the checkpoint "
-                        "again."
+                        f"{index}: tensor `{shown(name)}` of {file} is not listed. Copy the "
+                        "checkpoint again."
                     )
         return {name: found[file] for name, file in files.items()}
 
@@ -152,8 +156,8 @@ class CheckpointFolder:
             for name in file.tensors:
                 if name in found:
                     raise ValueError(
-                        f"{file.path}: tensor `{name}` is in {found[name].path.name}, too, and "
-                        f"there is no {INDEX_FILE}."
+                        f"{file.path}: tensor `{shown(name)}` is in {found[name].path.name}, too, "
+                        f"and there is no {INDEX_FILE}."
                     )
                 found[name] = file
         return found
@@ -162,6 +166,8 @@ class CheckpointFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """**Raises:** `ValueError` if it is no file with a JSON object."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         why = "missing" if isinstance(error, FileNotFoundError) else "not JSON"

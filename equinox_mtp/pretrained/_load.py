@@ -1,13 +1,15 @@
 """From a checkpoint folder to an `MTPModel`."""
 
+import contextlib
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PRNGKeyArray
 
@@ -29,6 +31,7 @@ from ._tables import Family, MTPTable
 from ._tokenizer import load_tokenizer
 from ._transformers import COUNT_KEY, transformers_table
 
+_MOST_DEPTHS = 1000
 _DTYPES = ("float32", "bfloat16", "float16")
 HINTS = "equinox_mtp"
 """The key of `config.json` under which `save` keeps conventions that a layout does not tell."""
@@ -97,8 +100,10 @@ def load(
         checkpoint = CheckpointFolder(verifier_folder(head_folder, verifier))
     settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
     family = family_of(settings, families)
-    decoder = _decoder_shapes(settings, family, checkpoint, compute_dtype)
-    stored, config = _own_depths(settings, family)
+    _check_counts(settings, family, checkpoint)
+    with errors_of(settings):
+        decoder = decoder_shapes(settings, family, checkpoint, compute_dtype)
+    stored, config = own_depths(settings, family)
     own = stored if config.num_depths else None
     is_fresh = num_depths is not None and (head_folder is None or num_depths == 0)
     if is_fresh or preset is not None:
@@ -109,7 +114,8 @@ def load(
     parts = [_Part(checkpoint, decoder, layout.decoder_places(decoder))]
     if own is not None:
         source = head_folder or checkpoint
-        layers = _depth_shapes(settings, family, source, config)
+        with errors_of(settings):
+            layers = depth_shapes(settings, family, source, config)
         parts.append(_Part(source, layers, layout.block_places(layers, decoder.num_layers)))
     left_out = [] if own is stored else _depth_prefixes(settings, stored)
     _check_all_used(parts, family, left_out)
@@ -148,7 +154,8 @@ def _fill(part: _Part, reader: Reader, mesh: Mesh | None, rules: ShardingRules) 
         x if place is None else jax.ShapeDtypeStruct(x.shape, reader.dtype_of(place))
         for x, place in zip(leaves, places, strict=True)
     ]
-    shardings = [SingleDeviceSharding(jax.local_devices()[0])] * len(leaves)
+    (here,) = jnp.zeros(()).devices()  # the default one
+    shardings = [SingleDeviceSharding(here)] * len(leaves)
     if mesh is not None:
         tree = parameter_shardings(structure.unflatten(typed), mesh, rules)
         shardings = structure.flatten_up_to(tree)
@@ -168,7 +175,27 @@ def _report_not_finite(readers: Sequence[Reader]) -> None:
         )
 
 
-def _decoder_shapes(
+@contextlib.contextmanager
+def errors_of(settings: Settings) -> Iterator[None]:
+    """Parts that cannot be built are an error of the configuration's file."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if str(error).startswith(str(settings.path.parent)):
+            raise
+        raise ValueError(f"{settings.path}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _check_counts(settings: Settings, family: Family, folder: CheckpointFolder) -> None:
+    """**Raises:** `ValueError` for more layers than there are tensors: none is built for them."""
+    mtp = family.mtp
+    for key in ("num_hidden_layers", COUNT_KEY if mtp is None else mtp.count_key):
+        count = settings.integer(key, 0, at_least=0)
+        if count > len(folder):
+            raise settings.error(key, f"at most {len(folder)}, the number of tensors", count)
+
+
+def decoder_shapes(
     settings: Settings, family: Family, names: Collection[str], compute_dtype: str | None
 ) -> TransformerDecoder:
     """The decoder that a configuration describes, with shapes in place of arrays."""
@@ -176,6 +203,8 @@ def _decoder_shapes(
     head = family.decoder["head"].name
     # Not said: as the weights are. Said otherwise than they are: a tensor is missing.
     is_tied = settings.flag("tie_word_embeddings", head not in names)
+    if is_tied and head in names and isinstance(names, CheckpointFolder):
+        _check_tied(names, family.decoder["embedding"].name, head)
 
     def make() -> TransformerDecoder:
         keys = jax.random.split(jax.random.key(0), settings.integer("num_hidden_layers"))
@@ -193,7 +222,24 @@ def _decoder_shapes(
     return eqx.filter_eval_shape(make)
 
 
-def _depth_shapes(
+def _check_tied(folder: CheckpointFolder, embedding: str, head: str) -> None:
+    """**Raises:** `ValueError` if a head that is there again is another one."""
+    one, other = folder.view(embedding), folder.view(head)
+    is_same = one.shape == other.shape
+    step = max(1, 2**24 // max(one[:1].nbytes, 1))
+    for start in range(0, len(one) if is_same else 0, step):
+        piece = slice(start, start + step)
+        is_same = is_same and np.array_equal(one[piece], other[piece])
+        folder.forget(embedding)
+        folder.forget(head)
+    if not is_same:
+        raise ValueError(
+            f"{folder.where(head)}: it differs from the embedding, and `tie_word_embeddings` is "
+            "true. Set it to false in config.json to use this head."
+        )
+
+
+def depth_shapes(
     settings: Settings, family: Family, names: Collection[str], config: MTPConfig
 ) -> MultiTokenPredictionLayer:
     """The stacked layers of all depths, with shapes in place of arrays."""
@@ -237,7 +283,7 @@ def _make_block(
     )
 
 
-def _own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]:
+def own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]:
     """The tables and conventions of a folder's own depths."""
     mtp = family.mtp
     if mtp is None:
@@ -248,10 +294,12 @@ def _own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig
         return mtp, MTPConfig(num_depths=0)
     hints = settings.get(HINTS, {})
     hints = hints if isinstance(hints, dict) else {}
-    try:
-        return mtp, conventions(mtp, **{"num_depths": num_depths, **hints})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{settings.path}: `{HINTS}`: {error}") from None
+    with errors_of(settings):
+        config = conventions(mtp, **{"num_depths": num_depths, **hints})
+        num_layers = 1 if config.repeated_layer else config.num_depths
+        if num_layers != num_depths or config.num_depths > _MOST_DEPTHS:
+            raise settings.error(HINTS, f"of {num_depths} layer(s)", hints)
+        return mtp, config
 
 
 def _depth_prefixes(settings: Settings, mtp: MTPTable) -> list[str]:

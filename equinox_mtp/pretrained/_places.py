@@ -21,8 +21,8 @@ class Place:
     **Fields:**
 
     - `leaf`: the array's dotted name.
-    - `names`: a list of tensors for each of the leading axes over which there are several, nested;
-        a single name without such axes.
+    - `names`: the tensor's name; or a list of names, one for each entry of the array's first axis,
+        which may be lists in turn.
     - `step`: how each of them lies.
     - `shape`: of the part that one tensor has.
     """

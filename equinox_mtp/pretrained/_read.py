@@ -35,7 +35,7 @@ class Reader:
         self.not_finite: set[str] = set()
 
     def dtype_of(self, place: Place) -> np.dtype:
-        """The dtype that a place's array will have; that of its tensors, which may differ."""
+        """The dtype of a place's array: the widest of its tensors, unless another one is wanted."""
         if self.dtype is not None:
             return np.dtype(jnp.dtype(self.dtype))
         stored = [
@@ -54,7 +54,7 @@ class Reader:
             if info.shape != wanted:
                 raise ValueError(
                     f"{self.folder.where(name)}: it must have shape {wanted} by config.json; got "
-                    f"{info.shape}."
+                    f"{info.shape!s:.80}."
                 )
             if not jnp.issubdtype(info.dtype, jnp.floating):
                 raise ValueError(

@@ -10,13 +10,15 @@ from typing import Any
 from .._block import MultiTokenPredictionBlock
 from .._checks import check_integer
 from .._config import MTPConfig
+from .._layer import MultiTokenPredictionLayer
 from .._model import MTPModel
 from .._types import checked
 from ..nn import GroupedQueryAttention, TransformerDecoder
+from ._comparison import difference, layers_of
 from ._dense import LLAMA, QWEN2, QWEN3
 from ._fitting import fit_depths, with_biases
 from ._folder import CONFIG_FILE, CheckpointFolder
-from ._load import HINTS
+from ._load import HINTS, decoder_shapes, depth_shapes
 from ._places import Layout
 from ._registry import FAMILIES, family_of
 from ._settings import Settings
@@ -37,6 +39,12 @@ from ._write import (
 _ALIASES = {"llama3": "llama"}
 _OTHER_LAYOUTS = ("transformers", "speculators", "stitched")
 _MTP_FILE = "mtp.safetensors"
+_QUANTIZED = ("quantization_config", "compression_config")
+_KINDS = {True: "full_attention", False: "sliding_attention"}
+_DEPTH_PARTS = (
+    *("embedding_norm", "hidden_state_norm", "projection_layer", "transformer_layer"),
+    "output_norm",
+)
 
 
 @checked
@@ -60,6 +68,9 @@ def save(
     | `"speculators"` | one depth alone | speculators, vLLM |
     | `"stitched"` | the depths as `mtp.*` beside links to the files of `source` | transformers |
 
+    `"stitched"` is for depths that were trained over a main model that stayed as it is in `source`.
+    `"llama3"` is another name of `"llama"`.
+
         pretrained.save("out", model, layout="mimo", source="Qwen2-7B")
 
     >>> pretrained.save("out", main_model, layout="llama")
@@ -76,7 +87,7 @@ def save(
     - `model`: with a `TransformerDecoder`.
     - `layout`: one of the above.
     - `source`: the folder that the model came from. Its tokenizer is copied, and of its
-        `config.json` whatever this library does not know of, such as `eos_token_id`.
+        `config.json` the special tokens and the longest text; all of it if its layout is taken.
     - `max_shard_bytes`: files are at most of this size, or hold a single tensor.
     - `families`: the architectures that are known, as in `load`.
 
@@ -103,6 +114,10 @@ def save(
         layout = "source"
     origin = None if source is None else CheckpointFolder(Path(source))
     contents = _contents(str(layout), model, origin, families)
+    contents.check(str(layout))
+    if layout == "stitched":
+        assert origin is not None
+        _check_no_depths(origin, contents)
     with new_folder(Path(folder)) as temporary:
         if layout == "stitched":
             assert origin is not None
@@ -118,10 +133,42 @@ def save(
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """What is to be written."""
+    """What is to be written: tensors and `config.json`, and the modules that they are of."""
 
+    family: Family
     tensors: list[StoredTensor]
     config: dict[str, Any]
+    decoder: TransformerDecoder
+    layers: MultiTokenPredictionLayer | None = None
+
+    def check(self, layout: str) -> None:
+        """**Raises:** `ValueError` if readers would build another model of these."""
+        described = self.config.get("transformer_layer_config", self.config)
+        settings, names = Settings(described, Path(CONFIG_FILE)), self._names()
+        wanted = decoder_shapes(settings, self.family, names, None)
+        found = [
+            difference(getattr(self.decoder, part), getattr(wanted, part))
+            for part in ("embedding", "head", "norm")
+        ]
+        ours, theirs = layers_of(self.decoder), layers_of(wanted)
+        found += [difference(*layers) for layers in zip(ours, theirs, strict=True)]
+        if self.layers is not None:
+            depths = self.layers.embedding_norm.scale.shape[0]
+            config = MTPConfig(depths, output_norm="own")
+            described_layers = depth_shapes(settings, self.family, names, config)
+            found += [
+                difference(getattr(self.layers, part), getattr(described_layers, part))
+                for part in _DEPTH_PARTS
+            ]
+        for what in found:
+            if what is not None:
+                raise ValueError(
+                    f"`layout` {layout!r} cannot hold `model`: its readers would build another "
+                    f"one. {what}."
+                )
+
+    def _names(self) -> list[str]:
+        return [tensor.name for tensor in self.tensors]
 
 
 def _contents(
@@ -165,13 +212,14 @@ def _family(family: Family, model: MTPModel, origin: CheckpointFolder | None) ->
                 f"{config.num_depths}. Take 'transformers', 'stitched', or 'speculators' for the "
                 "depths alone; or load the model with `num_depths=0`."
             )
-        return _Contents(tensors, written)
+        return _Contents(family, tensors, written, decoder)
     repeats = config.repeated_layer
     block = fit_depths(model, family.mtp, family.name, any_input=True, may_repeat=repeats)
     tensors += _depth_tensors(family, family.mtp, block, decoder.num_layers)
     written[family.mtp.count_key] = 1 if repeats else config.num_depths
     hints = _hints(family.mtp, config)
-    return _Contents(tensors, {**written, **({HINTS: hints} if hints else {})})
+    written |= {HINTS: hints} if hints else {}
+    return _Contents(family, tensors, written, decoder, block.layers)
 
 
 def _hints(mtp: MTPTable, config: MTPConfig) -> dict[str, Any]:
@@ -190,11 +238,24 @@ def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family])
     if family.mtp is None and model.block.config.num_depths and settings.get(COUNT_KEY):
         return _with_transformers_depths("transformers", model, origin)
     contents = _family(family, model, origin)
-    config = dict(origin.config)
-    for name in ("quantization_config", "compression_config"):
-        config.pop(name, None)
-    extra = {HINTS: contents.config[HINTS]} if HINTS in contents.config else {}
-    return _Contents(contents.tensors, {**config, **extra})
+    return dataclasses.replace(contents, config=_merged(origin.config, contents.config))
+
+
+_COUNTED = ("tie_word_embeddings", "num_nextn_predict_layers", COUNT_KEY, HINTS)
+
+
+def _merged(stored: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """A folder's configuration, where it still says what the model is."""
+    config = {name: x for name, x in stored.items() if name not in _QUANTIZED}
+    nested = config.get("text_config")
+    target = dict(nested) if isinstance(nested, dict) else config
+    for name in _COUNTED:
+        if name in written and written[name] != target.get(name, False if "tie" in name else 0):
+            target[name] = written[name]
+    for name in ("dtype", "torch_dtype"):
+        if name in target:
+            target[name] = written["torch_dtype"]
+    return {**config, "text_config": target} if target is not config else config
 
 
 def _head(model: MTPModel, origin: CheckpointFolder | None) -> _Contents:
@@ -204,9 +265,10 @@ def _head(model: MTPModel, origin: CheckpointFolder | None) -> _Contents:
     family, mtp = _dense_family(decoder), head_table()
     block = fit_depths(model, mtp, "speculators", any_input=False, may_repeat=True)
     written = _config(family, decoder, origin)
-    name = "." if origin is None else str(origin.path)
+    name = "." if origin is None else str(origin.path.resolve())
     config = head_config(written, name, model.block.config.num_depths)
-    return _Contents(_depth_tensors(family, mtp, block, decoder.num_layers), config)
+    tensors = _depth_tensors(family, mtp, block, decoder.num_layers)
+    return _Contents(family, tensors, config, decoder, block.layers)
 
 
 def _with_transformers_depths(
@@ -217,6 +279,8 @@ def _with_transformers_depths(
     family, mtp = _dense_family(decoder), transformers_table(num_depths)
     if family.needs_biases:
         model = with_biases(model)
+        decoder = model.decoder
+        assert isinstance(decoder, TransformerDecoder)
     block = fit_depths(model, mtp, layout, any_input=False, may_repeat=False)
     depths = _depth_tensors(family, mtp, block, decoder.num_layers)
     if layout == "stitched":
@@ -232,8 +296,12 @@ def _with_transformers_depths(
     config[COUNT_KEY] = num_depths
     # transformers gives Qwen's configurations `layer_types`, and then wants the depths' too.
     if family is not LLAMA or "layer_types" in config:
-        config["mtp_layer_types"] = ["full_attention"] * num_depths
-    return _Contents(tensors, config)
+        attention = getattr(getattr(block.layers, "transformer_layer", None), "attention", None)
+        window = getattr(attention, "window", None)
+        config["mtp_layer_types"] = [_KINDS[window is None]] * num_depths
+        if window is not None and config.get("sliding_window") is None:
+            config["sliding_window"] = window
+    return _Contents(family, tensors, config, decoder, block.layers)
 
 
 def _dense_family(decoder: TransformerDecoder) -> Family:
@@ -281,13 +349,17 @@ def _link_files(temporary: Path, origin: CheckpointFolder, contents: _Contents) 
         except OSError:
             shutil.copyfile(origin.path / file, target)
     write_file(temporary / _MTP_FILE, contents.tensors)
-    taken = {tensor.name for tensor in contents.tensors} & set(files)
-    if taken or _MTP_FILE in set(files.values()):
-        raise ValueError(
-            f"{origin.path}: it has depths already, such as `{sorted(taken or [_MTP_FILE])[0]}`. "
-            "Take the folder of the main model alone."
-        )
     files = {name: renamed.get(file, file) for name, file in files.items()}
     files |= {tensor.name: _MTP_FILE for tensor in contents.tensors}
     size = sum(origin.info(name).stop - origin.info(name).start for name in origin)
     write_index(temporary, files, size + sum(tensor.num_bytes for tensor in contents.tensors))
+
+
+def _check_no_depths(origin: CheckpointFolder, contents: _Contents) -> None:
+    taken = {tensor.name for tensor in contents.tensors} & set(origin)
+    files = {origin.where_file(name) for name in origin}
+    if taken or _MTP_FILE in files:
+        raise ValueError(
+            f"{origin.path}: it has depths already, such as `{sorted(taken or [_MTP_FILE])[0]}`. "
+            "Take the folder of the main model alone."
+        )

@@ -74,13 +74,18 @@ class Settings:
 
     def rotary(self, *, interleaved: bool = False) -> nn.Rotary:
         """From `rope_theta` with `rope_scaling`, or the newer `rope_parameters`."""
-        scaling = self.get("rope_parameters", self.get("rope_scaling", {}))
-        if not isinstance(scaling, dict):
-            raise self.error("rope_scaling", "an object", scaling)
+        # As in transformers, `rope_scaling` wins where there are both.
+        scaling = self.get("rope_scaling") or self.get("rope_parameters", {})
+        if not isinstance(scaling, dict) or any(isinstance(x, dict) for x in scaling.values()):
+            raise self.error("rope_scaling", "an object of numbers and names", scaling)
         theta = scaling.get("rope_theta", self.get("rope_theta", 10_000.0))
         fraction = scaling.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
-        rope = Settings({**scaling, "rope_theta": theta, "fraction": fraction}, self.path)
+        length = {"original_max_position_embeddings": self.get("original_max_position_embeddings")}
+        rest = {"rope_theta": theta, "fraction": fraction}
+        rope = Settings({**length, **scaling, **rest}, self.path)
         size = int(self.head_dim * rope.number("fraction"))
+        if not 0 < size <= self.head_dim:
+            raise self.error("partial_rotary_factor", "above 0 and at most 1", fraction)
         return nn.Rotary(
             theta=rope.number("rope_theta"),
             size=None if size == self.head_dim else size,
@@ -90,7 +95,7 @@ class Settings:
 
     def _scaling(self, rope: "Settings") -> nn.AbstractRotaryScaling | None:
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in _SCALINGS:
+        if not isinstance(kind, str) or kind not in _SCALINGS:
             raise self.error("rope_type", " or ".join(sorted(_SCALINGS)), kind)
         if kind == "default":
             return None
@@ -151,9 +156,10 @@ def rope_config(rotary: nn.Rotary, head_dim: int) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_length,
             "beta_fast": scaling.beta_fast,
             "beta_slow": scaling.beta_slow,
-            "attention_factor": scaling.amplitude,
             "truncate": scaling.rounds_ramp,
         }
+        if scaling.attention_factor is not None:
+            config["rope_scaling"]["attention_factor"] = scaling.attention_factor
     elif scaling is not None:
         raise ValueError(
             f"`model` has a rotary scaling that no config.json has: {type(scaling).__name__}."

@@ -4,7 +4,7 @@ A family is one file with one `Family` in it; nothing else changes. For instance
 feed-forward network has experts, which are stored one by one:
 
     LAYER = {
-        **dense.LAYER,
+        **llama.layer,
         "feed_forward.router.kernel": Tensor("mlp.gate.weight", Kernel()),
         "feed_forward.experts.up": Tensor("mlp.experts.{expert}.up_proj.weight", Kernel()),
     }
@@ -165,7 +165,6 @@ class MTPTable:
     - `layer_prefix`: of the transformer layer's tensors, behind `prefix`.
     - `config`: fields of `MTPConfig`.
     - `count_key`: of the configuration: how many depths there are; 0 without it.
-    - `duplicates`: tensors behind `prefix` that hold the main model's weights again.
     """
 
     prefix: str
@@ -173,7 +172,6 @@ class MTPTable:
     config: Mapping[str, Any]
     count_key: str = "num_nextn_predict_layers"
     layer_prefix: str = ""
-    duplicates: Collection[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)

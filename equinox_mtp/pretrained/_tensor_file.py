@@ -78,7 +78,7 @@ class TensorFile:
 
     def _parse(self, text: bytes) -> dict[str, Any]:
         try:
-            header = json.loads(text)
+            header = json.loads(text, object_pairs_hook=_without_repeats)
         except (ValueError, RecursionError):
             header = None
         if not isinstance(header, dict):
@@ -90,8 +90,9 @@ class TensorFile:
         tensors = {name: self._info(name, entry, size) for name, entry in header.items()}
         end = 0
         for name, info in sorted(tensors.items(), key=lambda item: item[1][2:]):
-            if info.start < end:
-                raise self._error("it lies over another tensor", name)
+            if info.start != end:
+                where = "lies over another tensor" if info.start < end else "leaves a gap before it"
+                raise self._error(f"it {where}", name)
             end = info.stop
         if end != size:
             raise self._error(f"its tensors end at byte {end} of {size}")
@@ -103,7 +104,7 @@ class TensorFile:
         if dtype is None:
             raise self._error(f"unknown dtype {str(entry.get('dtype'))[:40]!r}", name)
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
-        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and len(shape) < 9):
             raise self._error("its shape and offsets must be lists of integers", name)
         start, stop = offsets
         if not start <= stop <= size:
@@ -118,9 +119,21 @@ class TensorFile:
         return TensorInfo(np.dtype(dtype), tuple(shape), start, stop)
 
     def _error(self, why: str, tensor: str | None = None) -> ValueError:
-        of_what = "" if tensor is None else f"tensor `{tensor[:120]}`: "
+        of_what = "" if tensor is None else f"tensor `{shown(tensor)}`: "
         return ValueError(f"{self.path}: {of_what}{why}. Copy the checkpoint again.")
 
 
+def shown(name: str) -> str:
+    """A name in a message: in one line, and cut."""
+    return name.encode("unicode_escape").decode()[:120]
+
+
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(x) is int and x >= 0 for x in values)
+    return isinstance(values, list) and all(type(x) is int and 0 <= x < 2**60 for x in values)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name twice")
+    return found

@@ -36,7 +36,11 @@ def load_tokenizer(folder: Path) -> Any:
             name=error.name,
         ) from error
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        # For whole texts: what a file says of these is for batches of a fixed length.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
     except Exception as error:
         raise ValueError(
             f"{path}: it cannot be read: {error!s:.120}. Copy the checkpoint again."

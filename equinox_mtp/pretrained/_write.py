@@ -126,7 +126,10 @@ def write_file(path: Path, tensors: Sequence[StoredTensor]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Indented, as people read it."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
+    with path.open("x", encoding="utf8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -135,11 +138,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     **Raises:** `FileExistsError` if there is something of this name.
     """
+    path = path.absolute()
+    if path.is_symlink():
+        raise FileExistsError(f"`folder`: {path} is a link. Name the folder itself.")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(
             f"`folder`: {path} exists, and is not empty. Name a new folder, or remove it first."
         )
-    if not path.absolute().parent.is_dir():
+    if not path.parent.is_dir():
         raise FileNotFoundError(f"`folder`: there is no folder {path.parent} to put it in.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     temporary.mkdir()

@@ -277,8 +277,10 @@ def _open(config: GenerateConfig) -> tuple[emtp.MTPModel, AbstractText, int]:
     assert config.checkpoint is not None
     checkpoint = _newest(config.checkpoint)
     tokenizer_file = checkpoint.parent.parent / TOKENIZER_FILE
-    text = read_text(tokenizer_file) if tokenizer_file.is_file() else ByteText()
-    vocab_size = load_info(checkpoint).vocab_size
+    info = load_info(checkpoint)
+    text, vocab_size = ByteText(), info.vocab_size
+    if tokenizer_file.is_file():
+        text = read_text(tokenizer_file, info.config.end_of_document)
     if vocab_size != text.vocab_size:
         raise ValueError(
             f"`checkpoint` must be of a model of text, with {text.vocab_size} token ids; the one "

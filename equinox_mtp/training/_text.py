@@ -120,8 +120,10 @@ def _utf8(text: str) -> bytes:
         raise ValueError("`prompt` must be text; it holds half of a surrogate pair.") from None
 
 
-def read_text(path: Path) -> TokenizerText:
-    """The tokenizer of a folder, or of its file, with the end of documents that the folder names.
+def read_text(path: Path, end_id: int | None = None) -> TokenizerText:
+    """The tokenizer of a folder, or of its file.
+
+    The end of documents is `end_id`, or what the folder names.
 
     **Raises:** `FileNotFoundError` if there is none; `ModuleNotFoundError` without the extra `hf`;
     `ValueError` for a damaged file.
@@ -141,9 +143,12 @@ def read_text(path: Path) -> TokenizerText:
         ) from error
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        # For whole texts: what a file says of these is for batches of a fixed length.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     except Exception as error:
         raise ValueError(f"`tokenizer`: {file} cannot be read: {error!s:.120}.") from None
-    return TokenizerText(tokenizer, end_token(tokenizer, file.parent))
+    return TokenizerText(tokenizer, end_token(tokenizer, file.parent) if end_id is None else end_id)
 
 
 def end_token(tokenizer: Any, folder: Path) -> int | None:
@@ -151,7 +156,7 @@ def end_token(tokenizer: Any, folder: Path) -> int | None:
     for name in ("generation_config.json", "config.json"):
         ids = _read(folder / name).get("eos_token_id")
         ids = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(ids, int):
+        if isinstance(ids, int) and not isinstance(ids, bool) and ids >= 0:
             return ids
     token = _read(folder / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token

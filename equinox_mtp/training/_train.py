@@ -122,11 +122,16 @@ class Run:
 def prepare(config: TrainConfig) -> Run:
     """Reads the data, and fits everything to it; nothing is compiled or written."""
     check_agreement(config)
+    text, options = None, without_devices(config)
+    if config.tokenizer is not None:
+        text = read_text(config.tokenizer, config.end_of_document)
+        # `generate` ends a text with it, too; the run keeps the tokenizer alone.
+        options = dataclasses.replace(options, end_of_document=text.end_id)
     corpus = load_corpus(
         config.data,
         vocab_size=config.vocab_size,
         end_of_document=config.end_of_document,
-        text=None if config.tokenizer is None else read_text(config.tokenizer),
+        text=text,
     )
     train_corpus, held_out_corpus = corpus.split(config.seed)
     if config.seq_len > train_corpus.num_tokens:
@@ -136,7 +141,7 @@ def prepare(config: TrainConfig) -> Run:
         )
     return Run(
         config=config,
-        info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, without_devices(config)),
+        info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, options),
         optimizer=make_optimizer(config),
         placement=Placement.of(config, corpus.vocab_size),
         corpus=corpus,

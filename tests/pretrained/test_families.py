@@ -240,10 +240,13 @@ def test_heads_that_are_tied(tmp_path: Path) -> None:
     def drop(tensors: dict[str, np.ndarray]) -> None:
         del tensors["lm_head.weight"]
 
+    def repeat(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
     for name, said, change in (
         ("not-said", None, drop),
         ("said", True, drop),
-        ("twice", True, None),
+        ("twice", True, repeat),
     ):
         folder = changed(
             "qwen3",
@@ -254,6 +257,11 @@ def test_heads_that_are_tied(tmp_path: Path) -> None:
         model, _ = pretrained.load(folder, tokenizer=False)
         assert model.decoder.head is None  # type: ignore[attr-defined]
         assert model.decoder.output_head() is model.decoder.embedding  # type: ignore[attr-defined]
+    folder = changed(
+        "qwen3", tmp_path / "other", config=lambda c: c.update(tie_word_embeddings=True)
+    )
+    with pytest.raises(ValueError, match=r"`lm_head.weight`: it differs from the embedding"):
+        pretrained.load(folder, tokenizer=False)
 
 
 def test_shards_in_any_order(tmp_path: Path) -> None:
@@ -341,6 +349,24 @@ def test_weights_of_8_bits_become_those_of_the_configuration(tmp_path: Path) -> 
     assert layers.feed_forward.up.kernel.dtype == jnp.float32
     expected = tensors[name].astype(np.float32) * scale
     np.testing.assert_array_equal(layers.feed_forward.up.kernel[1], expected.T)
+
+
+def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
+    def config(config: dict[str, Any]) -> None:
+        del config["sliding_window"], config["max_window_layers"]
+        config.update(use_sliding_window=True)
+
+    decoder: Any = pretrained.load(changed("qwen3", tmp_path / "no", config=config))[0].decoder
+    assert decoder.layers.attention.window is None  # from layer 28 on
+    both = changed(
+        "qwen3",
+        tmp_path / "both",
+        config=lambda c: c.update(
+            rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={"rope_type": "default"}
+        ),
+    )
+    decoder = pretrained.load(both)[0].decoder
+    assert decoder.layers.attention.rotary.scaling == nn.LinearScaling(2.0)
 
 
 def test_windows(tmp_path: Path) -> None:

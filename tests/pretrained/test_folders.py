@@ -91,6 +91,15 @@ def set_entry(key: str, value: Any) -> Change:
     return header(lambda written: written[NAME].update({key: value}))
 
 
+def _repeated(file: bytes) -> bytes:
+    """A header with the same name again."""
+    length = int.from_bytes(file[:8], "little")
+    text = file[8 : 8 + length].rstrip()
+    entry = json.dumps(json.loads(text)[NAME]).encode()
+    text = text[:-1] + b', "' + NAME.encode() + b'": ' + entry + b"}"
+    return len(text).to_bytes(8, "little") + text + file[8 + length :]
+
+
 CASES: dict[str, tuple[Change, str]] = {
     # Files
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: it is missing"),
@@ -176,6 +185,49 @@ CASES: dict[str, tuple[Change, str]] = {
     "dtype": (config(torch_dtype="int8"), "`dtype` must be float32 or bfloat16 or float16"),
     "activation": (config(hidden_act="gelu"), "`hidden_act` must be 'silu'; got 'gelu'"),
     "depths of nothing": (config(num_mtp_layers=1), "tensor `mtp.* is missing"),
+    "many layers": (
+        config(num_hidden_layers=20_000),
+        "`num_hidden_layers` must be at most 36, the number of tensors; got 20000",
+    ),
+    "many depths": (config(num_mtp_layers=10**6), "`num_mtp_layers` must be at most 36"),
+    "window": (
+        config(
+            architectures=["LlamaForCausalLM"],
+            layer_types=["sliding_attention"] * 3,
+            sliding_window=4,
+        ),
+        "`use_sliding_window` must be false in this family",
+    ),
+    "partial rotary": (config(partial_rotary_factor=0.5), "`partial_rotary_factor` must be 1 in"),
+    "rotary too large": (config(partial_rotary_factor=2), "`partial_rotary_factor` must be above"),
+    "rope nested": (
+        config(rope_scaling=None, rope_parameters={"full_attention": {"rope_theta": 5.0}}),
+        "`rope_scaling` must be an object of numbers and names",
+    ),
+    "rope a list": (config(rope_scaling={"rope_type": []}), "`rope_type` must be default or"),
+    "theta negative": (config(rope_theta=-1), "config.json: `theta` must be above 0"),
+    "epsilon negative": (config(rms_norm_eps=-1), "config.json: `epsilon` must be at least 0"),
+    "output bias": (
+        tensors(lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": np.zeros(64, "f4")})),
+        "`attention_bias` must be false",
+    ),
+    "hints": (
+        config(architectures=["Qwen3ForCausalLM"], num_mtp_layers=1, equinox_mtp={"x": 1}),
+        "config.json: .*'x'",
+    ),
+    "a name in two lines": (
+        tensors(lambda t: t.update({"a\nb": t[NAME]})),
+        r"tensor `a\\nb`: the family",
+    ),
+    "a header's name twice": (
+        content(lambda b: _repeated(b)),
+        "its header is no JSON object",
+    ),
+    "a gap": (header(lambda h: h.pop(NAME)), "it leaves a gap before it"),
+    "long file name": (
+        in_shards(lambda files, f: files.update({NAME: "x" * 300})),
+        "which is no file of this folder",
+    ),
     # Indices
     "missing shard": (
         in_shards(lambda files, f: (f / "model-2.safetensors").unlink()),
@@ -238,9 +290,11 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
     for quantization, message in (
         ({"weight_block_size": [32]}, "has no `weight_block_size` of two numbers"),
         ({"weight_block_size": [64, 64]}, "blocks of 64 by 64 need scales"),
+        ({"weight_block_size": [0, 32]}, "has no `weight_block_size` of two numbers"),
+        ({"weight_block_size": ["a", 3]}, "has no `weight_block_size` of two numbers"),
         (None, "has no `weight_block_size`"),
     ):
-        folder = tmp_path / str(quantization)[-6:].strip("]}")
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(FOLDER / "fp8", folder)
         config(quantization_config=quantization)(folder)
         with pytest.raises(ValueError, match=message):
@@ -269,6 +323,23 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
         pretrained.load(tmp_path / "alone")
     model, _ = pretrained.load(tmp_path / "alone", verifier=FOLDER / "qwen3", tokenizer=False)
     assert model.block.config.num_depths == 3
+
+
+def test_nothing_is_read_of_a_folder_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from equinox_mtp.pretrained import _read
+
+    def read(shape: Any, dtype: Any) -> Any:
+        raise AssertionError("something was read")
+
+    monkeypatch.setattr(_read, "_aligned_empty", read)
+    name = "model.mtp_layers.0.input_proj.weight"
+    missing = changed("mimo", tmp_path / "missing", tensors=lambda t: t.pop(name))
+    unknown = changed("mimo", tmp_path / "unknown", tensors=lambda t: t.update(x=t[name]))
+    for folder in (missing, unknown):
+        with pytest.raises(ValueError, match=r"is missing|has no place for it"):
+            pretrained.load(folder)
 
 
 def test_numbers_that_are_not_finite_are_reported(tmp_path: Path) -> None:

@@ -246,12 +246,79 @@ def test_what_a_layout_cannot_hold(tmp_path: Path) -> None:
     refused("has depths already", tmp_path, one, layout="stitched", source=source)
 
 
+def with_layers(model: emtp.MTPModel, change: Any, *, of_depths: bool = False) -> emtp.MTPModel:
+    """A model with other settings in its attention."""
+
+    def replaced(attention: Any) -> Any:
+        fields = {name: getattr(attention, name) for name in attention.__dataclass_fields__}
+        return emtp._types.module_of(type(attention), **{**fields, **change})  # type: ignore[attr-defined]
+
+    where = (
+        (lambda m: m.block.layers.transformer_layer.attention)
+        if of_depths
+        else (lambda m: m.decoder.layers.attention)
+    )
+    return eqx.tree_at(where, model, replace_fn=replaced)
+
+
+@pytest.mark.parametrize("of_depths", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale": 1.0},
+        {"rotary": nn.Rotary(1e6, interleaved=True)},
+        {"rotary": nn.Rotary(1e6, size=8)},
+        {"window": 3},
+    ],
+    ids=["scale", "interleaved", "partial", "window"],
+)
+def test_what_no_configuration_says_is_refused(
+    change: dict[str, Any], of_depths: bool, tmp_path: Path
+) -> None:
+    """The folder would be read as another model."""
+    model = load("qwen3", num_depths=1, preset="megatron", key=KEY)
+    changed_model = with_layers(model, change, of_depths=of_depths)
+    if "window" in change:
+        # This the layout has, of both.
+        pretrained.save(tmp_path / "out", changed_model, layout="transformers")
+        again: Any = load(tmp_path / "out")
+        assert again.decoder.layer(0).attention.window == (None if of_depths else 3)
+        assert again.block.layers.transformer_layer.attention.window == (3 if of_depths else None)
+        return
+    refused("cannot hold `model`|partial_rotary", tmp_path, changed_model, layout="transformers")
+
+
+def test_a_folders_own_layout_says_what_the_model_is(tmp_path: Path) -> None:
+    """Not what the folder's model was: depths, a head that is tied, the dtype."""
+    model = load("mimo", num_depths=2, preset="megatron", key=KEY)
+    pretrained.save(tmp_path / "depths", model, layout=FOLDER / "mimo")
+    assert config_of(tmp_path / "depths")["num_nextn_predict_layers"] == 2
+    again = load(tmp_path / "depths")
+    np.testing.assert_allclose(losses(again), losses(model), rtol=1e-5)
+    qwen: Any = load("qwen3")
+    tied = emtp.MTPModel(eqx.tree_at(lambda d: d.head, qwen.decoder, None), qwen.block)
+    pretrained.save(tmp_path / "tied", tied, layout=FOLDER / "qwen3")
+    assert load(tmp_path / "tied").decoder.head is None  # type: ignore[attr-defined]
+    pretrained.save(tmp_path / "low", load("qwen3", dtype="bfloat16"), layout=FOLDER / "qwen3")
+    assert config_of(tmp_path / "low")["torch_dtype"] == "bfloat16"
+    other = load("llama3", num_depths=1, preset="megatron", key=KEY)
+    refused("cannot hold", tmp_path, other, layout=FOLDER / "mimo")
+
+
+def test_depths_of_another_family_are_not_stitched(tmp_path: Path) -> None:
+    model = load("qwen3", num_depths=1, preset="megatron", key=KEY)
+    refused(".", tmp_path, model, layout="stitched", source=FOLDER / "llama3")
+
+
 def test_a_folder_that_is_taken(tmp_path: Path) -> None:
     model = load("llama3")
     (tmp_path / "taken").mkdir()
     pretrained.save(tmp_path / "taken", model, layout="llama")  # it was empty
     with pytest.raises(FileExistsError, match="exists, and is not empty"):
         pretrained.save(tmp_path / "taken", model, layout="llama")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match="is a link"):
+        pretrained.save(tmp_path / "link", model, layout="llama")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         pretrained.save(tmp_path / "no" / "out", model, layout="llama")
 
@@ -285,7 +352,7 @@ def test_a_new_family(tmp_path: Path) -> None:
             return jnp.einsum("nbsm,nme->bse", hidden, self.down)
 
     def make_layer(settings: Any, index: int, names: Any, *, key: Any) -> Any:
-        layer = _dense.make_layer(settings, index, names, has_norm=False, key=key)
+        layer: Any = _dense.LLAMA.make_layer(settings, index, names, key=key)
         experts, embed = settings.integer("num_experts"), settings.integer("hidden_size")
         return nn.TransformerDecoderLayer.of(
             layer.attention,

@@ -29,6 +29,19 @@ def test_text_of_ids_that_come_a_few_at_a_time(split: int) -> None:
         assert "\ufffd" not in "".join(parts)
 
 
+def test_padding_and_truncation_of_a_file_are_for_batches(tmp_path: Path) -> None:
+    tokenizer = pretrained.load(FOLDER / "qwen3")[1]
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=12)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "the dog and the fox, to be or not to be"
+    assert len(read_text(FOLDER / "qwen3").encode(text)) > 12
+    for one in (FOLDER / "qwen3", tmp_path):
+        np.testing.assert_array_equal(
+            read_text(one).encode(text), read_text(FOLDER / "qwen3").encode(text)
+        )
+
+
 def test_a_character_that_is_cut() -> None:
     text = read_text(FOLDER / "qwen3")
     ids = text.encode("我").tolist()
@@ -107,6 +120,7 @@ def test_a_run_on_the_tokens_of_a_tokenizer(
     assert corpus.vocab_size == 300
     ids = read_text(folder).encode((texts / "0.txt").read_text())
     np.testing.assert_array_equal(corpus[0], [*ids, 3])
+    assert json.loads((out / "config.json").read_text())["end_of_document"] == 3
     capsys.readouterr()
     generate = ["generate", "--checkpoint", str(out), "--prompt", "the dog"]
     assert main([*generate, "--max-new-tokens", "4"]) == 0
