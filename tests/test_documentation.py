@@ -21,6 +21,7 @@ PACKAGES = (
     "equinox_mtp.linen",
     "equinox_mtp.nn",
     "equinox_mtp.serialization",
+    "equinox_mtp.pretrained",
     "equinox_mtp.sharding",
     "equinox_mtp.speculative",
 )
