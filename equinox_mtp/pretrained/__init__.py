@@ -23,6 +23,7 @@ from ._load import load
 from ._registry import FAMILIES
 from ._save import save
 from ._tables import AbstractStep, Family, Flat, Kernel, MTPTable, Same, Tensor
+from ._tokenizer import load_tokenizer
 
 __all__ = [
     "FAMILIES",
@@ -34,5 +35,6 @@ __all__ = [
     "Same",
     "Tensor",
     "load",
+    "load_tokenizer",
     "save",
 ]

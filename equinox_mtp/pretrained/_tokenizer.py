@@ -19,14 +19,21 @@ TOKENIZER_FILES = (
 """What serving engines read beside weights and configuration."""
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """A `tokenizers.Tokenizer`; `None` if the folder has none. Chat templates are not applied.
+def load_tokenizer(path: str | Path) -> Any:
+    """The `tokenizers.Tokenizer` of a folder, or of its file; `None` if a folder has none.
+
+    It neither truncates nor pads, whatever the file says. Chat templates are not applied.
+
+    >>> print(pretrained.load_tokenizer(folder))
+    None
 
     **Raises:** `ModuleNotFoundError` without the extra `hf`; `ValueError` for a damaged file.
     """
-    path = folder / TOKENIZER_FILE
-    if not path.is_file():
-        return None
+    path = Path(path)
+    if path.is_dir():
+        path = path / TOKENIZER_FILE
+        if not path.is_file():
+            return None
     try:
         tokenizers = importlib.import_module("tokenizers")
     except ModuleNotFoundError as error:

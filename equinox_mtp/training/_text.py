@@ -2,7 +2,6 @@
 
 import abc
 import codecs
-import importlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from equinox_mtp.pretrained import load_tokenizer
 
 from ._processes import is_first
 from ._sources import TEXT_END, TEXT_VOCAB, TOKEN_SUFFIXES, Stream, TokenArray, find_files
@@ -133,21 +134,7 @@ def read_text(path: Path, end_id: int | None = None) -> TokenizerText:
         raise FileNotFoundError(
             f"`tokenizer`: there is no file {file}. Name a {TOKENIZER_FILE}, or its folder."
         )
-    try:
-        tokenizers = importlib.import_module("tokenizers")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`tokenizer` needs the package tokenizers. Install the extra `hf`, in the repository "
-            "by: pip install -e '.[hf,train]'",
-            name=error.name,
-        ) from error
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        # For whole texts: what a file says of these is for batches of a fixed length.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    except Exception as error:
-        raise ValueError(f"`tokenizer`: {file} cannot be read: {error!s:.120}.") from None
+    tokenizer = load_tokenizer(file)
     return TokenizerText(tokenizer, end_token(tokenizer, file.parent) if end_id is None else end_id)
 
 

@@ -307,7 +307,22 @@ def test_a_folders_own_layout_says_what_the_model_is(tmp_path: Path) -> None:
 
 def test_depths_of_another_family_are_not_stitched(tmp_path: Path) -> None:
     model = load("qwen3", num_depths=1, preset="megatron", key=KEY)
-    refused(".", tmp_path, model, layout="stitched", source=FOLDER / "llama3")
+    refused("cannot hold", tmp_path, model, layout="stitched", source=FOLDER / "llama3")
+
+
+def test_a_folder_of_fewer_layers_is_no_layout_of_this_model(tmp_path: Path) -> None:
+    other: Any = load("llama3").decoder
+    layers = [other.layer(index) for index in range(2)]
+    parts = {"embedding": other.embedding, "norm": other.norm, "head": other.head}
+    smaller = emtp.MTPModel(nn.TransformerDecoder.of(layers, **parts), load("llama3").block)
+    refused("It has 2 layers, not 3", tmp_path, smaller, layout=FOLDER / "llama3")
+
+
+def test_stitched_onto_a_folder_that_does_not_say_whether_it_is_tied(tmp_path: Path) -> None:
+    folder = changed("llama3", tmp_path / "in", config=lambda c: c.pop("tie_word_embeddings"))
+    model = load(folder, num_depths=1, preset="megatron", key=KEY)
+    pretrained.save(tmp_path / "out", model, layout="stitched", source=folder)
+    assert eqx.tree_equal(load(tmp_path / "out"), model)
 
 
 def test_a_folder_that_is_taken(tmp_path: Path) -> None:
