@@ -15,10 +15,10 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 7 | `speculative`, `linen`, `pretrained`, `plot` | draft, verify, commit; MaxText's constructors and names; released models in and out; pictures |
 | 6 | `_model` | `MTPModel(decoder, block)` |
 | 5 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
-| 4 | `_layer` | one depth |
-| 3 | `cross_entropy`, `nn` | the loss of an output head; the reference decoder |
+| 4 | `nn`, `_layer` | the reference decoder; one depth |
+| 3 | `cross_entropy`, `attention` | the loss of an output head, without logits; attention, without their square |
 | 2 | `_shift`, `_alignment`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization`, `stacking` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files; layers that are alike as one |
-| 1 | `_config`, `_checks`, `_types`, `_annotations`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; the API reference |
+| 1 | `_config`, `_checks`, `_types`, `_platform`, `_annotations`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; where JAX runs; the API reference |
 
 The examples in all docstrings begin with this model and this batch:
 
@@ -39,6 +39,7 @@ The examples in all docstrings begin with this model and this batch:
 # `_documentation` comes first: it sets how jaxtyping shows annotations, for pdoc alone.
 from . import (
     _documentation,  # noqa: F401
+    attention,
     cross_entropy,
     linen,
     nn,
@@ -103,6 +104,7 @@ __all__ = [
     "SummedCrossEntropy",
     "TokenLoss",
     "align_targets",
+    "attention",
     "calculate_mtp_acceptance_rate",
     "calculate_mtp_loss",
     "count_parameters",

@@ -17,6 +17,7 @@ from equinox_mtp._documentation import is_run_by_pdoc
 COMMAND = ("equinox_mtp", "equinox_mtp.training")
 PACKAGES = (
     *COMMAND,
+    "equinox_mtp.attention",
     "equinox_mtp.cross_entropy",
     "equinox_mtp.linen",
     "equinox_mtp.nn",

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Integer
 
+from .._platform import accumulation_dtype
 from ._partitioning import tokens_on_all_devices
-from ._tile_sizes import accumulation_dtype, default_token_tile
+from ._tile_sizes import default_token_tile
 from ._token_losses import TokenLosses
 from ._token_tiles import scan_tiles
 

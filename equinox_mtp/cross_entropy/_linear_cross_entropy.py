@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
+from .._platform import accumulation_dtype
 from .._types import OutputHead, Scalar, checked
+from ..sharding import with_auto_axes
 from ._callable_head import callable_token_losses
 from ._linear_head import as_linear_head
-from ._partitioning import with_auto_axes
-from ._tile_sizes import accumulation_dtype
 from ._token_losses import TokenLosses, token_losses
 from ._weighted_losses import WeightedLosses, sum_by_depth, weighted_losses
 

@@ -9,10 +9,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._checks import check_integer, check_number
+from .._platform import accumulation_dtype
 from .._types import OutputHead, checked
 from ..sharding import HeadSharding, current_head_sharding
 from ._partitioning import tokens_on_all_devices
-from ._tile_sizes import accumulation_dtype, default_token_tile, default_vocab_tile
+from ._tile_sizes import default_token_tile, default_vocab_tile
 
 
 class LinearHead(eqx.Module):

@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike
+from jaxtyping import DTypeLike
+
+from .._platform import default_platform
 
 
 def default_token_tile(vocab_size: int) -> int:
@@ -16,7 +17,7 @@ def default_token_tile(vocab_size: int) -> int:
     with the products. 4096 tokens are enough on an H100; more take memory and save no time. Their
     logits are kept for all ids: for a large vocabulary there are as many tokens as fit in 2 GiB.
     """
-    if _default_platform() == "cpu":
+    if default_platform() == "cpu":
         return 1024
     in_two_gib = 2**29 // max(vocab_size, 1)
     return min(4096, max(1024, 2 ** int(math.log2(max(in_two_gib, 1)))))
@@ -28,15 +29,9 @@ def default_vocab_tile(vocab_size: int, *, keeps_logits: bool) -> int:
     A CPU wants tiles in its caches. An accelerator wants large products: all ids at once, if the
     logits of all of them are kept anyway.
     """
-    if _default_platform() == "cpu":
+    if default_platform() == "cpu":
         return 2048
     return max(vocab_size, 1) if keeps_logits else 32_768
-
-
-def accumulation_dtype(hidden_states: Array) -> Any:
-    """The dtype of logits, losses and sums of gradients: float32, or float64 for float64."""
-    is_double = hidden_states.dtype == jnp.float64
-    return hidden_states.dtype if is_double else jnp.dtype(jnp.float32)
 
 
 def unscaled_dtype(dtype: DTypeLike) -> Any:
@@ -47,11 +42,3 @@ def unscaled_dtype(dtype: DTypeLike) -> Any:
     """
     has_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp
     return jnp.dtype(dtype) if has_range else jnp.dtype(jnp.float32)
-
-
-def _default_platform() -> str:
-    """The platform that JAX compiles for unless it is told otherwise: cpu, gpu or tpu."""
-    device = getattr(jax.config, "jax_default_device", None)
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform

@@ -12,9 +12,9 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Int32, Integer
 
+from .._platform import accumulation_dtype
 from ._linear_head import LinearHead
 from ._partitioning import on_devices
-from ._tile_sizes import accumulation_dtype
 from ._token_tiles import scan_tiles
 from ._vocab_tiles import (
     Normalizer,

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int32, Integer
 
+from .._platform import accumulation_dtype
 from ._linear_head import LinearHead
-from ._tile_sizes import accumulation_dtype, unscaled_dtype
+from ._tile_sizes import unscaled_dtype
 
 
 class VocabSums(NamedTuple):

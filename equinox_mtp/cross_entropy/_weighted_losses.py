@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Integer
 
+from .._platform import accumulation_dtype
 from ._linear_head import LinearHead
 from ._partitioning import on_devices
-from ._tile_sizes import accumulation_dtype, unscaled_dtype
+from ._tile_sizes import unscaled_dtype
 from ._token_losses import (
     HIDDEN,
     TOKENS,

@@ -1,11 +1,7 @@
 """The reference decoder and its parts."""
 
+from ..attention import AttentionFunction, causal_attention, causal_attention_by_position
 from ._attention import GroupedQueryAttention
-from ._attention_functions import (
-    AttentionFunction,
-    causal_attention,
-    causal_attention_by_position,
-)
 from ._embedding import embed_tokens
 from ._feed_forward import SwiGLU
 from ._key_value_cache import KeyValueCache

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .._checks import check_flag, check_integer, check_number
 from .._types import checked
-from ._attention_functions import AttentionFunction, causal_attention
+from ..attention import AttentionFunction, causal_attention
 from ._init import fan_in_normal
 from ._key_value_cache import KeyValueCache
 from ._norm import RMSNorm

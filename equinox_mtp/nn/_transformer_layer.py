@@ -18,9 +18,9 @@ from .._checks import (
 )
 from .._decoder import AbstractCachedDecoderLayer, Cache
 from .._types import checked, module_of
+from ..attention import AttentionFunction, causal_attention
 from ..sharding import constrain_hidden_states
 from ._attention import GroupedQueryAttention
-from ._attention_functions import AttentionFunction, causal_attention
 from ._feed_forward import SwiGLU
 from ._norm import RMSNorm
 from ._parts import AbstractAttention, AbstractFeedForward

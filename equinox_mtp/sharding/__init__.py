@@ -6,9 +6,9 @@ The examples are for eight devices:
 >>> rows = emtp.make_batch(np.arange(72).reshape(8, 9) % 32)
 """
 
-from ._context import constrain_hidden_states, current_head_sharding, use_rules
-from ._explicit_axes import automatic
-from ._head_sharding import HeadSharding, MeshAxes, constrain
+from ._context import constrain_hidden_states, current_head_sharding, current_spec, use_rules
+from ._explicit_axes import automatic, with_auto_axes
+from ._head_sharding import HeadSharding, MeshAxes, constrain, mesh_axis_names
 from ._placement import (
     batch_sharding,
     constrain_model,
@@ -30,12 +30,15 @@ __all__ = [
     "constrain_hidden_states",
     "constrain_model",
     "current_head_sharding",
+    "current_spec",
     "make_mesh",
+    "mesh_axis_names",
     "parameter_shardings",
     "reorder",
     "restore",
     "shard_batch",
     "shard_model",
     "use_rules",
+    "with_auto_axes",
     "zigzag_order",
 ]

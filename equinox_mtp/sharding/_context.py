@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
 from .._types import checked
@@ -50,6 +50,22 @@ def current_head_sharding() -> HeadSharding | None:
     if rules is None or mesh.empty or mesh.manual_axes:
         return None
     return rules.head_sharding(mesh)
+
+
+def current_spec(axis_words: str) -> P | None:
+    """How the rules in force lay an array with these axis words on the mesh that is set.
+
+    `None` where `current_head_sharding` is.
+
+    >>> with jax.set_mesh(mesh), emtp.sharding.use_rules():
+    ...     spec = emtp.sharding.current_spec("batch seq heads head_dim")
+    >>> spec == jax.P(("data", "fsdp"), None, None, None)
+    True
+    """
+    rules, mesh = _RULES.value, jax.sharding.get_abstract_mesh()
+    if rules is None or mesh.empty or mesh.manual_axes:
+        return None
+    return rules.spec(axis_words, mesh)
 
 
 @checked

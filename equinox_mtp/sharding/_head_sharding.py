@@ -160,7 +160,11 @@ def constrain(array: Array, sharding: NamedSharding) -> Array:
 
 
 def mesh_axis_names(axes: MeshAxes) -> tuple[str, ...]:
-    """One mesh axis, several or none, as a tuple."""
+    """One mesh axis, several or none, as a tuple.
+
+    >>> emtp.sharding.mesh_axis_names("data"), emtp.sharding.mesh_axis_names(None)
+    (('data',), ())
+    """
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)

@@ -17,8 +17,7 @@ def zigzag_order(seq: int, num_shards: int) -> Int[np.ndarray, "seq"]:
 
     The row is cut into `2 · num_shards` chunks; device i gets the i-th from the front and the i-th
     from the back. Under causal attention the one has as much less to attend to as the other has
-    more. With an attention that skips what is masked, that is: the library's own computes all pairs
-    (the dual-chunk ordering of Llama 3, arXiv 2407.21783, §3.3.2, and of Megatron-LM).
+    more (the dual-chunk ordering of Llama 3, arXiv 2407.21783, §3.3.2, and of Megatron-LM).
 
     >>> print(emtp.sharding.zigzag_order(8, num_shards=2))  # of each device its four
     [0 1 6 7 2 3 4 5]

@@ -53,11 +53,9 @@ def test_a_training_step_is_that_of_one_device(name: str) -> None:
     shape = dict.fromkeys(("data", "fsdp", "context", "tensor"), 1) | MESHES[name]
     rows = BATCH // (shape["data"] * shape["fsdp"])
     found = collectives(program)
-    # No device gets hidden states of other positions. In attention it gets their keys and values,
-    # and which documents they belong to.
+    # No device gathers anything of other positions: their keys and values come by, in turn.
     gathered = {n for c in found if c.operation == "all-gather" for n in c.sizes}
-    keys_and_values = rows * SEQ * KV_FEATURES // shape["tensor"]
-    allowed = {keys_and_values, rows * SEQ} if shape["context"] > 1 else set()
+    allowed: set[int] = set()
     exchanged = {n for c in found if c.operation == "all-to-all" for n in c.sizes}
     if shape["fsdp"] > 1:
         # Parameters are put together; but the embedding's features are looked up where they lie,
@@ -74,14 +72,20 @@ def test_a_training_step_is_that_of_one_device(name: str) -> None:
     embedding = VOCAB * EMBED // (shape["tensor"] * shape["fsdp"])
     reduced = [c for c in found if c.operation == "all-reduce" and embedding in c.sizes]
     assert not any(c.in_loop for c in reduced)
+    passed_on = [c.sizes for c in found if c.operation == "collective-permute"]
+    positions = rows * SEQ // shape["context"]
+    keys = positions * KV_FEATURES // shape["tensor"]
+    order = SEQ // shape["context"]  # the same for all rows
+    in_rings = {n for sizes in passed_on for n in sizes if n >= order}
     # Each shift moves the tokens that cross from shard to shard: k in each row at depth k.
-    shifts = [c.sizes for c in found if c.operation == "collective-permute"]
+    shifts = sorted(sizes for sizes in passed_on if max(sizes) < order)
     if shape["context"] == 1:
-        assert shifts == []
+        assert passed_on == []
     else:
+        assert in_rings == {keys, positions, order}
         of_fields = 3 * [1, 2, 3]  # inputs, targets and their masks
         of_documents = [1, 1, 2]  # which of them end, and that for depths 2 and 3
-        assert sorted(shifts) == sorted((k * rows,) for k in of_fields + of_documents)
+        assert shifts == sorted((k * rows,) for k in of_fields + of_documents)
     # Logits are computed in tiles.
     tokens = rows * SEQ // shape["context"]
     whole = tokens * VOCAB // shape["tensor"]
@@ -127,7 +131,10 @@ def test_balanced_order_of_packed_rows(name: str) -> None:
     model = make_model(attention=nn.causal_attention_by_position)
     step, program = run_on(mesh, model, rows, targets)
     assert_same_step(step, on_one_device())
-    assert not any(c.operation == "collective-permute" for c in collectives(program))
+    positions = BATCH // mesh.shape["data"] * SEQ // mesh.shape["context"]
+    passed_on = [c for c in collectives(program) if c.operation == "collective-permute"]
+    # In rings; no target is shifted.
+    assert all(c.in_loop and min(c.sizes) >= positions for c in passed_on)
 
 
 # Orders

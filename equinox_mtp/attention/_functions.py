@@ -1,0 +1,201 @@
+"""The attention functions."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from .._checks import check_choice, check_integer, check_number
+from .._types import checked
+from ..sharding import with_auto_axes
+from ._choice import (
+    AttentionCall,
+    AttentionImplementation,
+    attention_implementation,
+    tile_size,
+    why_not,
+)
+from ._implementations import cudnn_attention, dense_attention, splash_attention
+from ._partitioning import AttentionSpecs
+from ._tiled import Plan, tiled_attention
+from ._tiles import Places, Softmax
+
+AttentionFunction: TypeAlias = Callable[..., Array]
+"""`attention(query, key, value, *, position_ids, segment_ids, scale)`, as `causal_attention`; for
+layers with a window it has the argument `window`, too."""
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "dense": dense_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}
+
+
+@checked
+def causal_attention(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads value_dim"],
+    *,
+    position_ids: Integer[Array, "batch seq"],
+    segment_ids: Integer[Array, "batch seq"] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: AttentionImplementation | None = None,
+) -> Float[Array, "batch seq heads value_dim"]:
+    """Grouped-query attention, causal in the order of the row, and within documents.
+
+    `softmax(scale · query · keyᵀ + mask) · value`, with the softmax in float32; query head h reads
+    key head `h // (heads / kv_heads)` (arXiv 2305.13245). Memory is linear in the length of the
+    rows: by tiles, with an online softmax, whose backward pass makes the logits again
+    (FlashAttention-2, arXiv 2307.08691), or by the vendor's kernel. Tiles in which no position sees
+    another are not computed: of other documents, or outside of the window.
+
+    If the rules in force (`sharding.use_rules`) split positions over devices, keys and values go
+    around a ring of these (arXiv 2310.01889): a device sends its part to the next in each round,
+    once in the forward pass and once, with the gradients, in the backward pass.
+
+    The tiles have a derivative of their own: `jax.grad` and forward over reverse work, as for
+    products with a Hessian; `jax.jvp` of the function itself needs `implementation="dense"`.
+
+    >>> query, key = jnp.zeros((1, 3, 1, 2)), jnp.zeros((1, 3, 1, 2))
+    >>> value = jnp.broadcast_to(jnp.asarray([0.0, 2.0, 4.0])[:, None, None], (1, 3, 1, 2))
+    >>> out = emtp.nn.causal_attention(query, key, value, position_ids=jnp.asarray([[0, 1, 2]]))
+    >>> print(out[0, :, 0, 0])  # the mean of what a position sees
+    [0. 1. 2.]
+
+    **Arguments:**
+
+    - `query`, `key`, `value`: after the positional encoding; values may have other sizes.
+    - `position_ids`: not used here; there for functions whose rows are not in order.
+    - `segment_ids`: a position attends only to its own document; `None` means one document a row.
+    - `scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`.
+    - `window`: how many positions a position sees, itself included; `None` for all before it.
+    - `soft_cap`: `soft_cap · tanh(logits / soft_cap)` in place of the logits (arXiv 2408.00118).
+    - `implementation`: `None` chooses, as `attention.attention_implementation` says.
+
+    **Returns:** the attended values, in the dtype of `query`.
+
+    **Raises:** `ValueError` if `kv_heads` does not divide `heads`, a number is out of its range, or
+    the implementation does not do what is asked for.
+    """
+    order = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    options = _Options(scale, window, soft_cap, implementation, in_order=True)
+    return _attention(options, query, key, value, order, segment_ids)
+
+
+@checked
+def causal_attention_by_position(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq kv_heads head_dim"],
+    value: Float[Array, "batch seq kv_heads value_dim"],
+    *,
+    position_ids: Integer[Array, "batch seq"],
+    segment_ids: Integer[Array, "batch seq"] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: AttentionImplementation | None = None,
+) -> Float[Array, "batch seq heads value_dim"]:
+    """`causal_attention` for rows in any order.
+
+    A position sees the positions of its document that `position_ids` does not put after it.
+
+    They must tell the order of the text: all different within a document, and less than 2^30. The
+    arguments are those of `causal_attention`. Tiles are skipped by their least and greatest
+    position: rows in the order of `sharding.zigzag_order` cost what they cost in their own.
+
+    >>> query, key = jnp.zeros((1, 3, 1, 2)), jnp.zeros((1, 3, 1, 2))
+    >>> value = jnp.broadcast_to(jnp.asarray([4.0, 2.0, 0.0])[:, None, None], (1, 3, 1, 2))
+    >>> position_ids = jnp.asarray([[2, 1, 0]])  # the row stands in reverse order
+    >>> out = emtp.nn.causal_attention_by_position(query, key, value, position_ids=position_ids)
+    >>> print(out[0, :, 0, 0])
+    [2. 1. 0.]
+    """
+    options = _Options(scale, window, soft_cap, implementation, in_order=False)
+    return _attention(options, query, key, value, position_ids.astype(jnp.int32), segment_ids)
+
+
+class _Options:
+    """What a call says besides its arrays, checked."""
+
+    def __init__(
+        self,
+        scale: float | None,
+        window: int | None,
+        soft_cap: float | None,
+        implementation: AttentionImplementation | None,
+        *,
+        in_order: bool,
+    ):
+        if window is not None:
+            check_integer("window", window, at_least=1)
+        if soft_cap is not None:
+            check_number("soft_cap", soft_cap, above=0)
+        if implementation is not None:
+            check_choice("implementation", implementation, ("dense", *_IMPLEMENTATIONS, "tiled"))
+        self.scale, self.window, self.soft_cap = scale, window, soft_cap
+        self.implementation, self.in_order = implementation, in_order
+
+    def softmax(self, head_dim: int) -> Softmax:
+        scale = 1 / math.sqrt(head_dim) if self.scale is None else self.scale
+        return Softmax(scale, self.window, self.soft_cap)
+
+
+def _attention(
+    options: _Options, query: Array, key: Array, value: Array, order: Array, segment_ids: Any
+) -> Array:
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"`key` must have a number of heads that divides that of `query`; got {key.shape[2]} "
+            f"and {query.shape[2]}."
+        )
+    specs = AttentionSpecs.in_force(query, key)
+    call = AttentionCall(
+        seq=query.shape[1],
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        dtype=str(query.dtype),
+        in_order=options.in_order,
+        packed=segment_ids is not None,
+        soft_cap=options.soft_cap is not None,
+        split=specs is not None and bool(specs.ring),
+    )
+    chosen = options.implementation or attention_implementation(call)
+    if (lacks := why_not(chosen, call)) is not None:
+        raise ValueError(
+            f"`implementation` must be one that knows {lacks}; got {chosen!r}. Leave it out, or "
+            "take 'tiled'."
+        )
+    softmax, places = options.softmax(query.shape[3]), Places(order, segment_ids)
+    if chosen == "dense":
+        return dense_attention(softmax, query, key, value, places)
+
+    def on_devices(query: Array, key: Array, value: Array, places: Places) -> Array:
+        if specs is None:
+            return _local(chosen, softmax, (), query, key, value, places)
+        return specs.shard_map(
+            partial(_local, chosen, softmax, specs.ring), check_vma=chosen == "tiled"
+        )(query, key, value, places)
+
+    compute = with_auto_axes(on_devices, lambda spec: spec, query)
+    return compute(query, key, value, places)
+
+
+def _local(
+    chosen: str,
+    softmax: Softmax,
+    ring: tuple[str, ...],
+    query: Array,
+    key: Array,
+    value: Array,
+    places: Places,
+) -> Array:
+    if chosen != "tiled":
+        return _IMPLEMENTATIONS[chosen](softmax, query, key, value, places)
+    plan = Plan(softmax, tile_size(query.shape[1]), ring)
+    return tiled_attention(plan, query, key, value, places)
