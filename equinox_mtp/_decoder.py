@@ -168,6 +168,19 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
         **Returns:** the layer's output, and the cache.
         """
 
+    def prefill(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        cache: Cache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """`decode` for the first positions of all rows, 0 … seq-1, and an empty cache.
+
+        The same result. A layer may take less time for it, as nothing that is cached precedes.
+        """
+        return self.decode(hidden_states, cache, position_ids=position_ids)
+
     def for_decoding(self, dtype: Any) -> "AbstractCachedDecoderLayer":
         """The same layer, laid out for many small steps on hidden states of `dtype`; or itself.
 
@@ -205,6 +218,16 @@ class AbstractCachedDecoder(AbstractDecoder):
 
         **Returns:** hidden states before the final norm, and the cache.
         """
+
+    def prefill(
+        self,
+        input_ids: Integer[Array, "batch seq"],
+        cache: Cache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """`decode` for the first tokens of all rows; see `AbstractCachedDecoderLayer.prefill`."""
+        return self.decode(input_ids, cache, position_ids=position_ids)
 
     def for_decoding(self) -> "AbstractCachedDecoder":
         """The same decoder, laid out for many small steps; itself, if it is that already.

@@ -160,6 +160,20 @@ class MultiTokenPredictionLayer(eqx.Module):
         combined = self._combine(hidden_states, token_embeddings)
         return layer.decode(combined, cache, position_ids=position_ids)
 
+    def prefill(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        token_embeddings: Float[Array, "batch seq embed"],
+        cache: Cache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """One depth at the first positions; see `AbstractCachedDecoderLayer.prefill`."""
+        layer = self.transformer_layer
+        assert isinstance(layer, AbstractCachedDecoderLayer)
+        combined = self._combine(hidden_states, token_embeddings)
+        return layer.prefill(combined, cache, position_ids=position_ids)
+
     def for_decoding(self, dtype: Any) -> "MultiTokenPredictionLayer":
         """The same depth, laid out for many small steps; see `AbstractCachedDecoderLayer`."""
         layer = self.transformer_layer

@@ -2,8 +2,8 @@
 
 from typing import Literal, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_backend
 
 from .._platform import default_platform
 
@@ -117,6 +117,6 @@ def tile_size(seq: int) -> int:
 
 def _current_platform() -> str:
     platform = default_platform()
-    if platform == "gpu" and "cuda" in jax.extend.backend.get_backend().platform_version:
+    if platform == "gpu" and "cuda" in get_backend().platform_version:
         return "cuda"
     return platform

@@ -131,7 +131,7 @@ class _Options:
         implementation: AttentionImplementation | None,
         *,
         in_order: bool,
-    ):
+    ) -> None:
         if window is not None:
             check_integer("window", window, at_least=1)
         if soft_cap is not None:
@@ -139,7 +139,8 @@ class _Options:
         if implementation is not None:
             check_choice("implementation", implementation, ("dense", *_IMPLEMENTATIONS, "tiled"))
         self.scale, self.window, self.soft_cap = scale, window, soft_cap
-        self.implementation, self.in_order = implementation, in_order
+        self.implementation: AttentionImplementation | None = implementation
+        self.in_order = in_order
 
     def softmax(self, head_dim: int) -> Softmax:
         scale = 1 / math.sqrt(head_dim) if self.scale is None else self.scale
@@ -165,7 +166,7 @@ def _attention(
         soft_cap=options.soft_cap is not None,
         split=specs is not None and bool(specs.ring),
     )
-    chosen = options.implementation or attention_implementation(call)
+    chosen: AttentionImplementation = options.implementation or attention_implementation(call)
     if (lacks := why_not(chosen, call)) is not None:
         raise ValueError(
             f"`implementation` must be one that knows {lacks}; got {chosen!r}. Leave it out, or "
@@ -187,7 +188,7 @@ def _attention(
 
 
 def _local(
-    chosen: str,
+    chosen: AttentionImplementation,
     softmax: Softmax,
     ring: tuple[str, ...],
     query: Array,

@@ -1,5 +1,7 @@
 """The implementations besides tiles: the formula as it stands, and the vendors' kernels."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -84,5 +86,5 @@ def splash_attention(
     segment_ids = places.segment_ids
     rows = (jnp.swapaxes(x, 1, 2) for x in (query * softmax.scale, key, value))
     segments = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
-    attended = jax.vmap(kernel)(*rows, segment_ids=segments)
+    attended: Any = jax.vmap(kernel)(*rows, segment_ids=segments)
     return jnp.swapaxes(attended, 1, 2)

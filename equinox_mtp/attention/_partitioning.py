@@ -44,9 +44,11 @@ class AttentionSpecs(NamedTuple):
         batch, seq, *_ = self.rows
 
         def run(query: Array, key: Array, value: Array, places: Places) -> Array:
-            order = P(None if places.order.shape[0] == 1 else batch, seq)
-            segment_ids = None if places.segment_ids is None else P(batch, seq)
-            in_specs: Any = (self.rows, self.rows, self.rows, Places(order, segment_ids))
+            def spec(ids: Array) -> P:
+                return P(None if ids.shape[0] == 1 else batch, seq)
+
+            of_places = jax.tree.map(spec, places)
+            in_specs: Any = (self.rows, self.rows, self.rows, of_places)
             mapped = jax.shard_map(
                 function, in_specs=in_specs, out_specs=self.rows, check_vma=check_vma
             )

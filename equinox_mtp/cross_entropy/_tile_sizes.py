@@ -6,21 +6,41 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
-from .._platform import default_platform
+from .._platform import default_platform, operations_per_byte
+
+_MOST_TRAFFIC = 0.1
+"""The time that the head's gradient may take in memory, as a share of that of the products."""
+_MOST_BYTES = 2**31
+"""The memory for the logits that a tile of tokens keeps."""
 
 
 def default_token_tile(vocab_size: int) -> int:
     """How many tokens a tile holds, by default, on the platform that JAX runs on.
 
-    On a CPU 1024 tokens keep a tile of logits in its caches. On an accelerator the head's gradient
-    is read and written once for every tile of tokens: with more tokens that costs less, compared
-    with the products. 4096 tokens are enough on an H100; more take memory and save no time. Their
-    logits are kept for all ids: for a large vocabulary there are as many tokens as fit in 2 GiB.
+    On a CPU 1024 tokens keep a tile of logits in its caches. On an accelerator as many as
+    `tokens_for_traffic` wants; but their logits are kept for all ids: for a large vocabulary there
+    are as many tokens as fit in 2 GiB, and 1024 at least.
     """
     if default_platform() == "cpu":
         return 1024
-    in_two_gib = 2**29 // max(vocab_size, 1)
-    return min(4096, max(1024, 2 ** int(math.log2(max(in_two_gib, 1)))))
+    that_fit = _MOST_BYTES // (4 * max(vocab_size, 1))
+    wanted = tokens_for_traffic(operations_per_byte())
+    return min(wanted, max(1024, 2 ** int(math.log2(max(that_fit, 1)))))
+
+
+def tokens_for_traffic(operations_per_byte: float) -> int:
+    """The tokens of a tile for which the head's gradient costs little time in memory.
+
+    For every tile of T tokens the float32 gradient `[vocab embed]` is read and written once, 8
+    bytes a number, and there are three products, 6 · T operations a number. With r operations in
+    the time of a byte, traffic takes 8 · r / (6 · T) of the products' time: T = 8 · r / (6 · 0.1)
+    keeps that at a tenth. Rounded up to a power of two.
+
+    >>> from equinox_mtp.cross_entropy._tile_sizes import tokens_for_traffic
+    >>> tokens_for_traffic(operations_per_byte=263)  # an H100: 790 TFLOP/s, 3 TB/s
+    4096
+    """
+    return 2 ** math.ceil(math.log2(8 * operations_per_byte / (6 * _MOST_TRAFFIC)))
 
 
 def default_vocab_tile(vocab_size: int, *, keeps_logits: bool) -> int:

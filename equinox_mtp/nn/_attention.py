@@ -119,14 +119,8 @@ class GroupedQueryAttention(AbstractAttention):
         segment_ids: Integer[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """Attends; see `AbstractDecoderLayer` for the arguments."""
-        attended = self.attention(
-            *self._project(hidden_states, position_ids),
-            position_ids=position_ids,
-            segment_ids=segment_ids,
-            scale=self.scale,
-            **({} if self.window is None else {"window": self.window}),
-        )
-        return self._project_out(attended)
+        query, key, value = self._project(hidden_states, position_ids)
+        return self._project_out(self._attend(query, key, value, position_ids, segment_ids))
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> KeyValueCache:
         """An empty cache; see `AbstractCachedDecoderLayer`."""
@@ -150,6 +144,36 @@ class GroupedQueryAttention(AbstractAttention):
         nothing = 0 * attended[:, :, : key.shape[2]]
         return self._project_out(attended), cache.write(
             key + nothing, value + nothing, position_ids
+        )
+
+    def prefill(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        cache: KeyValueCache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], KeyValueCache]:
+        """Attends among the first positions of rows; see `AbstractCachedDecoderLayer`."""
+        query, key, value = self._project(hidden_states, position_ids)
+        attended = self._attend(query, key, value, position_ids, None)
+        return self._project_out(attended), cache.write_first(key, value)
+
+    def _attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        position_ids: Array,
+        segment_ids: Array | None,
+    ) -> Array:
+        return self.attention(
+            query,
+            key,
+            value,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            scale=self.scale,
+            **({} if self.window is None else {"window": self.window}),
         )
 
     def _project(self, hidden_states: Array, position_ids: Array) -> tuple[Array, Array, Array]:

@@ -40,6 +40,19 @@ class KeyValueCache(eqx.Module):
         )
 
     @checked
+    def write_first(
+        self,
+        key: Float[Array, "batch seq kv_heads head_dim"],
+        value: Float[Array, "batch seq kv_heads head_dim"],
+    ) -> "KeyValueCache":
+        """Puts keys and values at the first positions; drops what is beyond the last."""
+        seq = min(key.shape[1], self.value.shape[2])
+        return KeyValueCache(
+            self.key.at[..., :seq].set(key[:, :seq].transpose(0, 2, 3, 1)),
+            self.value.at[:, :, :seq].set(value[:, :seq].transpose(0, 2, 1, 3)),
+        )
+
+    @checked
     def attend(
         self,
         query: Float[Array, "batch seq heads head_dim"],

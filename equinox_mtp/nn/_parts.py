@@ -43,6 +43,16 @@ class AbstractAttention(eqx.Module):
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
         """Attends to what is cached up to each position; see `AbstractCachedDecoderLayer`."""
 
+    def prefill(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        cache: Cache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """`decode` for the first positions of rows; see `AbstractCachedDecoderLayer`."""
+        return self.decode(hidden_states, cache, position_ids=position_ids)
+
     def for_decoding(self: _Part, dtype: Any) -> _Part:
         """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
         return cast_matrices(self, dtype)

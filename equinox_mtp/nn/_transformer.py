@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -160,13 +160,32 @@ class TransformerDecoder(AbstractCachedDecoder):
         position_ids: Integer[Array, "batch seq"],
     ) -> tuple[Float[Array, "batch seq embed"], tuple[Cache, ...]]:
         """Runs a few tokens; see `AbstractCachedDecoder`."""
+        return self._run_cached("decode", input_ids, cache, position_ids)
+
+    @checked
+    def prefill(
+        self,
+        input_ids: Integer[Array, "batch seq"],
+        cache: tuple[Cache, ...],
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], tuple[Cache, ...]]:
+        """Runs the first tokens of rows; see `AbstractCachedDecoder`."""
+        return self._run_cached("prefill", input_ids, cache, position_ids)
+
+    def _run_cached(
+        self,
+        method: Literal["decode", "prefill"],
+        input_ids: Array,
+        cache: tuple[Cache, ...],
+        position_ids: Array,
+    ) -> tuple[Array, tuple[Cache, ...]]:
         hidden_states = self.embed(input_ids, position_ids)
         caches = []
         # Layer by layer: a scan would copy every cache and parameter.
         for index, layer_cache in enumerate(cache):
-            hidden_states, layer_cache = self.layer(index).decode(
-                hidden_states, layer_cache, position_ids=position_ids
-            )
+            run = getattr(self.layer(index), method)
+            hidden_states, layer_cache = run(hidden_states, layer_cache, position_ids=position_ids)
             caches.append(layer_cache)
         return hidden_states, tuple(caches)
 

@@ -262,5 +262,22 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         attended, cache = self.attention.decode(
             self.attention_norm(hidden_states), cache, position_ids=position_ids
         )
+        return self._add(hidden_states, attended), cache
+
+    @checked
+    def prefill(
+        self,
+        hidden_states: Float[Array, "batch seq embed"],
+        cache: Cache,
+        *,
+        position_ids: Integer[Array, "batch seq"],
+    ) -> tuple[Float[Array, "batch seq embed"], Cache]:
+        """Runs the first positions, without dropout; see `AbstractCachedDecoderLayer`."""
+        attended, cache = self.attention.prefill(
+            self.attention_norm(hidden_states), cache, position_ids=position_ids
+        )
+        return self._add(hidden_states, attended), cache
+
+    def _add(self, hidden_states: Array, attended: Array) -> Array:
         hidden_states += attended
-        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states)), cache
+        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))

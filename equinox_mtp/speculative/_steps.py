@@ -87,7 +87,7 @@ def prefill(
     # Padding may be no token at all.
     prompt_ids = jnp.where(jnp.arange(prompt) < prompt_lengths[:, None], prompt_ids, 0)
     position_ids = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32), prompt_ids.shape)
-    hidden_states, main_cache = decoder.decode(
+    hidden_states, main_cache = decoder.prefill(
         prompt_ids, decoder.init_cache(batch, max_length), position_ids=position_ids
     )
     key, draw_key = jax.random.split(key)
@@ -103,7 +103,9 @@ def prefill(
     for depth in range(1, shape.num_depths(model) + 1):
         layer: Any = model.layer(depth).transformer_layer
         cache = layer.init_cache(batch, max_length, hidden_states.dtype)
-        states, _, cache = _run_depth(model, depth, states, tokens, cache, position_ids)
+        states, _, cache = _run_depth(
+            model, depth, states, tokens, cache, position_ids, method="prefill"
+        )
         draft_caches.append(cache)
     positions = prompt_lengths[:, None] - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
     return DecodingState(
@@ -281,13 +283,16 @@ def _run_depth(
     tokens: Int32[Array, "batch max_length"],
     cache: Cache,
     positions: Int32[Array, "batch seq"],
+    *,
+    method: Literal["decode", "prefill"] = "decode",
 ) -> tuple[Array, Array, Cache]:
     """One depth at some positions: hidden states for the next depth and for the head, the cache."""
     layer = model.layer(depth)
     position_ids = positions + depth
     ids = jnp.maximum(_gather_rows(tokens, position_ids), 0)  # -1 is no token
     embeddings = model.decoder.embed(ids, jnp.maximum(position_ids, 0))
-    hidden_states, cache = layer.decode(hidden_states, embeddings, cache, position_ids=positions)
+    run = getattr(layer, method)
+    hidden_states, cache = run(hidden_states, embeddings, cache, position_ids=positions)
     normed, carried = layer.normed_and_carried(hidden_states, model.decoder.final_norm)
     return carried, normed, cache
 

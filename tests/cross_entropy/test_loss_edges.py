@@ -21,6 +21,7 @@ from equinox_mtp import (
     linear_cross_entropy,
     summed_linear_cross_entropy,
 )
+from equinox_mtp._platform import operations_per_byte
 from equinox_mtp.cross_entropy import _tile_sizes
 
 BATCH, SEQ, EMBED, VOCAB = 2, 6, 4, 11
@@ -271,11 +272,32 @@ def test_a_callable_of_a_wrong_shape_is_an_error() -> None:
 # Tiles by platform
 
 
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "TPU v6 lite", "new"])
+def test_tokens_keep_the_traffic_of_the_gradient_small(kind: str) -> None:
+    operations_a_second = 5e14
+    bytes_a_second = operations_a_second / operations_per_byte(kind)
+
+    def share(tokens: int, vocab: int = 1000, embed: int = 300) -> float:
+        """The time to read and write the float32 gradient, of that of a tile's three products."""
+        traffic = 2 * 4 * vocab * embed / bytes_a_second
+        return traffic / (3 * 2 * tokens * vocab * embed / operations_a_second)
+
+    tokens = _tile_sizes.tokens_for_traffic(operations_per_byte(kind))
+    assert share(tokens) <= 0.1 < share(tokens // 2)
+
+
+def test_ratios_of_accelerators() -> None:
+    assert round(operations_per_byte("NVIDIA H100 PCIe")) == 263
+    assert operations_per_byte("TPU v5 lite") > operations_per_byte("TPU v5")
+    assert operations_per_byte() == operations_per_byte("unknown") == 300
+
+
 def test_tiles_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, ids, weights = make_case()
     on_cpu = LinearHead(head)
     assert (on_cpu.tokens_at_a_time, on_cpu.ids_at_a_time) == (1024, 2048)
-    monkeypatch.setattr(_tile_sizes, "_default_platform", lambda: "gpu")
+    monkeypatch.setattr(_tile_sizes, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(_tile_sizes, "operations_per_byte", lambda: 263.0)
     # The logits of a tile take at most 2 GiB in float32, and a tile at least 1024 tokens.
     for vocab_size, tokens in ((32_000, 4096), (129_280, 4096), (262_144, 2048), (10**7, 1024)):
         assert _tile_sizes.default_token_tile(vocab_size) == tokens

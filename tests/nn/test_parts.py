@@ -167,6 +167,24 @@ def test_attention_in_cached_steps(name: str) -> None:
     assert_close(actual[:1], oracle(x, module, packed=True)[:1], 2e-5)
 
 
+@pytest.mark.parametrize("name", ["all", "window-of-one"])
+def test_prefill_is_the_first_cached_step(name: str) -> None:
+    module = make_attention(**CASES[name])
+    x = jax.random.normal(jax.random.key(0), (BATCH, SEQ, EMBED))
+    rows = {"position_ids": jnp.tile(jnp.arange(SEQ), (BATCH, 1))}
+    empty = module.init_cache(BATCH, SEQ + 2, jnp.float32)
+    outcomes = [
+        quick_jit(lambda x, cache, run=run: run(x, cache, **rows))(x, empty)
+        for run in (module.prefill, module.decode)
+    ]
+    for one, other in zip(*map(jax.tree.leaves, outcomes), strict=True):
+        assert_close(one, other, 2e-5)
+    # What a row has beyond its cache is dropped.
+    short = module.init_cache(BATCH, SEQ - 2, jnp.float32)
+    _, cache = module.prefill(x, short, **rows)
+    assert_close(cache.key, outcomes[0][1].key[..., : SEQ - 2])
+
+
 def test_attention_in_bfloat16_and_its_gradient() -> None:
     module = make_attention(bias=True, norm_epsilon=0.1, window=4)
     x = jax.random.normal(jax.random.key(0), (BATCH, SEQ, EMBED))

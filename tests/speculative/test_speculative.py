@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import assert_close, build, quick_jit
+from hlo import compile_for
 from jaxtyping import Array, TypeCheckError
 
 import equinox_mtp as emtp
@@ -292,6 +293,27 @@ def test_measured_acceptance_of_nan_is_none() -> None:
         assert report.overall.joint.tolist() == [0, 0]
         assert report.overall.scored.tolist() == [33, 30]
         assert float(report.overall.expected_accepted_length) == 1
+
+
+def test_prompts_attend_to_themselves_alone() -> None:
+    """Nothing of a row's whole length is made for them but the caches."""
+    model, prompt, new = make_model(1), 24, 13
+    batch, heads = 1, 2
+    ids, lengths = jnp.ones((batch, prompt), jnp.int32), jnp.full(batch, prompt, jnp.int32)
+    shape = DecodingShape(1, new)
+
+    @quick_jit
+    def prefill(model: MTPModel, ids: Array) -> speculative.DecodingState:
+        decoding = speculative.DecodingModel.of(model)
+        no_eos, key = jnp.asarray(-1, jnp.int32), jax.random.key(0)
+        return speculative.prefill(
+            decoding, ids, lengths, shape, Sampler(0.0), eos_id=no_eos, key=key
+        )
+
+    _, program = compile_for(prefill, model, ids)
+    max_length = prompt + new + 1 + 1
+    assert f"{heads},{prompt},{prompt}]" in program
+    assert f"{prompt},{max_length}]" not in program
 
 
 def test_model_without_depths_decodes_plainly() -> None:
