@@ -101,7 +101,8 @@ def transfers(program: str) -> list[Transfer]:
     partitioner writes it. What is in a loop's body happens as often as it runs, and what is in a
     branch as if it were taken.
 
-    **Raises:** `ValueError` for an operation or a loop that is not understood.
+    **Raises:** `ValueError` for an operation that is not understood, and for one in a loop of which
+    it is not known how often it runs.
     """
     by_name = computations(program)
     times = _times(by_name)
@@ -117,8 +118,10 @@ def transfers(program: str) -> list[Transfer]:
             if operation == "all-reduce" and _is_only_sliced(match[1], result // n, lines):
                 operation, result = "reduce-scatter", result // n
             received = _received(operation, result, n, line)
+            if (runs := times[name]) is None:
+                raise ValueError(f"how often the loop around this runs is not known: {line}")
             origin = re.search(r'op_name="([^"]*)"', line)
-            found.append(Transfer(operation, received, times[name], origin[1] if origin else ""))
+            found.append(Transfer(operation, received, runs, origin[1] if origin else ""))
     return found
 
 
@@ -164,9 +167,9 @@ def _group_size(line: str, num_devices: int) -> int:
     return num_devices
 
 
-def _times(program: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs."""
-    calls: dict[str, list[tuple[str, int]]] = {name: [] for name in program}
+def _times(program: dict[str, list[str]]) -> dict[str, int | None]:
+    """How often each computation runs; `None` if a number decides that is not in the program."""
+    calls: dict[str, list[tuple[str, int | None]]] = {name: [] for name in program}
     for caller, lines in program.items():
         for line in lines:
             runs = _trip_count(line, program) if " while(" in line else 1
@@ -174,13 +177,19 @@ def _times(program: dict[str, list[str]]) -> dict[str, int]:
                 calls[name].append((caller, runs))
 
     @functools.cache
-    def times(name: str) -> int:
-        return sum(times(caller) * runs for caller, runs in calls[name]) if calls[name] else 1
+    def times(name: str) -> int | None:
+        total = 0
+        for caller, runs in calls[name]:
+            outer = times(caller)
+            if outer is None or runs is None:
+                return None
+            total += outer * runs
+        return total if calls[name] else 1
 
     return {name: times(name) for name in program}
 
 
-def _trip_count(line: str, program: dict[str, list[str]]) -> int:
+def _trip_count(line: str, program: dict[str, list[str]]) -> int | None:
     """As XLA says it, or as the condition does if it is `i < n`: `lax.scan` counts from 0."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
@@ -188,5 +197,5 @@ def _trip_count(line: str, program: dict[str, list[str]]) -> int:
     text = "\n".join(program[condition[1]]) if condition else ""
     bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
     if len(bounds) != 1 or not re.search(r"ROOT .* compare\(.*direction=LT", text):
-        raise ValueError(f"how often this loop runs is not known: {line}")
+        return None
     return int(bounds[0])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,36 @@ def test_step_rows_of_every_variant_and_depth(tmp_path: Path) -> None:
         assert row["relative_error"] < 1e-4
         # Each is a row of the printed table.
         assert f"| {row['depths']} | {row['variant']} | {row['compile_s']:.1f} " in printed
+
+
+@pytest.mark.slow
+def test_another_implementation_in_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = """
+        import jax.numpy as jnp
+
+        def variant(shape, depths):
+            return (lambda x, n: jnp.sum(x * n)), (jnp.ones(shape.embed), depths)
+    """
+    (tmp_path / "peer.py").write_text(textwrap.dedent(peer))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    arguments = ["--preset", "tiny", "--depths", "1", "--repeats", "1"]
+    report, printed = report_of("mtp_step.py", [*arguments, "--against", "peer:variant"], tmp_path)
+    (row,) = (row for row in report["rows"] if row["variant"] == "peer:variant")
+    assert row["step_s"] > 0
+    assert "| 1 | peer:variant |" in printed
+
+
+@pytest.mark.slow
+def test_attention_rows(tmp_path: Path) -> None:
+    report, printed = report_of("attention.py", ["--sizes", "tiny", "--rounds", "1"], tmp_path)
+    assert [row["variant"] for row in report["rows"]] == ["xla", "library", "packed"]
+    xla, library, packed = report["rows"]
+    assert library["of_xla"] == pytest.approx(library["seconds"] / xla["seconds"])
+    assert packed["temp_bytes"] < xla["temp_bytes"]
+    assert library["largest_difference"] < 1e-4
+    assert "| 1, 160, 2, 8 | packed |" in printed
 
 
 @pytest.mark.slow

@@ -16,9 +16,6 @@ computed twice, and half of causal attention, are not necessary.
 import argparse
 import dataclasses
 import functools
-import json
-import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,11 +27,10 @@ import jax
 import jax.numpy as jnp
 import mtp_step
 import numpy as np
+from harness import Compiled, Row, table, write, write_json
 
 import equinox_mtp as emtp
 from equinox_mtp.speculative import generate
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,34 +93,6 @@ TINY = Sizes(
     repeats=1,
 )
 SIZES = {"full": FULL, "tiny": TINY}
-
-
-class Compiled:
-    """A compiled function with its arguments, the time it took to compile, and its memory."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self.arguments = arguments
-        started = time.perf_counter()
-        jitted: Any = eqx.filter_jit(function)
-        self.call: Any = jitted.lower(*arguments).compile()
-        self.compile_s = time.perf_counter() - started
-        self.temp_bytes = int(self.call.compiled.memory_analysis().temp_size_in_bytes)
-
-    def seconds(self, repeats: int) -> float:
-        """The median time of a call; calls that take microseconds are timed many at once."""
-        jax.block_until_ready(self.call(*self.arguments))
-        count, times, out = 1, [], None
-        while len(times) < repeats:
-            started = time.perf_counter()
-            for _ in range(count):
-                out = self.call(*self.arguments)
-            jax.block_until_ready(out)
-            elapsed = time.perf_counter() - started
-            if elapsed < 0.01 and count < 1024:
-                count *= 2
-            else:
-                times.append(elapsed / count)
-        return statistics.median(times)
 
 
 @dataclasses.dataclass
@@ -196,15 +164,24 @@ def summed_loss(hidden: jax.Array, head: Any, ids: jax.Array) -> jax.Array:
     return emtp.summed_linear_cross_entropy(hidden, head, ids, weights, predictions=False).loss
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """The library's attention, over rows of one document."""
-    position_ids = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2])
-    return emtp.nn.causal_attention(query, key, value, position_ids=position_ids)
-
-
-def attend_cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """The vendor's attention."""
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    implementation: Any = None,
+    documents: int = 1,
+) -> jax.Array:
+    """The library's attention, over rows of as many documents."""
+    seq = query.shape[1]
+    position_ids = jnp.broadcast_to(jnp.arange(seq), query.shape[:2])
+    return emtp.nn.causal_attention(
+        query,
+        key,
+        value,
+        position_ids=position_ids,
+        segment_ids=None if documents == 1 else 1 + documents * position_ids // seq,
+        implementation=implementation,
+    )
 
 
 def half_square(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -348,10 +325,12 @@ def measure_tiles(sizes: Sizes, machine: Machine) -> Iterator[Row]:
 
 
 def measure_attention(sizes: Sizes, machine: Machine) -> Iterator[Row]:
-    """Gradients of causal attention: the library's and, on a GPU, the vendor's."""
-    variants = {"library": attend}
-    if jax.default_backend() == "gpu":
-        variants["cudnn"] = attend_cudnn
+    """Gradients of causal attention: as the library chooses, by tiles, and of packed rows."""
+    variants = {
+        "library": attend,
+        "tiled": functools.partial(attend, implementation="tiled"),
+        "packed": functools.partial(attend, documents=4),
+    }
     for batch, seq, heads, head_dim in sizes.attention:
         qkv = [random(seed, (batch, seq, heads, head_dim), jnp.bfloat16) for seed in (5, 6, 7)]
         flops = 0.5 * 6 * 2 * batch * heads * seq**2 * head_dim
@@ -373,13 +352,13 @@ def measure_step(sizes: Sizes, machine: Machine) -> Iterator[Row]:
     """The step of `mtp_step.py`."""
     for shape, all_depths in zip(sizes.shapes, sizes.step_depths, strict=True):
         for depths in all_depths:
-            case = mtp_step.make_case(shape, depths)
             for variant in ("fused", "naive"):
-                gradient = eqx.filter_value_and_grad(mtp_step.VARIANTS[variant])
+                loss, case = mtp_step.VARIANTS[variant](shape, depths)
+                gradient = eqx.filter_value_and_grad(loss)
                 row = {"what": f"{shape.embed} features, D = {depths}: {variant}"}
                 compiled = functools.partial(Compiled, gradient, *case)
                 yield measured(row, compiled, sizes, step_flops(shape, depths), machine)
-            del case
+                del case
 
 
 def measure_decoding(sizes: Sizes, machine: Machine) -> Iterator[Row]:
@@ -444,20 +423,12 @@ def markdown(device: str, rows: Iterable[Row]) -> str:
     lines = [f"{device}, JAX {jax.__version__}"]
     for stage, of_stage in by_stage.items():
         columns = [name for name in COLUMNS if any(name in row for row in of_stage)]
-        lines += ["", f"| {stage} | " + " | ".join(COLUMNS[name][0] for name in columns) + " |"]
-        lines.append("|---" * (len(columns) + 1) + "|")
-        for row in of_stage:
-            cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
-            lines.append(f"| {row['what']} | " + " | ".join(cells) + " |")
+        cells = [
+            (row["what"], *(COLUMNS[c][1].format(row[c]) if c in row else "" for c in columns))
+            for row in of_stage
+        ]
+        lines += ["", table((stage, *(COLUMNS[name][0] for name in columns)), cells)]
     return "\n".join(lines) + "\n"
-
-
-def write(file: Path | None, text: str) -> None:
-    """Writes a file whole, or not at all."""
-    if file is not None:
-        temporary = file.with_name(file.name + ".part")
-        temporary.write_text(text)
-        os.replace(temporary, file)
 
 
 def main() -> None:
@@ -479,9 +450,9 @@ def main() -> None:
             rows.append({"stage": name, **row})
             seconds = time.monotonic() - started
             print(f"{seconds:6.1f} s {name}: {row}", file=sys.stderr, flush=True)
-            report = {"device": device, "jax": jax.__version__, "rows": rows}
-            write(arguments.json, json.dumps(report, indent=1) + "\n")
-            write(arguments.markdown, markdown(device, rows))
+            write_json(arguments.json, {"rows": rows})
+            if arguments.markdown is not None:
+                write(arguments.markdown, markdown(device, rows))
             if time.monotonic() > deadline:
                 print("The minutes are used up.", file=sys.stderr)
                 break

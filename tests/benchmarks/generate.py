@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness import Timed, table, write_json
 from jax import lax
 
 import equinox_mtp as emtp
@@ -81,26 +81,6 @@ def trained(config: TrainConfig, folder: Path) -> tuple[emtp.MTPModel, float]:
         train(dataclasses.replace(config, out=folder, compare_prompts=0))
         seconds.write_text(json.dumps(time.perf_counter() - started))
     return load_model(folder)[0], json.loads(seconds.read_text())
-
-
-class Timed:
-    """A function that is called again and again."""
-
-    def __init__(self, function: Callable[[], Any], count: int = 1):
-        self.function, self.count = function, count
-        self.times: list[float] = []
-        self.result = jax.block_until_ready(function())
-
-    def run(self) -> None:
-        """Calls it once."""
-        started = time.perf_counter()
-        self.result = jax.block_until_ready(self.function())
-        self.times.append((time.perf_counter() - started) / self.count)
-
-    @property
-    def seconds(self) -> float:
-        """The median."""
-        return statistics.median(self.times)
 
 
 def main_pass(model: DecodingModel, batch: int, max_length: int, num_tokens: int) -> Timed:
@@ -226,24 +206,30 @@ def same_tokens(generations: list[Any], plain: list[Any]) -> float:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """A table for people, and for README."""
-    columns = (
-        "model | batch | drafts | tokens/s | speed-up | ideal: of it | with places run anew: of it"
-    )
-    columns += " | τ | accepted | step (µs) = verify + drafts + anew + rest"
-    print(f"\n| {columns} |\n|" + "---|" * 10)
+    columns = ("model", "batch", "drafts", "tokens/s", "speed-up", "ideal: of it")
+    columns += ("with places run anew: of it", "τ", "accepted")
+    columns += ("step (µs) = verify + drafts + anew + rest",)
+    lines = []
     for row in rows:
-        accepted = " ".join(f"{rate:.0%}" for rate in row["accepted_per_position"]) or "-"
         step, verify, anew, rest = (
             1e6 * row[name] for name in ("step_s", "verify_s", "anew_s", "rest_s")
         )
         drafts = 1e6 * row["drafts"] * row["draft_s"]
-        print(
-            f"| {row['model']} | {row['batch']} | {row['drafts']} | {row['tokens_per_s']:,.0f} "
-            f"| {row['speedup']:.2f} | {row['ideal_speedup']:.2f}: {row['of_ideal']:.2f} "
-            f"| {row['with_anew']:.2f}: {row['of_with_anew']:.2f} "
-            f"| {row['tokens_per_pass']:.2f} | {accepted} "
-            f"| {step:,.0f} = {verify:,.0f} + {drafts:,.0f} + {anew:,.0f} + {rest:,.0f} |"
+        lines.append(
+            (
+                row["model"],
+                row["batch"],
+                row["drafts"],
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['speedup']:.2f}",
+                f"{row['ideal_speedup']:.2f}: {row['of_ideal']:.2f}",
+                f"{row['with_anew']:.2f}: {row['of_with_anew']:.2f}",
+                f"{row['tokens_per_pass']:.2f}",
+                " ".join(f"{rate:.0%}" for rate in row["accepted_per_position"]) or "-",
+                f"{step:,.0f} = {verify:,.0f} + {drafts:,.0f} + {anew:,.0f} + {rest:,.0f}",
+            )
         )
+    print(f"\n{table(columns, lines)}")
     same = min(row["same_tokens_as_plain"] for row in rows)
     print(f"\nAt least {same:.0%} of the continuations are those of plain decoding.")
 
@@ -276,14 +262,8 @@ def main() -> None:
                 print_table(rows)
                 # So many programs of so many layers each are more than a process may map at once.
                 jax.clear_caches()
-    if arguments.json:
-        report = {
-            "preset": arguments.preset,
-            "device": jax.devices()[0].device_kind,
-            "training_seconds": training_seconds,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = {"preset": arguments.preset, "training_seconds": training_seconds, "rows": rows}
+    write_json(arguments.json, report)
 
 
 if __name__ == "__main__":

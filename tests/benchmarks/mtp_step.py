@@ -1,25 +1,27 @@
 """Compile time, step time and memory of the MTP block against a naive one.
 
-    python tests/benchmarks/mtp_step.py [--preset cpu|gpu] [--json FILE]
+    python tests/benchmarks/mtp_step.py [--preset cpu|gpu] [--against MODULE:FUNCTION] [--json FILE]
 
 A step is the value and the gradient of the MTP loss: with respect to the block, the decoder's
 embedding (which is its output head too) and the main hidden states. `naive` unrolls the depths,
-makes all logits and takes optax's cross-entropy; `fused` is the library; `recompute` is the library
-with the loss that computes its logits again in the backward pass. All are measured in one run, in
-turn, so that what else the machine does meets them alike.
+makes all logits of attention and head, and takes optax's cross-entropy; `fused` is the library;
+`recompute` is the library with the loss that computes its logits again in the backward pass. All
+are measured in one run, in turn, so that what else the machine does meets them alike.
 
 `matmul_fraction` is the time of the necessary matrix products alone (those of layers and head,
 forward and backward, each timed by itself in the same run; half of the attention's, which is
 causal), over the time of the step.
+
+`--against` measures another implementation in the same run. The function takes a `Shape` and a
+number of depths, and returns a loss and its arguments: `(loss, arguments)`. Value and gradient with
+respect to the first argument are measured.
 """
 
 import argparse
 import dataclasses
 import functools
-import json
-import statistics
+import importlib
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from harness import Compiled, Row, Timed, run_in_turn, table, write_json
 
 import equinox_mtp as emtp
 
@@ -55,11 +58,12 @@ PRESETS = {
 }
 
 Parameters = tuple[emtp.AbstractDecoder, emtp.MultiTokenPredictionBlock, jax.Array]
-Loss = Callable[[Parameters, emtp.MTPTargets], jax.Array]
 
 
 @eqx.filter_jit
-def make_case(shape: Shape, num_depths: int) -> tuple[Parameters, emtp.MTPTargets]:
+def make_case(
+    shape: Shape, num_depths: int, attention: Any = emtp.nn.causal_attention
+) -> tuple[Parameters, emtp.MTPTargets]:
     """What a step is given: parameters and hidden states, and targets."""
     config = emtp.nn.TransformerConfig(
         vocab_size=shape.vocab,
@@ -68,6 +72,7 @@ def make_case(shape: Shape, num_depths: int) -> tuple[Parameters, emtp.MTPTarget
         num_heads=shape.heads,
         mlp_size=shape.mlp,
         dtype=shape.dtype,
+        attention=attention,
     )
     keys = jax.random.split(jax.random.key(0), 4)
     decoder = emtp.nn.TransformerDecoder(config, key=keys[0])
@@ -122,6 +127,15 @@ def recompute_loss(parameters: Parameters, targets: emtp.MTPTargets) -> jax.Arra
     return fused_loss((RecomputingDecoder(decoder), block, hidden_states), targets)
 
 
+def attention_of_all_pairs(
+    query: jax.Array, key: jax.Array, value: jax.Array, **context: Any
+) -> jax.Array:
+    """JAX's own attention."""
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=True, scale=context["scale"], implementation="xla"
+    )
+
+
 def naive_loss(parameters: Parameters, targets: emtp.MTPTargets) -> jax.Array:
     """What one would write first: a loop, full logits, and optax's cross-entropy."""
     decoder, block, hidden_states = parameters
@@ -143,50 +157,36 @@ def naive_loss(parameters: Parameters, targets: emtp.MTPTargets) -> jax.Array:
     return 0.1 * total / jnp.sum(targets.mask)
 
 
-VARIANTS: dict[str, Loss] = {
-    "fused": fused_loss,
-    "recompute": recompute_loss,
-    "naive": naive_loss,
+Variant = Callable[[Shape, int], tuple[Callable[..., jax.Array], tuple[Any, ...]]]
+"""From sizes and a number of depths to a loss and its arguments."""
+VARIANTS: dict[str, Variant] = {
+    "fused": lambda shape, depths: (fused_loss, make_case(shape, depths)),
+    "recompute": lambda shape, depths: (recompute_loss, make_case(shape, depths)),
+    "naive": lambda shape, depths: (naive_loss, make_case(shape, depths, attention_of_all_pairs)),
 }
 
 
-class Step:
-    """One variant at one number of depths, compiled; `run` times one step."""
+class Step(Timed):
+    """One variant at one number of depths, compiled."""
 
-    def __init__(self, variant: str, depths: int, case: tuple[Any, Any]):
-        self.variant, self.depths, self.case = variant, depths, case
-        self.times: list[float] = []
-        start = time.perf_counter()
-        gradient: Any = eqx.filter_jit(eqx.filter_value_and_grad(VARIANTS[variant]))
-        self.compiled = gradient.lower(*case).compile()
-        self.compile_s = time.perf_counter() - start
-        memory = self.compiled.compiled.memory_analysis()
-        self.temp_bytes = int(memory.temp_size_in_bytes)
+    def __init__(self, name: str, variant: Variant, shape: Shape, depths: int):
+        loss, arguments = variant(shape, depths)
+        self.name, self.depths = name, depths
+        self.compiled = Compiled(eqx.filter_value_and_grad(loss), *arguments)
         self.relative_error = 0.0
         self.device_peak_bytes: int | None = None
-
-    def run(self) -> Any:
-        start = time.perf_counter()
-        out = jax.block_until_ready(self.compiled(*self.case))
-        self.times.append(time.perf_counter() - start)
-        return out
+        super().__init__(self.compiled)
 
 
-class Product:
+class Product(Timed):
     """A plain matrix product, the number of times that one depth needs it."""
 
-    def __init__(self, equation: str, x: tuple[int, ...], y: tuple[int, ...], count: float, dtype):
+    def __init__(self, equation: str, x: tuple[int, ...], y: tuple[int, ...], times: float, dtype):
         keys = jax.random.split(jax.random.key(0))
-        self.arguments = jax.random.normal(keys[0], x, dtype), jax.random.normal(keys[1], y, dtype)
-        self.product = jax.jit(functools.partial(jnp.einsum, equation))
-        self.count, self.times = count, []
-        self.product(*self.arguments).block_until_ready()
-
-    def run(self) -> None:
-        repeats = 3
-        start = time.perf_counter()
-        jax.block_until_ready([self.product(*self.arguments) for _ in range(repeats)])
-        self.times.append((time.perf_counter() - start) / repeats)
+        arrays = jax.random.normal(keys[0], x, dtype), jax.random.normal(keys[1], y, dtype)
+        product, repeats = jax.jit(functools.partial(jnp.einsum, equation)), 3
+        super().__init__(lambda: [product(*arrays) for _ in range(repeats)], repeats)
+        self.times_needed = times
 
 
 def necessary_products(shape: Shape) -> list[Product]:
@@ -218,13 +218,12 @@ def necessary_products(shape: Shape) -> list[Product]:
 
 
 def check(steps: list[Step]) -> None:
-    """Loss and gradients of every variant against the naive one's."""
-    outputs = {step.variant: step.run() for step in steps}
+    """Loss and gradients of every variant against the naive one's, whose parameters they share."""
+    (naive,) = (step for step in steps if step.name == "naive")
     for step in steps:
-        step.times.clear()
-        leaves = zip(
-            jax.tree.leaves(outputs[step.variant]), jax.tree.leaves(outputs["naive"]), strict=True
-        )
+        if step.name not in VARIANTS:
+            continue
+        leaves = zip(jax.tree.leaves(step.result), jax.tree.leaves(naive.result), strict=True)
         step.relative_error = max(
             float(jnp.max(jnp.abs(x - y)) / jnp.maximum(jnp.max(jnp.abs(y)), 1e-30))
             for x, y in leaves
@@ -234,38 +233,35 @@ def check(steps: list[Step]) -> None:
 def find_device_peaks(steps: list[Step]) -> None:
     """The most memory in use, which a device only tells of a whole process: so the small first."""
     device = jax.devices()[0]
-    for step in sorted(steps, key=lambda step: step.temp_bytes):
+    for step in sorted(steps, key=lambda step: step.compiled.temp_bytes):
         step.run()
         step.times.clear()
         step.device_peak_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def measure(shape: Shape, all_depths: list[int], repeats: int) -> list[dict[str, Any]]:
+def measure(
+    shape: Shape, variants: dict[str, Variant], all_depths: list[int], repeats: int
+) -> list[Row]:
     """All rows of one shape."""
-    steps = []
+    steps: list[Step] = []
     for depths in all_depths:
-        case = make_case(shape, depths)
-        of_depth = [Step(variant, depths, case) for variant in VARIANTS]
+        of_depth = [Step(name, variant, shape, depths) for name, variant in variants.items()]
+        check(of_depth)
         steps += of_depth
         print(f"compiled {depths} depth(s)", file=sys.stderr)
     find_device_peaks(steps)
-    for first in range(0, len(steps), len(VARIANTS)):
-        check(steps[first : first + len(VARIANTS)])
     products = necessary_products(shape)
-    for repeat in range(repeats):
-        for timed in (*products, *steps):
-            timed.run()
-        print(f"measured {repeat + 1} of {repeats} times", file=sys.stderr)
-    matmul_s = sum(product.count * statistics.median(product.times) for product in products)
+    run_in_turn([*products, *steps], repeats)
+    matmul_s = sum(product.times_needed * product.seconds for product in products)
     return [
         {
             "shape": dataclasses.asdict(shape),
-            "variant": step.variant,
+            "variant": step.name,
             "depths": step.depths,
-            "compile_s": step.compile_s,
-            "step_s": statistics.median(step.times),
-            "temp_bytes": step.temp_bytes,
-            "matmul_fraction": step.depths * matmul_s / statistics.median(step.times),
+            "compile_s": step.compiled.compile_s,
+            "step_s": step.seconds,
+            "temp_bytes": step.compiled.temp_bytes,
+            "matmul_fraction": step.depths * matmul_s / step.seconds,
             "relative_error": step.relative_error,
             "device_peak_bytes": step.device_peak_bytes,
         }
@@ -273,22 +269,37 @@ def measure(shape: Shape, all_depths: list[int], repeats: int) -> list[dict[str,
     ]
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[Row]) -> None:
     """A table for people, and for README."""
     naive = {row["depths"]: row for row in rows if row["variant"] == "naive"}
     print(f"\n{Shape(**rows[0]['shape'])} on {jax.devices()[0].device_kind}\n")
-    print("| D | variant | compile (s) | step (s) | of naive | matmul | temporaries | of naive |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("D", "variant", "compile (s)", "step (s)", "of naive", "matmul", "temporaries")
+    lines = []
     for row in rows:
         reference = naive[row["depths"]]
-        print(
-            f"| {row['depths']} | {row['variant']} | {row['compile_s']:.1f} "
-            f"| {row['step_s']:.3f} | {row['step_s'] / reference['step_s']:.2f} "
-            f"| {row['matmul_fraction']:.2f} | {row['temp_bytes'] / 2**20:.0f} MiB "
-            f"| {row['temp_bytes'] / reference['temp_bytes']:.3f} |"
+        lines.append(
+            (
+                row["depths"],
+                row["variant"],
+                f"{row['compile_s']:.1f}",
+                f"{row['step_s']:.3f}",
+                f"{row['step_s'] / reference['step_s']:.2f}",
+                f"{row['matmul_fraction']:.2f}",
+                f"{row['temp_bytes'] / 2**20:.0f} MiB",
+                f"{row['temp_bytes'] / reference['temp_bytes']:.3f}",
+            )
         )
+    print(table((*columns, "of naive"), lines))
     worst = max(row["relative_error"] for row in rows)
     print(f"\nLosses and gradients differ from the naive ones by at most {worst:.1e} (relative).")
+
+
+def variant_at(place: str) -> Variant:
+    """`module:function`, imported."""
+    module, _, function = place.partition(":")
+    if not function:
+        raise SystemExit(f"--against must be `module:function`; got {place!r}.")
+    return getattr(importlib.import_module(module), function)
 
 
 def main() -> None:
@@ -298,18 +309,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against", action="append", default=[], metavar="MODULE:FUNCTION")
     arguments = parser.parse_args()
     # Compile times are to be those of a first run.
     jax.config.update("jax_enable_compilation_cache", False)
-    rows = []
+    variants = VARIANTS | {place: variant_at(place) for place in arguments.against}
+    rows: list[Row] = []
     for shape in PRESETS[arguments.preset]:
-        of_shape = measure(shape, arguments.depths, arguments.repeats)
+        of_shape = measure(shape, variants, arguments.depths, arguments.repeats)
         print_table(of_shape)
         rows += of_shape
-    if arguments.json:
-        device = jax.devices()[0].device_kind
-        report = {"preset": arguments.preset, "device": device, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(arguments.json, {"preset": arguments.preset, "rows": rows})
 
 
 if __name__ == "__main__":

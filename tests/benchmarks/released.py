@@ -11,7 +11,6 @@ prompt's pass and the start do not count), by turns in one run; medians of sever
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from harness import Timed, run_in_turn, table, write_json
 
 import equinox_mtp as emtp
 from equinox_mtp import pretrained, speculative
@@ -66,24 +66,17 @@ def measure(model: emtp.MTPModel, rounds: int, short: int, long: int) -> dict[st
     total = jax.jit(jnp.sum)
     prompt = np.ones((1, 16), np.int32)
 
-    def seconds(work: Any) -> float:
-        started = time.perf_counter()
-        jax.block_until_ready(work())
-        return time.perf_counter() - started
+    def decode(length: int) -> Timed:
+        return Timed(
+            lambda: speculative.generate(model, prompt, max_new_tokens=length, num_drafts=0)
+        )
 
-    def decode(length: int) -> Any:
-        return speculative.generate(model, prompt, max_new_tokens=length, num_drafts=0)
-
-    for warm in (lambda: total(block), lambda: decode(short), lambda: decode(long)):
-        seconds(warm)
-    reads, tokens = [], []
-    for _ in range(rounds):
-        reads.append(seconds(lambda: total(block)))
-        few, many = seconds(lambda: decode(short)), seconds(lambda: decode(long))
-        reads.append(seconds(lambda: total(block)))
-        tokens.append((many - few) / (long - short))
+    read, few, many = Timed(lambda: total(block)), decode(short), decode(long)
+    run_in_turn((read, few, many, read), rounds)
+    pairs = zip(few.times, many.times, strict=True)
+    token = statistics.median((more - less) / (long - short) for less, more in pairs)
     weights = sum(x.nbytes for x in jax.tree.leaves(eqx.filter(model.decoder, eqx.is_array)))
-    bandwidth, token = _BYTES / statistics.median(reads), statistics.median(tokens)
+    bandwidth = _BYTES / read.seconds
     return {
         "weights_bytes": weights,
         "bandwidth_gb_s": bandwidth / 1e9,
@@ -110,23 +103,29 @@ def main() -> None:
     print(f"loaded in {report['load_s']:.1f} s")
     if arguments.reference is not None:
         report["differences"] = differences(model, arguments.reference)
-        print("| prompt | top logits, largest error | log-sum-exp | greedy continuation |")
-        print("|---|---|---|---|")
-        for row in report["differences"]:
-            same = "equal" if row["greedy_equal"] else "differs"
-            print(
-                f"| {row['prompt']} | {row['top_logits']:.1e} | {row['log_sum_exp']:.1e} | {same} |"
+        lines = [
+            (
+                row["prompt"],
+                f"{row['top_logits']:.1e}",
+                f"{row['log_sum_exp']:.1e}",
+                "equal" if row["greedy_equal"] else "differs",
             )
+            for row in report["differences"]
+        ]
+        columns = ("prompt", "top logits, largest error", "log-sum-exp", "greedy continuation")
+        print(table(columns, lines))
     report |= measure(model, arguments.rounds, *arguments.tokens)
-    print("| weights | memory reads | a token | tokens/s | all weights once | of it |")
-    print("|---|---|---|---|---|---|")
-    print(
-        f"| {report['weights_bytes'] / 1e6:.0f} MB | {report['bandwidth_gb_s']:.1f} GB/s "
-        f"| {report['token_ms']:.1f} ms | {report['tokens_per_second']:.1f} "
-        f"| {report['ideal_ms']:.1f} ms | {report['of_ideal']:.2f} |"
+    line = (
+        f"{report['weights_bytes'] / 1e6:.0f} MB",
+        f"{report['bandwidth_gb_s']:.1f} GB/s",
+        f"{report['token_ms']:.1f} ms",
+        f"{report['tokens_per_second']:.1f}",
+        f"{report['ideal_ms']:.1f} ms",
+        f"{report['of_ideal']:.2f}",
     )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    columns = ("weights", "memory reads", "a token", "tokens/s", "all weights once", "of it")
+    print(table(columns, [line]))
+    write_json(arguments.json, report)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 import multiprocessing
 import os
@@ -39,6 +38,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from harness import table, write_json
 from jax.sharding import Mesh, NamedSharding
 
 import equinox_mtp as emtp
@@ -275,13 +275,14 @@ def print_table(sizes: Sizes, rows: list[dict[str, Any]]) -> None:
     print("Dense: a stand-in for a mixture of experts. All of one device and one step, in GiB.\n")
     columns = ("devices", "mesh", "seq", "tokens", *OPERATIONS, "all moved")
     columns += ("arguments", "temporaries", "compile (s)")
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    lines = []
     for row in rows:
         moved, memory = row["moved_bytes"], (row["argument_bytes"], row["temp_bytes"])
         cells = [row["devices"], describe(row["mesh"]), row["seq"], row["tokens_per_device"]]
         for num_bytes in (*moved.values(), row["total_moved_bytes"], *memory):
             cells.append(f"{num_bytes / 2**30:.1f}" if num_bytes else "-")
-        print(f"| {' | '.join(map(str, cells))} | {row['compile_s']:.1f} |")
+        lines.append((*cells, f"{row['compile_s']:.1f}"))
+    print(table(columns, lines))
 
 
 def main() -> None:
@@ -300,9 +301,8 @@ def main() -> None:
     for devices in arguments.devices or known:
         rows += in_new_process(arguments.preset, devices)
     print_table(sizes, rows)
-    if arguments.json:
-        report = {"preset": arguments.preset, "sizes": dataclasses.asdict(sizes), "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = {"preset": arguments.preset, "sizes": dataclasses.asdict(sizes), "rows": rows}
+    write_json(arguments.json, report)
 
 
 if __name__ == "__main__":
