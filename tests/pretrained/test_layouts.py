@@ -246,6 +246,14 @@ def test_what_a_layout_cannot_hold(tmp_path: Path) -> None:
     refused("has depths already", tmp_path, one, layout="stitched", source=source)
 
 
+def test_numbers_that_are_not_of_floating_point_are_refused(tmp_path: Path) -> None:
+    model: Any = load("llama3")
+    for dtype in ("int8", "complex64"):
+        spoilt = eqx.tree_at(lambda m: m.decoder.norm.scale, model, jnp.ones(64, dtype))
+        message = f"of floating point for a released layout; got {dtype} at `norm.scale`"
+        refused(message, tmp_path, spoilt, layout="llama")
+
+
 def with_layers(model: emtp.MTPModel, change: Any, *, of_depths: bool = False) -> emtp.MTPModel:
     """A model with other settings in its attention."""
 
