@@ -1,40 +1,34 @@
 """From a checkpoint folder to an `MTPModel`."""
 
-import contextlib
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PRNGKeyArray
 
 from .._block import MultiTokenPredictionBlock
-from .._checks import check_choice, check_integer
-from .._config import MTPConfig, Preset
-from .._layer import MultiTokenPredictionLayer
+from .._checks import check_choice
+from .._config import Preset
 from .._model import MTPModel
 from .._types import checked, module_of
-from ..nn import RMSNorm, TransformerDecoder
 from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings, shard_model
+from ._depths import depth_prefixes, fresh_block, fresh_config, own_depths
 from ._folder import CONFIG_FILE, CheckpointFolder
-from ._places import Layout, Place, conventions
+from ._places import Layout, Place
 from ._read import Reader
 from ._registry import FAMILIES, family_of
-from ._settings import Settings
+from ._settings import Settings, errors_of
+from ._shapes import decoder_shapes, depth_shapes
 from ._speculators import HEAD_KIND_KEY, depths_of_head, head_table, verifier_folder
-from ._tables import Family, MTPTable
+from ._tables import Family
 from ._tokenizer import load_tokenizer
-from ._transformers import COUNT_KEY, transformers_table
+from ._transformers import COUNT_KEY
 
-_MOST_DEPTHS = 1000
 _DTYPES = ("float32", "bfloat16", "float16")
-HINTS = "equinox_mtp"
-"""The key of `config.json` under which `save` keeps conventions that a layout does not tell."""
 
 
 @checked
@@ -107,7 +101,7 @@ def load(
     own = stored if config.num_depths else None
     is_fresh = num_depths is not None and (head_folder is None or num_depths == 0)
     if is_fresh or preset is not None:
-        own, config = None, _fresh_config(num_depths, preset, key)
+        own, config = None, fresh_config(num_depths, preset, key)
     elif head_folder is not None:
         own, config = head_table(), depths_of_head(head_folder, num_depths)
     layout = Layout(family, own)
@@ -117,7 +111,7 @@ def load(
         with errors_of(settings):
             layers = depth_shapes(settings, family, source, config)
         parts.append(_Part(source, layers, layout.block_places(layers, decoder.num_layers)))
-    left_out = [] if own is stored else _depth_prefixes(settings, stored)
+    left_out = [] if own is stored else depth_prefixes(settings, stored)
     _check_all_used(parts, family, left_out)
     readers = [Reader(part.folder, dtype, settings.dtype) for part in parts]
     for part, reader in zip(parts, readers, strict=True):
@@ -131,7 +125,7 @@ def load(
         layers = own_layers[0] if own_layers else None
         block = module_of(MultiTokenPredictionBlock, config=config, layers=layers)
     else:
-        block = _fresh_block(settings, family, checkpoint, config, dtype, key)
+        block = fresh_block(settings, family, checkpoint, config, dtype, key)
         block = block if mesh is None else shard_model(block, mesh, rules)
     _report_not_finite(readers)
     return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
@@ -175,17 +169,6 @@ def _report_not_finite(readers: Sequence[Reader]) -> None:
         )
 
 
-@contextlib.contextmanager
-def errors_of(settings: Settings) -> Iterator[None]:
-    """Parts that cannot be built are an error of the configuration's file."""
-    try:
-        yield
-    except (ValueError, TypeError, ArithmeticError) as error:
-        if str(error).startswith(str(settings.path.parent)):
-            raise
-        raise ValueError(f"{settings.path}: {' '.join(str(error).split())[:300]}") from None
-
-
 def _check_counts(settings: Settings, family: Family, folder: CheckpointFolder) -> None:
     """**Raises:** `ValueError` for more layers than there are tensors: none is built for them."""
     mtp = family.mtp
@@ -193,134 +176,6 @@ def _check_counts(settings: Settings, family: Family, folder: CheckpointFolder) 
         count = settings.integer(key, 0, at_least=0)
         if count > len(folder):
             raise settings.error(key, f"at most {len(folder)}, the number of tensors", count)
-
-
-def decoder_shapes(
-    settings: Settings, family: Family, names: Collection[str], compute_dtype: str | None
-) -> TransformerDecoder:
-    """The decoder that a configuration describes, with shapes in place of arrays."""
-    vocab_size, embed_size = settings.integer("vocab_size"), settings.integer("hidden_size")
-    head = family.decoder["head"].name
-    # Not said: as the weights are. Said otherwise than they are: a tensor is missing.
-    is_tied = settings.flag("tie_word_embeddings", head not in names)
-    if is_tied and head in names and isinstance(names, CheckpointFolder):
-        _check_tied(names, family.decoder["embedding"].name, head)
-
-    def make() -> TransformerDecoder:
-        keys = jax.random.split(jax.random.key(0), settings.integer("num_hidden_layers"))
-        layers = [
-            family.make_layer(settings, index, names, key=key) for index, key in enumerate(keys)
-        ]
-        return TransformerDecoder.of(
-            layers,
-            embedding=jnp.zeros((vocab_size, embed_size)),
-            norm=RMSNorm(embed_size, epsilon=settings.number("rms_norm_eps", 1e-6)),
-            head=None if is_tied else jnp.zeros((vocab_size, embed_size)),
-            dtype=settings.compute_dtype if compute_dtype is None else compute_dtype,
-        )
-
-    return eqx.filter_eval_shape(make)
-
-
-def _check_tied(folder: CheckpointFolder, embedding: str, head: str) -> None:
-    """**Raises:** `ValueError` if a head that is there again is another one."""
-    one, other = folder.view(embedding), folder.view(head)
-    is_same = one.shape == other.shape
-    step = max(1, 2**24 // max(one[:1].nbytes, 1))
-    for start in range(0, len(one) if is_same else 0, step):
-        piece = slice(start, start + step)
-        is_same = is_same and np.array_equal(one[piece], other[piece])
-        folder.forget(embedding)
-        folder.forget(head)
-    if not is_same:
-        raise ValueError(
-            f"{folder.where(head)}: it differs from the embedding, and `tie_word_embeddings` is "
-            "true. Set it to false in config.json to use this head."
-        )
-
-
-def depth_shapes(
-    settings: Settings, family: Family, names: Collection[str], config: MTPConfig
-) -> MultiTokenPredictionLayer:
-    """The stacked layers of all depths, with shapes in place of arrays."""
-
-    def make() -> MultiTokenPredictionBlock:
-        return _make_block(settings, family, names, config, jax.random.key(0))
-
-    return eqx.filter_eval_shape(make).layers
-
-
-def _fresh_block(
-    settings: Settings,
-    family: Family,
-    names: Collection[str],
-    config: MTPConfig,
-    dtype: str | None,
-    key: PRNGKeyArray | None,
-) -> MultiTokenPredictionBlock:
-    assert key is not None
-
-    @eqx.filter_jit
-    def make(key: PRNGKeyArray) -> MultiTokenPredictionBlock:
-        block = _make_block(settings, family, names, config, key)
-        return jax.tree.map(
-            lambda x: x.astype(dtype) if dtype is not None and eqx.is_inexact_array(x) else x, block
-        )
-
-    return make(key)
-
-
-def _make_block(
-    settings: Settings, family: Family, names: Collection[str], config: MTPConfig, key: PRNGKeyArray
-) -> MultiTokenPredictionBlock:
-    num_layers = settings.integer("num_hidden_layers")
-    return MultiTokenPredictionBlock(
-        config,
-        lambda key: family.make_layer(settings, num_layers, names, key=key),
-        embed_size=settings.integer("hidden_size"),
-        norm_epsilon=settings.number("rms_norm_eps", 1e-6),
-        key=key,
-    )
-
-
-def own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]:
-    """The tables and conventions of a folder's own depths."""
-    mtp = family.mtp
-    if mtp is None:
-        num_depths = settings.integer(COUNT_KEY, 0, at_least=0)
-        mtp = transformers_table(num_depths)
-    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
-    if not num_depths:
-        return mtp, MTPConfig(num_depths=0)
-    hints = settings.get(HINTS, {})
-    hints = hints if isinstance(hints, dict) else {}
-    with errors_of(settings):
-        config = conventions(mtp, **{"num_depths": num_depths, **hints})
-        num_layers = 1 if config.repeated_layer else config.num_depths
-        if num_layers != num_depths or config.num_depths > _MOST_DEPTHS:
-            raise settings.error(HINTS, f"of {num_depths} layer(s)", hints)
-        return mtp, config
-
-
-def _depth_prefixes(settings: Settings, mtp: MTPTable) -> list[str]:
-    """What the names of a folder's own depths begin with."""
-    num_layers = settings.integer("num_hidden_layers")
-    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
-    return [mtp.prefix.format(depth=k, layer=num_layers + k) for k in range(num_depths)]
-
-
-def _fresh_config(
-    num_depths: int | None, preset: Preset | None, key: PRNGKeyArray | None
-) -> MTPConfig:
-    num_depths = check_integer("num_depths", 1 if num_depths is None else num_depths, at_least=0)
-    if num_depths == 0:
-        return MTPConfig(num_depths=0)
-    if key is None:
-        raise ValueError(
-            f"`key` must be given for the initial values of {num_depths} fresh depth(s); got "
-            "`None`. Pass `key=jax.random.key(0)`."
-        )
-    return MTPConfig.preset("deepseek_v3" if preset is None else preset, num_depths)
 
 
 def _check_all_used(parts: Sequence[_Part], family: Family, left_out: list[str]) -> None:

@@ -1,10 +1,15 @@
 """What a `config.json` says, in this library's terms."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import nn
+
+HINTS = "equinox_mtp"
+"""The key of `config.json` under which `save` keeps conventions that a layout does not tell."""
 
 _SCALINGS = {"default", "linear", "llama3", "yarn"}
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
@@ -118,6 +123,17 @@ class Settings:
             attention_factor=_yarn_amplitude(rope, factor),
             rounds_ramp=rope.flag("truncate", True),
         )
+
+
+@contextlib.contextmanager
+def errors_of(settings: Settings) -> Iterator[None]:
+    """Parts that cannot be built are an error of the configuration's file."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if str(error).startswith(str(settings.path.parent)):
+            raise
+        raise ValueError(f"{settings.path}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _yarn_amplitude(rope: Settings, factor: float) -> float | None:

@@ -1,0 +1,78 @@
+"""Which prediction depths a folder has: its own, or fresh ones in their place."""
+
+from collections.abc import Collection
+
+import equinox as eqx
+import jax
+from jaxtyping import PRNGKeyArray
+
+from .._block import MultiTokenPredictionBlock
+from .._checks import check_integer
+from .._config import MTPConfig, Preset
+from ._places import conventions
+from ._settings import HINTS, Settings, errors_of
+from ._shapes import make_block
+from ._tables import Family, MTPTable
+from ._transformers import COUNT_KEY, transformers_table
+
+_MOST_DEPTHS = 1000
+
+
+def own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]:
+    """The tables and conventions of a folder's own depths."""
+    mtp = family.mtp
+    if mtp is None:
+        num_depths = settings.integer(COUNT_KEY, 0, at_least=0)
+        mtp = transformers_table(num_depths)
+    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
+    if not num_depths:
+        return mtp, MTPConfig(num_depths=0)
+    hints = settings.get(HINTS, {})
+    hints = hints if isinstance(hints, dict) else {}
+    with errors_of(settings):
+        config = conventions(mtp, **{"num_depths": num_depths, **hints})
+        num_layers = 1 if config.repeated_layer else config.num_depths
+        if num_layers != num_depths or config.num_depths > _MOST_DEPTHS:
+            raise settings.error(HINTS, f"of {num_depths} layer(s)", hints)
+        return mtp, config
+
+
+def depth_prefixes(settings: Settings, mtp: MTPTable) -> list[str]:
+    """What the names of a folder's own depths begin with."""
+    num_layers = settings.integer("num_hidden_layers")
+    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
+    return [mtp.prefix.format(depth=k, layer=num_layers + k) for k in range(num_depths)]
+
+
+def fresh_config(
+    num_depths: int | None, preset: Preset | None, key: PRNGKeyArray | None
+) -> MTPConfig:
+    num_depths = check_integer("num_depths", 1 if num_depths is None else num_depths, at_least=0)
+    if num_depths == 0:
+        return MTPConfig(num_depths=0)
+    if key is None:
+        raise ValueError(
+            f"`key` must be given for the initial values of {num_depths} fresh depth(s); got "
+            "`None`. Pass `key=jax.random.key(0)`."
+        )
+    return MTPConfig.preset("deepseek_v3" if preset is None else preset, num_depths)
+
+
+def fresh_block(
+    settings: Settings,
+    family: Family,
+    names: Collection[str],
+    config: MTPConfig,
+    dtype: str | None,
+    key: PRNGKeyArray | None,
+) -> MultiTokenPredictionBlock:
+    assert key is not None
+
+    @eqx.filter_jit
+    def make(key: PRNGKeyArray) -> MultiTokenPredictionBlock:
+        block = make_block(settings, family, names, config, key)
+        return jax.tree.map(
+            lambda x: x.astype(dtype) if dtype is not None and eqx.is_inexact_array(x) else x, block
+        )
+
+    return make(key)
