@@ -1,9 +1,11 @@
 """Which prediction depths a folder has: its own, or fresh ones in their place."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from .._block import MultiTokenPredictionBlock
@@ -14,6 +16,8 @@ from ._settings import HINTS, Settings, errors_of
 from ._shapes import make_block
 from ._tables import Family, MTPTable
 from ._transformers import COUNT_KEY, transformers_table
+
+Tree = TypeVar("Tree")
 
 _MOST_DEPTHS = 1000
 
@@ -66,13 +70,20 @@ def fresh_block(
     dtype: str | None,
     key: PRNGKeyArray | None,
 ) -> MultiTokenPredictionBlock:
+    """A block with new layers, in the dtype that is wanted."""
     assert key is not None
+    block = make_block(settings, family, names, config, key)
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if dtype is not None and eqx.is_inexact_array(x) else x, block
+    )
 
-    @eqx.filter_jit
-    def make(key: PRNGKeyArray) -> MultiTokenPredictionBlock:
-        block = make_block(settings, family, names, config, key)
-        return jax.tree.map(
-            lambda x: x.astype(dtype) if dtype is not None and eqx.is_inexact_array(x) else x, block
-        )
 
-    return make(key)
+def made_there(
+    make: Callable[[PRNGKeyArray | None], Tree], key: PRNGKeyArray | None, shardings: Any
+) -> Tree:
+    """What `make(key)` gives, each array made part by part on the devices of its sharding."""
+    one = jax.tree.leaves(shardings)[0]
+    if isinstance(one, NamedSharding):
+        key = jax.device_put(key, NamedSharding(one.mesh, PartitionSpec()))
+    arrays = jax.jit(lambda key: eqx.filter(make(key), eqx.is_array), out_shardings=shardings)(key)
+    return eqx.combine(arrays, eqx.filter_eval_shape(make, key))

@@ -2,9 +2,11 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -15,8 +17,8 @@ from .._checks import check_choice
 from .._config import Preset
 from .._model import MTPModel
 from .._types import checked, module_of
-from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings, shard_model
-from ._depths import depth_prefixes, fresh_block, fresh_config, own_depths
+from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
+from ._depths import depth_prefixes, fresh_block, fresh_config, made_there, own_depths
 from ._folder import CONFIG_FILE, CheckpointFolder
 from ._places import Layout, Place
 from ._read import Reader
@@ -117,16 +119,19 @@ def load(
     for part, reader in zip(parts, readers, strict=True):
         for place in part.places:
             reader.check(place)
+    make = partial(fresh_block, settings, family, checkpoint, config, dtype)
+    is_made = own is None and config.num_depths > 0
+    layers = parts[1].shapes if own is not None else None
+    block = module_of(MultiTokenPredictionBlock, config=config, layers=layers)
+    block = eqx.filter_eval_shape(make, key) if is_made else block
+    shardings = _shardings(MTPModel(decoder, block), mesh, rules)
     # Nothing is allocated before all is known to fit.
-    decoder, *own_layers = [
-        _fill(part, reader, mesh, rules) for part, reader in zip(parts, readers, strict=True)
-    ]
-    if own_layers or not config.num_depths:
-        layers = own_layers[0] if own_layers else None
+    decoder = _fill(parts[0], readers[0], shardings.decoder)
+    if own is not None:
+        layers = _fill(parts[1], readers[1], shardings.block.layers)
         block = module_of(MultiTokenPredictionBlock, config=config, layers=layers)
-    else:
-        block = fresh_block(settings, family, checkpoint, config, dtype, key)
-        block = block if mesh is None else shard_model(block, mesh, rules)
+    elif is_made:
+        block = made_there(make, key, shardings.block)
     _report_not_finite(readers)
     return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
 
@@ -139,25 +144,24 @@ class _Part(NamedTuple):
     places: list[Place]
 
 
-def _fill(part: _Part, reader: Reader, mesh: Mesh | None, rules: ShardingRules) -> Any:
-    """The arrays in place of their shapes."""
-    leaves, structure = jax.tree.flatten(part.shapes)
-    remaining = iter(part.places)
-    places = [next(remaining) if isinstance(x, jax.ShapeDtypeStruct) else None for x in leaves]
-    typed = [
-        x if place is None else jax.ShapeDtypeStruct(x.shape, reader.dtype_of(place))
-        for x, place in zip(leaves, places, strict=True)
-    ]
-    (here,) = jnp.zeros(()).devices()  # the default one
-    shardings = [SingleDeviceSharding(here)] * len(leaves)
+def _shardings(model: MTPModel, mesh: Mesh | None, rules: ShardingRules) -> Any:
+    """Where each array goes, in its place; `None` in place of anything else."""
     if mesh is not None:
-        tree = parameter_shardings(structure.unflatten(typed), mesh, rules)
-        shardings = structure.flatten_up_to(tree)
-    filled = [
-        x if place is None else reader.array(place, x.shape, sharding)
-        for x, place, sharding in zip(typed, places, shardings, strict=True)
-    ]
-    return structure.unflatten(filled)
+        return parameter_shardings(model, mesh, rules)
+    (here,) = jnp.zeros(()).devices()  # the default one
+    return jax.tree.map(
+        lambda x: SingleDeviceSharding(here) if isinstance(x, jax.ShapeDtypeStruct) else None, model
+    )
+
+
+def _fill(part: _Part, reader: Reader, shardings: Any) -> Any:
+    """The arrays in place of their shapes."""
+    places = iter(part.places)
+
+    def fill(x: Any, sharding: Any) -> Any:
+        return x if sharding is None else reader.array(next(places), x.shape, sharding)
+
+    return jax.tree.map(fill, part.shapes, shardings, is_leaf=lambda x: x is None)
 
 
 def _report_not_finite(readers: Sequence[Reader]) -> None:
