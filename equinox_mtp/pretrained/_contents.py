@@ -16,7 +16,7 @@ from ._fitting import fit_depths, with_biases
 from ._folder import CONFIG_FILE, CheckpointFolder
 from ._places import Layout
 from ._registry import family_of
-from ._settings import HINTS, Settings
+from ._settings import COMPUTE_DTYPE, HINTS, Settings
 from ._shapes import decoder_shapes, depth_shapes
 from ._speculators import head_config, head_table
 from ._tables import Family, MTPTable
@@ -85,13 +85,34 @@ def contents_of(
     """
     if layout == "source":
         assert origin is not None
-        return _like(model, origin, families)
-    if layout == "speculators":
-        return _head(model, origin)
-    if layout in ("transformers", "stitched"):
-        return _with_transformers_depths(layout, model, origin)
-    family = next(family for family in families if family.name == layout)
-    return _family(family, model, origin)
+        contents = _like(model, origin, families)
+    elif layout == "speculators":
+        contents = _head(model, origin)
+    elif layout in ("transformers", "stitched"):
+        contents = _with_transformers_depths(layout, model, origin)
+    else:
+        family = next(family for family in families if family.name == layout)
+        contents = _family(family, model, origin)
+    # The folder of a head says nothing of how its model computes.
+    is_head = layout == "speculators" and origin is not None
+    followed = origin.config if is_head else contents.config
+    config = _with_compute_dtype(contents.config, contents.decoder.dtype, followed)
+    return dataclasses.replace(contents, config=config)
+
+
+def _with_compute_dtype(
+    config: dict[str, Any], compute_dtype: str, followed: dict[str, Any]
+) -> dict[str, Any]:
+    """A configuration that notes the compute dtype, if `load` would choose another one.
+
+    `followed` is the configuration that `load` follows without a note.
+    """
+    if Settings(followed, Path(CONFIG_FILE)).compute_dtype == compute_dtype:
+        return config
+    nested = config.get("text_config")
+    target = nested if isinstance(nested, dict) else config
+    noted = {**target, HINTS: {**target.get(HINTS, {}), COMPUTE_DTYPE: compute_dtype}}
+    return noted if target is config else {**config, "text_config": noted}
 
 
 def _decoder_tensors(family: Family, model: MTPModel) -> list[StoredTensor]:
@@ -155,9 +176,9 @@ _COUNTED = ("tie_word_embeddings", "num_nextn_predict_layers", COUNT_KEY, HINTS)
 
 def _merged(stored: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
     """A folder's configuration, where it still says what the model is."""
-    config = {name: x for name, x in stored.items() if name not in _QUANTIZED}
+    config = _without(stored, *_QUANTIZED, HINTS)
     nested = config.get("text_config")
-    target = dict(nested) if isinstance(nested, dict) else config
+    target = _without(nested, HINTS) if isinstance(nested, dict) else config
     for name in _COUNTED:
         if name in written and written[name] != target.get(name, False if "tie" in name else 0):
             target[name] = written[name]
@@ -165,6 +186,10 @@ def _merged(stored: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
         if name in target:
             target[name] = written["torch_dtype"]
     return {**config, "text_config": target} if target is not config else config
+
+
+def _without(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: x for name, x in config.items() if name not in names}
 
 
 def _head(model: MTPModel, origin: CheckpointFolder | None) -> Contents:
@@ -198,7 +223,7 @@ def _with_transformers_depths(
                 "`source` must be given for `layout='stitched'`: the folder of the main model, "
                 "whose files are linked."
             )
-        tensors, config = depths, dict(origin.config)
+        tensors, config = depths, _without(origin.config, HINTS)
     else:
         tensors = _decoder_tensors(family, model) + depths
         config = _config(family, decoder, origin)

@@ -12,7 +12,7 @@ from .._block import MultiTokenPredictionBlock
 from .._checks import check_integer
 from .._config import MTPConfig, Preset
 from ._places import conventions
-from ._settings import HINTS, Settings, errors_of
+from ._settings import COMPUTE_DTYPE, HINTS, Settings, errors_of
 from ._shapes import make_block
 from ._tables import Family, MTPTable
 from ._transformers import COUNT_KEY, transformers_table
@@ -31,8 +31,7 @@ def own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]
     num_depths = settings.integer(mtp.count_key, 0, at_least=0)
     if not num_depths:
         return mtp, MTPConfig(num_depths=0)
-    hints = settings.get(HINTS, {})
-    hints = hints if isinstance(hints, dict) else {}
+    hints = {name: x for name, x in settings.hints.items() if name != COMPUTE_DTYPE}
     with errors_of(settings):
         config = conventions(mtp, **{"num_depths": num_depths, **hints})
         num_layers = 1 if config.repeated_layer else config.num_depths

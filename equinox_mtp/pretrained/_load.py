@@ -73,7 +73,8 @@ def load(
     - `preset`: the conventions of fresh depths, see `MTPConfig.preset`; `"deepseek_v3"` if `None`.
     - `key`: for the initial values of fresh depths.
     - `dtype`: of the parameters; as they are stored if `None`. Fresh depths are float32 then.
-    - `compute_dtype`: float32 or bfloat16; `None` follows the configuration.
+    - `compute_dtype`: float32 or bfloat16. `None` takes what `save` noted, and otherwise follows
+        the configuration: bfloat16 if parameters are stored so, float32 if not.
     - `mesh`, `rules`: where parameters go; everything on one device without a mesh.
     - `verifier`: the folder of a FastMTP head's model; `None` looks for the one that it names.
     - `tokenizer`: whether to read the tokenizer, which needs the extra `hf`.
@@ -94,6 +95,9 @@ def load(
     if HEAD_KIND_KEY in checkpoint.config:
         head_folder = checkpoint
         checkpoint = CheckpointFolder(verifier_folder(head_folder, verifier))
+        if compute_dtype is None:
+            head = Settings(head_folder.config, head_folder.path / CONFIG_FILE)
+            compute_dtype = head.noted_compute_dtype
     settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
     family = family_of(settings, families)
     _check_counts(settings, family, checkpoint)

@@ -214,6 +214,10 @@ CASES: dict[str, tuple[Change, str]] = {
         config(architectures=["Qwen3ForCausalLM"], num_mtp_layers=1, equinox_mtp={"x": 1}),
         "config.json: .*'x'",
     ),
+    "compute dtype": (
+        config(equinox_mtp={"compute_dtype": ["int8"]}),
+        r"`equinox_mtp.compute_dtype` must be float32 or bfloat16; got \['int8'\]",
+    ),
     "a name in two lines": (
         tensors(lambda t: t.update({"a\nb": t[NAME]})),
         r"tensor `a\\nb`: the family",
