@@ -1,6 +1,5 @@
 """From a checkpoint folder to an `MTPModel`."""
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from .._block import MultiTokenPredictionBlock
 from .._checks import check_choice
 from .._config import Preset
 from .._model import MTPModel
-from .._types import checked, module_of
+from .._types import checked, module_of, warn_caller
 from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
 from ._depths import depth_prefixes, fresh_block, fresh_config, made_there, own_depths
 from ._folder import CONFIG_FILE, CheckpointFolder
@@ -171,10 +170,7 @@ def _fill(part: _Part, reader: Reader, shardings: Any) -> Any:
 def _report_not_finite(readers: Sequence[Reader]) -> None:
     found = [reader.folder.where(name) for reader in readers for name in sorted(reader.not_finite)]
     if found:
-        warnings.warn(
-            f"{len(found)} tensor(s) hold numbers that are not finite, such as {found[0]}.",
-            stacklevel=4,
-        )
+        warn_caller(f"{len(found)} tensor(s) hold numbers that are not finite, such as {found[0]}.")
 
 
 def _check_counts(settings: Settings, family: Family, folder: CheckpointFolder) -> None:

@@ -352,8 +352,10 @@ def test_numbers_that_are_not_finite_are_reported(tmp_path: Path) -> None:
 
     folder = changed("qwen3", tmp_path / "nan", tensors=spoil)
     with pytest.warns(UserWarning, match=r"2 tensor\(s\) hold numbers that are not finite") as said:
-        model, _ = pretrained.load(folder, tokenizer=False)
+        model, _ = pretrained.load(folder, tokenizer=False)  # this line
     assert NAME in str(said[0].message)
+    assert said[0].filename == __file__
+    assert Path(__file__).read_text().splitlines()[said[0].lineno - 1].endswith("# this line")
     up: Any = model.decoder.layers.feed_forward.up  # type: ignore[attr-defined]
     assert np.isnan(up.kernel[1, 4, 3])
     with warnings.catch_warnings(action="error"):
