@@ -244,7 +244,8 @@ def _dense_family(decoder: TransformerDecoder) -> Family:
     if isinstance(attention, GroupedQueryAttention):
         if attention.query_norm is not None:
             return QWEN3
-        return LLAMA if attention.query_bias is None else QWEN2
+        is_llama = attention.query_bias is None or attention.out_bias is not None
+        return LLAMA if is_llama else QWEN2
     raise ValueError(
         "`model` must have layers of grouped-query attention for this layout; got "
         f"{type(attention).__name__}."

@@ -206,9 +206,13 @@ CASES: dict[str, tuple[Change, str]] = {
     "rope a list": (config(rope_scaling={"rope_type": []}), "`rope_type` must be default or"),
     "theta negative": (config(rope_theta=-1), "config.json: `theta` must be above 0"),
     "epsilon negative": (config(rms_norm_eps=-1), "config.json: `epsilon` must be at least 0"),
-    "output bias": (
+    "output bias of one layer": (
         tensors(lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": np.zeros(64, "f4")})),
-        "`attention_bias` must be false",
+        "tensor `model.layers.1.self_attn.o_proj.bias` is missing",
+    ),
+    "feed-forward bias": (
+        tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.bias": np.zeros(96, "f4")})),
+        "`mlp_bias` must be false: only attention has biases here; got None",
     ),
     "hints": (
         config(architectures=["Qwen3ForCausalLM"], num_mtp_layers=1, equinox_mtp={"x": 1}),
