@@ -27,6 +27,7 @@ The examples of this package begin with a small folder of their own:
 from ._load import load
 from ._registry import FAMILIES
 from ._save import save
+from ._speculators import model_folder
 from ._tables import AbstractStep, Family, Flat, Kernel, MTPTable, Same, Tensor
 from ._tokenizer import load_tokenizer
 
@@ -41,5 +42,6 @@ __all__ = [
     "Tensor",
     "load",
     "load_tokenizer",
+    "model_folder",
     "save",
 ]

@@ -93,7 +93,8 @@ def load(
     checkpoint = CheckpointFolder(Path(folder))
     if HEAD_KIND_KEY in checkpoint.config:
         head_folder = checkpoint
-        checkpoint = CheckpointFolder(verifier_folder(head_folder, verifier))
+        where = verifier_folder(head_folder.path, head_folder.config, verifier)
+        checkpoint = CheckpointFolder(where)
         if compute_dtype is None:
             head = Settings(head_folder.config, head_folder.path / CONFIG_FILE)
             compute_dtype = head.noted_compute_dtype

@@ -12,7 +12,7 @@ from checkpoints import FOLDER, changed
 from equinox_mtp import pretrained, speculative
 from equinox_mtp.__main__ import main
 from equinox_mtp.training import load_corpus
-from equinox_mtp.training._text import ByteText, end_token, read_text
+from equinox_mtp.training._text import ByteText, end_tokens, read_text
 
 SAMPLES = [*json.loads((FOLDER / "qwen3" / "tokenizer_samples.json").read_text())]
 
@@ -54,15 +54,16 @@ def test_a_character_that_is_cut() -> None:
 
 def test_which_token_ends_a_text(tmp_path: Path) -> None:
     tokenizer = pretrained.load(FOLDER / "qwen3")[1]
-    assert end_token(tokenizer, tmp_path) == tokenizer.token_to_id("<|endoftext|>") == 0
+    assert end_tokens(tokenizer, tmp_path) == (0,)
+    assert tokenizer.token_to_id("<|endoftext|>") == 0
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    assert end_token(words, tmp_path) is None
+    assert end_tokens(words, tmp_path) == ()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "the"}}')
-    assert end_token(tokenizer, tmp_path) == tokenizer.token_to_id("the")
-    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    assert end_token(tokenizer, tmp_path) == 7
+    assert end_tokens(tokenizer, tmp_path) == (tokenizer.token_to_id("the"),)
+    (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": 7}}')
+    assert end_tokens(tokenizer, tmp_path) == (7,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
-    assert end_token(tokenizer, tmp_path) == 9
+    assert end_tokens(tokenizer, tmp_path) == (9, 8)
 
 
 def test_generate_continues_with_a_released_model(
@@ -80,6 +81,33 @@ def test_generate_continues_with_a_released_model(
     assert re.sub("[⟦⟧]", "", printed.split("\n\n8 tokens in ")[0]) == expected
     assert re.search(r"8 tokens in \d+ forward passes; not counting the prompt's", printed)
     assert "100% of the continuations equal" in printed
+
+
+def test_a_heads_model_says_what_ends_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any of several tokens, of the model's folder, and its longest row; not the head's."""
+    prompt, folder = "to be or not", FOLDER / "fastmtp"
+    model, tokenizer = pretrained.load(folder)
+    ids = tokenizer.encode(prompt).ids
+    tokens = speculative.generate(model, [ids], max_new_tokens=12).tokens[0].tolist()
+    # Of these the second one comes first.
+    ends = [tokens[len(ids) + 8], tokens[len(ids) + 6]]
+    stop = next(i for i in range(len(ids), len(tokens)) if tokens[i] in ends)
+    assert len(ids) < stop < len(tokens) - 3
+    sizes = {"eos_token_id": ends, "max_position_embeddings": 16}
+    changed("qwen3", tmp_path / "qwen3", config=lambda c: c.update(sizes))
+    head = changed("fastmtp", tmp_path / "head")
+    (head / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[len(ids)]}))
+    assert pretrained.model_folder(head) == tmp_path / "qwen3"
+    options = ["--prompt", prompt, "--max-new-tokens", "12", "--drafts", "2"]
+    assert main(["generate", "--model", str(head), *options]) == 0
+    printed = capsys.readouterr().out
+    note = f"note: up to {len(ids) + 12} tokens are asked for; the model was trained on rows of 16"
+    assert printed.startswith(note)
+    _, text, counts = printed.split("\n\n")
+    assert re.sub("[⟦⟧]", "", text) == tokenizer.decode(tokens[:stop])
+    assert counts.startswith(f"{stop + 1 - len(ids)} tokens in ")
 
 
 @pytest.mark.parametrize(
