@@ -21,13 +21,13 @@ from ._step import make_optimizer, make_state
 from ._text import (
     TOKENIZER_FILE,
     AbstractText,
-    AbstractTextDecoder,
     ByteText,
     TokenizerText,
     end_tokens,
     read_settings,
     read_text,
 )
+from ._text_decoders import AbstractTextDecoder
 
 _COLORS = "\033[30;102m", "\033[0m"
 _BRACKETS = "⟦", "⟧"

@@ -1,7 +1,6 @@
 """Text as token ids: its bytes, or the tokens of a tokenizer."""
 
 import abc
-import codecs
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from equinox_mtp.pretrained import load_tokenizer
 
 from ._processes import is_first
 from ._sources import TEXT_END, TEXT_VOCAB, TOKEN_SUFFIXES, Stream, TokenArray, find_files
+from ._text_decoders import AbstractTextDecoder, ByteDecoder, TokenDecoder
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -36,20 +36,8 @@ class AbstractText(abc.ABC):
         """Token ids, int32."""
 
     @abc.abstractmethod
-    def decoder(self) -> "AbstractTextDecoder":
+    def decoder(self) -> AbstractTextDecoder:
         """Decodes ids as they come."""
-
-
-class AbstractTextDecoder(abc.ABC):
-    """Text of token ids that come a few at a time."""
-
-    @abc.abstractmethod
-    def feed(self, ids: Sequence[int]) -> str:
-        """What of the text is complete now, and was not before."""
-
-    @abc.abstractmethod
-    def finish(self) -> str:
-        """The rest: U+FFFD for a character that is cut."""
 
 
 class ByteText(AbstractText):
@@ -62,9 +50,9 @@ class ByteText(AbstractText):
         """See `AbstractText`."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
 
-    def decoder(self) -> "AbstractTextDecoder":
+    def decoder(self) -> AbstractTextDecoder:
         """See `AbstractText`."""
-        return _ByteDecoder()
+        return ByteDecoder()
 
 
 class TokenizerText(AbstractText):
@@ -80,43 +68,9 @@ class TokenizerText(AbstractText):
         text = _utf8(text).decode("utf8", "replace")
         return np.asarray(self._tokenizer.encode(text).ids, np.int32)
 
-    def decoder(self) -> "AbstractTextDecoder":
+    def decoder(self) -> AbstractTextDecoder:
         """See `AbstractText`."""
-        return _TokenDecoder(self._tokenizer, self.end_ids)
-
-
-class _ByteDecoder(AbstractTextDecoder):
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf8")("replace")
-
-    def feed(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(bytes(x for x in ids if x != TEXT_END))
-
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
-class _TokenDecoder(AbstractTextDecoder):
-    """Decodes all ids again: how a token is written may depend on those before it."""
-
-    def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
-        self._tokenizer, self._end_ids = tokenizer, end_ids
-        self._ids: list[int] = []
-        self._shown = ""
-
-    def feed(self, ids: Sequence[int]) -> str:
-        self._ids += [x for x in ids if x not in self._end_ids]
-        text = self._tokenizer.decode(self._ids)
-        # A character whose last bytes are still to come.
-        return self._show(text.rstrip("\ufffd"))
-
-    def finish(self) -> str:
-        return self._show(self._tokenizer.decode(self._ids))
-
-    def _show(self, text: str) -> str:
-        new = text[len(self._shown) :] if text.startswith(self._shown) else ""
-        self._shown += new
-        return new
+        return TokenDecoder(self._tokenizer, self.end_ids)
 
 
 def _utf8(text: str) -> bytes:
