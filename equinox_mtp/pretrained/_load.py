@@ -71,7 +71,9 @@ def load(
         the folder's, which are none for most models.
     - `preset`: the conventions of fresh depths, see `MTPConfig.preset`; `"deepseek_v3"` if `None`.
     - `key`: for the initial values of fresh depths.
-    - `dtype`: of the parameters; as they are stored if `None`. Fresh depths are float32 then.
+    - `dtype`: of the parameters; as they are stored if `None`. Fresh depths are float32 then. Train
+        in float32 or bfloat16: optax keeps Adam's moments in the dtype of the parameters, and in
+        float16 its epsilon of 1e-8 is 0, as are small squares, so that updates are not finite.
     - `compute_dtype`: float32 or bfloat16. `None` takes what `save` noted, and otherwise follows
         the configuration: bfloat16 if parameters are stored so, float32 if not.
     - `mesh`, `rules`: where parameters go; everything on one device without a mesh.
