@@ -94,8 +94,9 @@ def contents_of(
         family = next(family for family in families if family.name == layout)
         contents = _family(family, model, origin)
     # The folder of a head says nothing of how its model computes.
-    is_head = layout == "speculators" and origin is not None
-    followed = origin.config if is_head else contents.config
+    followed = contents.config
+    if layout == "speculators" and origin is not None:
+        followed = origin.config
     config = _with_compute_dtype(contents.config, contents.decoder.dtype, followed)
     return dataclasses.replace(contents, config=config)
 
