@@ -18,7 +18,7 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 4 | `nn`, `_layer` | the reference decoder; one depth |
 | 3 | `cross_entropy`, `attention` | the loss of an output head, without logits; attention, without their square |
 | 2 | `_shift`, `_alignment`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization`, `stacking` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files; layers that are alike as one |
-| 1 | `_config`, `_checks`, `_types`, `_platform`, `_annotations`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; where JAX runs; the API reference |
+| 1 | `_config`, `_checks`, `_types`, `_platform`, `_annotations`, `_safetensors`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; where JAX runs; the format of files; the API reference |
 
 The examples in all docstrings begin with this model and this batch:
 

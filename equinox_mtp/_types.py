@@ -15,7 +15,10 @@
 
 import functools
 import re
+import sys
+import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
@@ -53,6 +56,24 @@ def checked(function: _Function) -> _Function:
         raise TypeCheckError(message)
 
     return call  # pyright: ignore[reportReturnType]
+
+
+_OURS = ("equinox_mtp", "jaxtyping", "beartype")
+
+
+def warn_caller(message: str) -> None:
+    """A warning about the line that called this library.
+
+    The checks of types add frames of their own, more or fewer by version and settings.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _package_of(frame) in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 _PROBLEM = re.compile(

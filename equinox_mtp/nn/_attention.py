@@ -19,9 +19,9 @@ from ._rotary import Rotary
 class GroupedQueryAttention(AbstractAttention):
     """Causal self-attention with rotary positions and grouped key/value heads.
 
-    Grouped-query attention is arXiv 2305.13245. Queries, keys and values may have biases, queries
-    and keys a norm over the features of each head, before their rotation (arXiv 2302.05442). Runs
-    in the dtype of its input.
+    Grouped-query attention is arXiv 2305.13245. Queries, keys, values and the output may have
+    biases, queries and keys a norm over the features of each head, before their rotation (arXiv
+    2302.05442). Runs in the dtype of its input.
 
     >>> attention = emtp.nn.GroupedQueryAttention(16, 2, 2, 8, key=jax.random.key(0))
     >>> attention(jnp.ones((1, 3, 16)), position_ids=jnp.asarray([[0, 1, 2]])).shape
@@ -35,6 +35,7 @@ class GroupedQueryAttention(AbstractAttention):
     query_bias: Float[Array, "heads head_dim"] | None
     key_bias: Float[Array, "kv_heads head_dim"] | None
     value_bias: Float[Array, "kv_heads head_dim"] | None
+    out_bias: Float[Array, "embed"] | None
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
     attention: AttentionFunction = eqx.field(static=True)
@@ -51,6 +52,7 @@ class GroupedQueryAttention(AbstractAttention):
         *,
         rotary: Rotary = Rotary(),  # noqa: B008
         bias: bool = False,
+        out_bias: bool = False,
         norm_epsilon: float | None = None,
         window: int | None = None,
         scale: float | None = None,
@@ -64,6 +66,7 @@ class GroupedQueryAttention(AbstractAttention):
             `num_heads`.
         - `rotary`: the positional encoding of queries and keys.
         - `bias`: whether queries, keys and values have biases, which are 0 at first.
+        - `out_bias`: whether the output has one, which is 0 at first.
         - `norm_epsilon`: the epsilon of norms of queries and keys; `None` for no norms.
         - `window`: how many positions a position sees, itself included; `None` for all before it.
         - `scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`. For another one
@@ -102,6 +105,7 @@ class GroupedQueryAttention(AbstractAttention):
         self.query_bias = jnp.zeros((num_heads, head_dim)) if has_bias else None
         self.key_bias = jnp.zeros((num_kv_heads, head_dim)) if has_bias else None
         self.value_bias = jnp.zeros((num_kv_heads, head_dim)) if has_bias else None
+        self.out_bias = jnp.zeros(embed_size) if check_flag("out_bias", out_bias) else None
         has_norm = norm_epsilon is not None
         self.query_norm = RMSNorm(head_dim, epsilon=norm_epsilon) if has_norm else None
         self.key_norm = RMSNorm(head_dim, epsilon=norm_epsilon) if has_norm else None
@@ -194,4 +198,5 @@ class GroupedQueryAttention(AbstractAttention):
     def _project_out(self, attended: Array) -> Array:
         # As one matrix: an `einsum` over two axes would transpose the kernel, in every step.
         kernel = self.out_kernel.astype(attended.dtype).reshape(-1, self.out_kernel.shape[-1])
-        return attended.reshape(*attended.shape[:-2], kernel.shape[0]) @ kernel
+        out = attended.reshape(*attended.shape[:-2], kernel.shape[0]) @ kernel
+        return out if self.out_bias is None else out + self.out_bias.astype(out.dtype)

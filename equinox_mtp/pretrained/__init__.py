@@ -5,7 +5,12 @@
     pretrained.save("out", model, layout="mimo", source="Qwen3-0.6B")
 
 The families are data: `Family` says which tensor is which array of the tree. `load` and `save` read
-and write all of them by the same walk over the tree.
+and write all of them by the same walk over the tree:
+
+    config.json ─ _settings ─► _shapes, _depths ─► modules with shapes in place of arrays
+                                   _places ─► which tensor each array is
+                                       _load, _read ─► arrays of the tensors
+                                       _save, _contents, _write ─► tensors of the arrays
 
 The examples of this package begin with a small folder of their own:
 
@@ -22,6 +27,7 @@ The examples of this package begin with a small folder of their own:
 from ._load import load
 from ._registry import FAMILIES
 from ._save import save
+from ._speculators import model_folder
 from ._tables import AbstractStep, Family, Flat, Kernel, MTPTable, Same, Tensor
 from ._tokenizer import load_tokenizer
 
@@ -36,5 +42,6 @@ __all__ = [
     "Tensor",
     "load",
     "load_tokenizer",
+    "model_folder",
     "save",
 ]

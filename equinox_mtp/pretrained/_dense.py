@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -27,10 +27,15 @@ _BIASES: Table = {
     "attention.key_bias": Tensor("self_attn.k_proj.bias", Flat()),
     "attention.value_bias": Tensor("self_attn.v_proj.bias", Flat()),
 }
+_OUT_BIAS: Table = {"attention.out_bias": Tensor("self_attn.o_proj.bias")}
 _NORMS: Table = {
     "attention.query_norm.scale": Tensor("self_attn.q_norm.weight"),
     "attention.key_norm.scale": Tensor("self_attn.k_norm.weight"),
 }
+
+Biases = Literal["always", "said", "found"]
+"""Which biases attention has in a family: queries, keys and values always; all, the output's too,
+if `attention_bias` says so; or those that there are tensors of."""
 
 
 def make_layer(
@@ -38,17 +43,17 @@ def make_layer(
     index: int,
     names: Collection[str],
     *,
-    has_bias: bool | None,
+    biases: Biases,
     has_norm: bool,
     has_window: bool,
     key: PRNGKeyArray,
 ) -> nn.TransformerDecoderLayer:
     """A layer of grouped-query attention and SwiGLU.
 
-    `has_bias`, `has_norm` and `has_window` say what a family has; `has_bias` is `None` where its
-    models have biases or not.
+    `biases`, `has_norm` and `has_window` say what a family has.
     """
-    _check_parts(settings, names, has_bias)
+    has_bias, has_out_bias = _biases(settings, names, biases)
+    _check_parts(settings, names)
     attention_key, feed_forward_key = jax.random.split(key)
     embed_size, epsilon = settings.integer("hidden_size"), settings.number("rms_norm_eps", 1e-6)
     heads, rotary = settings.integer("num_attention_heads"), settings.rotary()
@@ -63,7 +68,8 @@ def make_layer(
         settings.integer("num_key_value_heads", heads),
         settings.head_dim,
         rotary=rotary,
-        bias=_has_bias(names) if has_bias is None else has_bias,
+        bias=has_bias,
+        out_bias=has_out_bias,
         norm_epsilon=epsilon if has_norm else None,
         window=window,
         key=attention_key,
@@ -76,23 +82,32 @@ def make_layer(
     )
 
 
-def _has_bias(names: Collection[str]) -> bool:
-    return any(name.endswith("self_attn.q_proj.bias") for name in names)
+def _biases(settings: Settings, names: Collection[str], biases: Biases) -> tuple[bool, bool]:
+    """Whether queries, keys and values have biases, and whether the output has one."""
+    found, found_out = (
+        any(name.endswith(f"self_attn.{part}_proj.bias") for name in names) for part in "qo"
+    )
+    if biases == "found":
+        return found, found_out
+    said = settings.flag("attention_bias", False)
+    if biases == "said":
+        if (found or found_out) and not said:
+            raise settings.error("attention_bias", "true: attention has biases here", said)
+        return said, said
+    if found_out:
+        raise settings.error("attention_bias", "false: the output has none in this family", said)
+    return True, False
 
 
-def _check_parts(settings: Settings, names: Collection[str], has_bias: bool | None) -> None:
+def _check_parts(settings: Settings, names: Collection[str]) -> None:
     """**Raises:** `ValueError` for what these layers do not have."""
     activation = settings.get("hidden_act", "silu")
     if activation != "silu":
         raise settings.error("hidden_act", "'silu'", activation)
-    if has_bias is False and _has_bias(names):
-        raise settings.error("attention_bias", "false in this family", True)
-    for key, ending in (("attention_bias", "self_attn.o_proj.bias"), ("mlp_bias", "_proj.bias")):
-        part = "mlp." if key == "mlp_bias" else ""
-        if any(name.endswith(ending) and part in name for name in names):
-            raise settings.error(
-                key, "false: only queries, keys and values have biases here", settings.get(key)
-            )
+    if any(name.endswith("_proj.bias") and "mlp." in name for name in names):
+        raise settings.error(
+            "mlp_bias", "false: only attention has biases here", settings.get("mlp_bias")
+        )
 
 
 def _window(settings: Settings, index: int) -> int | None:
@@ -144,7 +159,7 @@ def config_of(decoder: nn.TransformerDecoder) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": layers[0].attention_norm.epsilon,
-        "attention_bias": first.query_bias is not None,
+        "attention_bias": first.query_bias is not None or first.out_bias is not None,
         "tie_word_embeddings": decoder.head is None,
         "use_cache": True,
         **rope_config(first.rotary, head_dim),
@@ -167,14 +182,14 @@ MTP_LAYER: Table = {
 LLAMA = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
-    make_layer=partial(make_layer, has_bias=False, has_norm=False, has_window=False),
+    make_layer=partial(make_layer, biases="said", has_norm=False, has_window=False),
     config_of=config_of,
-    layer=_LAYER,
+    layer={**_LAYER, **_BIASES, **_OUT_BIAS},
 )
 QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
-    make_layer=partial(make_layer, has_bias=True, has_norm=False, has_window=True),
+    make_layer=partial(make_layer, biases="always", has_norm=False, has_window=True),
     config_of=config_of,
     layer={**_LAYER, **_BIASES},
     needs_biases=True,
@@ -182,14 +197,14 @@ QWEN2 = Family(
 QWEN3 = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
-    make_layer=partial(make_layer, has_bias=None, has_norm=True, has_window=True),
+    make_layer=partial(make_layer, biases="found", has_norm=True, has_window=True),
     config_of=config_of,
-    layer={**_LAYER, **_BIASES, **_NORMS},
+    layer={**_LAYER, **_BIASES, **_OUT_BIAS, **_NORMS},
 )
 MIMO = Family(
     name="mimo",
     architectures=("MiMoForCausalLM",),
-    make_layer=partial(make_layer, has_bias=True, has_norm=False, has_window=True),
+    make_layer=partial(make_layer, biases="always", has_norm=False, has_window=True),
     config_of=config_of,
     layer={**_LAYER, **_BIASES},
     needs_biases=True,

@@ -11,7 +11,7 @@ from .._block import MultiTokenPredictionBlock
 from .._config import MTPConfig
 from .._model import MTPModel
 from .._types import module_of
-from ..nn import GroupedQueryAttention
+from ..nn import GroupedQueryAttention, RMSNorm
 from ._tables import MTPTable
 
 
@@ -52,16 +52,12 @@ def fit_depths(
             f"{config.num_depths} different ones. Train with `repeated_layer=True`."
         )
     if wanted.output_norm == "own" and layers.output_norm is None:
-        scale = getattr(getattr(model.decoder, "norm", None), "scale", None)
-        if scale is None:
+        norm = getattr(model.decoder, "norm", None)
+        if not isinstance(norm, RMSNorm):
             raise ValueError(f"`layout` {layout!r} needs a norm; `model.decoder` has no `norm`.")
         num = layers.embedding_norm.scale.shape[0]
-        norm = eqx.tree_at(
-            lambda norm: norm.scale,
-            layers.embedding_norm,
-            jnp.broadcast_to(scale, (num, *scale.shape)),
-        )
-        norm = module_of(type(norm), scale=norm.scale, epsilon=model.decoder.norm.epsilon)  # type: ignore[attr-defined]
+        scales = jnp.broadcast_to(norm.scale, (num, *norm.scale.shape))
+        norm = eqx.tree_at(lambda norm: norm.scale, norm, scales)
         layers = eqx.tree_at(lambda x: x.output_norm, layers, norm, is_leaf=lambda x: x is None)
     if wanted.concat_order != config.concat_order:
         kernel = layers.projection_layer.kernel
@@ -81,12 +77,12 @@ def with_biases(tree: Any) -> Any:
         if not isinstance(attention, GroupedQueryAttention) or attention.query_bias is not None:
             return attention
         kernels = (attention.query_kernel, attention.key_kernel, attention.value_kernel)
-        # Of `[… embed heads head_dim]`, with layers in front.
+        # Of `[… embed heads head_dim]`, with layers in front; on the host, where they are written.
         biases = [np.zeros((*k.shape[:-3], *k.shape[-2:]), k.dtype) for k in kernels]
         return eqx.tree_at(
             lambda a: (a.query_bias, a.key_bias, a.value_bias),
             attention,
-            tuple(map(jnp.asarray, biases)),
+            tuple(biases),
             is_leaf=lambda x: x is None,
         )
 

@@ -1,40 +1,35 @@
 """From a checkpoint folder to an `MTPModel`."""
 
-import contextlib
-import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PRNGKeyArray
 
 from .._block import MultiTokenPredictionBlock
-from .._checks import check_choice, check_integer
-from .._config import MTPConfig, Preset
-from .._layer import MultiTokenPredictionLayer
+from .._checks import check_choice
+from .._config import Preset
 from .._model import MTPModel
-from .._types import checked, module_of
-from ..nn import RMSNorm, TransformerDecoder
-from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings, shard_model
+from .._types import checked, module_of, warn_caller
+from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
+from ._depths import depth_prefixes, fresh_block, fresh_config, made_there, own_depths
 from ._folder import CONFIG_FILE, CheckpointFolder
-from ._places import Layout, Place, conventions
+from ._places import Layout, Place
 from ._read import Reader
 from ._registry import FAMILIES, family_of
-from ._settings import Settings
+from ._settings import Settings, errors_of
+from ._shapes import decoder_shapes, depth_shapes
 from ._speculators import HEAD_KIND_KEY, depths_of_head, head_table, verifier_folder
-from ._tables import Family, MTPTable
+from ._tables import Family
 from ._tokenizer import load_tokenizer
-from ._transformers import COUNT_KEY, transformers_table
+from ._transformers import COUNT_KEY
 
-_MOST_DEPTHS = 1000
 _DTYPES = ("float32", "bfloat16", "float16")
-HINTS = "equinox_mtp"
-"""The key of `config.json` under which `save` keeps conventions that a layout does not tell."""
 
 
 @checked
@@ -76,8 +71,11 @@ def load(
         the folder's, which are none for most models.
     - `preset`: the conventions of fresh depths, see `MTPConfig.preset`; `"deepseek_v3"` if `None`.
     - `key`: for the initial values of fresh depths.
-    - `dtype`: of the parameters; as they are stored if `None`. Fresh depths are float32 then.
-    - `compute_dtype`: float32 or bfloat16; `None` follows the configuration.
+    - `dtype`: of the parameters; as they are stored if `None`. Fresh depths are float32 then. Train
+        in float32 or bfloat16: optax keeps Adam's moments in the dtype of the parameters, and in
+        float16 its epsilon of 1e-8 is 0, as are small squares, so that updates are not finite.
+    - `compute_dtype`: float32 or bfloat16. `None` takes what `save` noted, and otherwise follows
+        the configuration: bfloat16 if parameters are stored so, float32 if not.
     - `mesh`, `rules`: where parameters go; everything on one device without a mesh.
     - `verifier`: the folder of a FastMTP head's model; `None` looks for the one that it names.
     - `tokenizer`: whether to read the tokenizer, which needs the extra `hf`.
@@ -97,7 +95,11 @@ def load(
     checkpoint = CheckpointFolder(Path(folder))
     if HEAD_KIND_KEY in checkpoint.config:
         head_folder = checkpoint
-        checkpoint = CheckpointFolder(verifier_folder(head_folder, verifier))
+        where = verifier_folder(head_folder.path, head_folder.config, verifier)
+        checkpoint = CheckpointFolder(where)
+        if compute_dtype is None:
+            head = Settings(head_folder.config, head_folder.path / CONFIG_FILE)
+            compute_dtype = head.noted_compute_dtype
     settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
     family = family_of(settings, families)
     _check_counts(settings, family, checkpoint)
@@ -107,7 +109,7 @@ def load(
     own = stored if config.num_depths else None
     is_fresh = num_depths is not None and (head_folder is None or num_depths == 0)
     if is_fresh or preset is not None:
-        own, config = None, _fresh_config(num_depths, preset, key)
+        own, config = None, fresh_config(num_depths, preset, key)
     elif head_folder is not None:
         own, config = head_table(), depths_of_head(head_folder, num_depths)
     layout = Layout(family, own)
@@ -117,22 +119,25 @@ def load(
         with errors_of(settings):
             layers = depth_shapes(settings, family, source, config)
         parts.append(_Part(source, layers, layout.block_places(layers, decoder.num_layers)))
-    left_out = [] if own is stored else _depth_prefixes(settings, stored)
+    left_out = [] if own is stored else depth_prefixes(settings, stored)
     _check_all_used(parts, family, left_out)
     readers = [Reader(part.folder, dtype, settings.dtype) for part in parts]
     for part, reader in zip(parts, readers, strict=True):
         for place in part.places:
             reader.check(place)
+    make = partial(fresh_block, settings, family, checkpoint, config, dtype)
+    is_made = own is None and config.num_depths > 0
+    layers = parts[1].shapes if own is not None else None
+    block = module_of(MultiTokenPredictionBlock, config=config, layers=layers)
+    block = eqx.filter_eval_shape(make, key) if is_made else block
+    shardings = _shardings(MTPModel(decoder, block), mesh, rules)
     # Nothing is allocated before all is known to fit.
-    decoder, *own_layers = [
-        _fill(part, reader, mesh, rules) for part, reader in zip(parts, readers, strict=True)
-    ]
-    if own_layers or not config.num_depths:
-        layers = own_layers[0] if own_layers else None
+    decoder = _fill(parts[0], readers[0], shardings.decoder)
+    if own is not None:
+        layers = _fill(parts[1], readers[1], shardings.block.layers)
         block = module_of(MultiTokenPredictionBlock, config=config, layers=layers)
-    else:
-        block = _fresh_block(settings, family, checkpoint, config, dtype, key)
-        block = block if mesh is None else shard_model(block, mesh, rules)
+    elif is_made:
+        block = made_there(make, key, shardings.block)
     _report_not_finite(readers)
     return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
 
@@ -145,45 +150,30 @@ class _Part(NamedTuple):
     places: list[Place]
 
 
-def _fill(part: _Part, reader: Reader, mesh: Mesh | None, rules: ShardingRules) -> Any:
-    """The arrays in place of their shapes."""
-    leaves, structure = jax.tree.flatten(part.shapes)
-    remaining = iter(part.places)
-    places = [next(remaining) if isinstance(x, jax.ShapeDtypeStruct) else None for x in leaves]
-    typed = [
-        x if place is None else jax.ShapeDtypeStruct(x.shape, reader.dtype_of(place))
-        for x, place in zip(leaves, places, strict=True)
-    ]
-    (here,) = jnp.zeros(()).devices()  # the default one
-    shardings = [SingleDeviceSharding(here)] * len(leaves)
+def _shardings(model: MTPModel, mesh: Mesh | None, rules: ShardingRules) -> Any:
+    """Where each array goes, in its place; `None` in place of anything else."""
     if mesh is not None:
-        tree = parameter_shardings(structure.unflatten(typed), mesh, rules)
-        shardings = structure.flatten_up_to(tree)
-    filled = [
-        x if place is None else reader.array(place, x.shape, sharding)
-        for x, place, sharding in zip(typed, places, shardings, strict=True)
-    ]
-    return structure.unflatten(filled)
+        return parameter_shardings(model, mesh, rules)
+    (here,) = jnp.zeros(()).devices()  # the default one
+    return jax.tree.map(
+        lambda x: SingleDeviceSharding(here) if isinstance(x, jax.ShapeDtypeStruct) else None, model
+    )
+
+
+def _fill(part: _Part, reader: Reader, shardings: Any) -> Any:
+    """The arrays in place of their shapes."""
+    places = iter(part.places)
+
+    def fill(x: Any, sharding: Any) -> Any:
+        return x if sharding is None else reader.array(next(places), x.shape, sharding)
+
+    return jax.tree.map(fill, part.shapes, shardings, is_leaf=lambda x: x is None)
 
 
 def _report_not_finite(readers: Sequence[Reader]) -> None:
     found = [reader.folder.where(name) for reader in readers for name in sorted(reader.not_finite)]
     if found:
-        warnings.warn(
-            f"{len(found)} tensor(s) hold numbers that are not finite, such as {found[0]}.",
-            stacklevel=4,
-        )
-
-
-@contextlib.contextmanager
-def errors_of(settings: Settings) -> Iterator[None]:
-    """Parts that cannot be built are an error of the configuration's file."""
-    try:
-        yield
-    except (ValueError, TypeError, ArithmeticError) as error:
-        if str(error).startswith(str(settings.path.parent)):
-            raise
-        raise ValueError(f"{settings.path}: {' '.join(str(error).split())[:300]}") from None
+        warn_caller(f"{len(found)} tensor(s) hold numbers that are not finite, such as {found[0]}.")
 
 
 def _check_counts(settings: Settings, family: Family, folder: CheckpointFolder) -> None:
@@ -193,134 +183,6 @@ def _check_counts(settings: Settings, family: Family, folder: CheckpointFolder) 
         count = settings.integer(key, 0, at_least=0)
         if count > len(folder):
             raise settings.error(key, f"at most {len(folder)}, the number of tensors", count)
-
-
-def decoder_shapes(
-    settings: Settings, family: Family, names: Collection[str], compute_dtype: str | None
-) -> TransformerDecoder:
-    """The decoder that a configuration describes, with shapes in place of arrays."""
-    vocab_size, embed_size = settings.integer("vocab_size"), settings.integer("hidden_size")
-    head = family.decoder["head"].name
-    # Not said: as the weights are. Said otherwise than they are: a tensor is missing.
-    is_tied = settings.flag("tie_word_embeddings", head not in names)
-    if is_tied and head in names and isinstance(names, CheckpointFolder):
-        _check_tied(names, family.decoder["embedding"].name, head)
-
-    def make() -> TransformerDecoder:
-        keys = jax.random.split(jax.random.key(0), settings.integer("num_hidden_layers"))
-        layers = [
-            family.make_layer(settings, index, names, key=key) for index, key in enumerate(keys)
-        ]
-        return TransformerDecoder.of(
-            layers,
-            embedding=jnp.zeros((vocab_size, embed_size)),
-            norm=RMSNorm(embed_size, epsilon=settings.number("rms_norm_eps", 1e-6)),
-            head=None if is_tied else jnp.zeros((vocab_size, embed_size)),
-            dtype=settings.compute_dtype if compute_dtype is None else compute_dtype,
-        )
-
-    return eqx.filter_eval_shape(make)
-
-
-def _check_tied(folder: CheckpointFolder, embedding: str, head: str) -> None:
-    """**Raises:** `ValueError` if a head that is there again is another one."""
-    one, other = folder.view(embedding), folder.view(head)
-    is_same = one.shape == other.shape
-    step = max(1, 2**24 // max(one[:1].nbytes, 1))
-    for start in range(0, len(one) if is_same else 0, step):
-        piece = slice(start, start + step)
-        is_same = is_same and np.array_equal(one[piece], other[piece])
-        folder.forget(embedding)
-        folder.forget(head)
-    if not is_same:
-        raise ValueError(
-            f"{folder.where(head)}: it differs from the embedding, and `tie_word_embeddings` is "
-            "true. Set it to false in config.json to use this head."
-        )
-
-
-def depth_shapes(
-    settings: Settings, family: Family, names: Collection[str], config: MTPConfig
-) -> MultiTokenPredictionLayer:
-    """The stacked layers of all depths, with shapes in place of arrays."""
-
-    def make() -> MultiTokenPredictionBlock:
-        return _make_block(settings, family, names, config, jax.random.key(0))
-
-    return eqx.filter_eval_shape(make).layers
-
-
-def _fresh_block(
-    settings: Settings,
-    family: Family,
-    names: Collection[str],
-    config: MTPConfig,
-    dtype: str | None,
-    key: PRNGKeyArray | None,
-) -> MultiTokenPredictionBlock:
-    assert key is not None
-
-    @eqx.filter_jit
-    def make(key: PRNGKeyArray) -> MultiTokenPredictionBlock:
-        block = _make_block(settings, family, names, config, key)
-        return jax.tree.map(
-            lambda x: x.astype(dtype) if dtype is not None and eqx.is_inexact_array(x) else x, block
-        )
-
-    return make(key)
-
-
-def _make_block(
-    settings: Settings, family: Family, names: Collection[str], config: MTPConfig, key: PRNGKeyArray
-) -> MultiTokenPredictionBlock:
-    num_layers = settings.integer("num_hidden_layers")
-    return MultiTokenPredictionBlock(
-        config,
-        lambda key: family.make_layer(settings, num_layers, names, key=key),
-        embed_size=settings.integer("hidden_size"),
-        norm_epsilon=settings.number("rms_norm_eps", 1e-6),
-        key=key,
-    )
-
-
-def own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]:
-    """The tables and conventions of a folder's own depths."""
-    mtp = family.mtp
-    if mtp is None:
-        num_depths = settings.integer(COUNT_KEY, 0, at_least=0)
-        mtp = transformers_table(num_depths)
-    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
-    if not num_depths:
-        return mtp, MTPConfig(num_depths=0)
-    hints = settings.get(HINTS, {})
-    hints = hints if isinstance(hints, dict) else {}
-    with errors_of(settings):
-        config = conventions(mtp, **{"num_depths": num_depths, **hints})
-        num_layers = 1 if config.repeated_layer else config.num_depths
-        if num_layers != num_depths or config.num_depths > _MOST_DEPTHS:
-            raise settings.error(HINTS, f"of {num_depths} layer(s)", hints)
-        return mtp, config
-
-
-def _depth_prefixes(settings: Settings, mtp: MTPTable) -> list[str]:
-    """What the names of a folder's own depths begin with."""
-    num_layers = settings.integer("num_hidden_layers")
-    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
-    return [mtp.prefix.format(depth=k, layer=num_layers + k) for k in range(num_depths)]
-
-
-def _fresh_config(
-    num_depths: int | None, preset: Preset | None, key: PRNGKeyArray | None
-) -> MTPConfig:
-    num_depths = check_integer("num_depths", 1 if num_depths is None else num_depths, at_least=0)
-    if num_depths == 0:
-        return MTPConfig(num_depths=0)
-    if key is None:
-        raise ValueError(
-            f"`key` must be given for the initial values of {num_depths} fresh depth(s); got "
-            "`None`. Pass `key=jax.random.key(0)`."
-        )
-    return MTPConfig.preset("deepseek_v3" if preset is None else preset, num_depths)
 
 
 def _check_all_used(parts: Sequence[_Part], family: Family, left_out: list[str]) -> None:

@@ -1,10 +1,16 @@
 """What a `config.json` says, in this library's terms."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import nn
+
+HINTS = "equinox_mtp"
+"""The key of `config.json` under which `save` notes for `load` what a layout does not tell."""
+COMPUTE_DTYPE = "compute_dtype"
 
 _SCALINGS = {"default", "linear", "llama3", "yarn"}
 _DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
@@ -63,8 +69,24 @@ class Settings:
 
     @property
     def compute_dtype(self) -> str:
-        """bfloat16 if parameters are; float32 otherwise."""
+        """What `save` noted; otherwise bfloat16 if parameters are, and float32 if not."""
+        if self.noted_compute_dtype is not None:
+            return self.noted_compute_dtype
         return "bfloat16" if self.dtype == "bfloat16" else "float32"
+
+    @property
+    def noted_compute_dtype(self) -> str | None:
+        """The compute dtype that `save` noted, if it did."""
+        noted = self.hints.get(COMPUTE_DTYPE)
+        if noted not in (None, "float32", "bfloat16"):
+            raise self.error(f"{HINTS}.{COMPUTE_DTYPE}", "float32 or bfloat16", noted)
+        return noted
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """What `save` noted for `load`."""
+        found = self.get(HINTS, {})
+        return found if isinstance(found, dict) else {}
 
     @property
     def head_dim(self) -> int:
@@ -118,6 +140,17 @@ class Settings:
             attention_factor=_yarn_amplitude(rope, factor),
             rounds_ramp=rope.flag("truncate", True),
         )
+
+
+@contextlib.contextmanager
+def errors_of(settings: Settings) -> Iterator[None]:
+    """Parts that cannot be built are an error of the configuration's file."""
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if str(error).startswith(str(settings.path.parent)):
+            raise
+        raise ValueError(f"{settings.path}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _yarn_amplitude(rope: Settings, factor: float) -> float | None:

@@ -5,8 +5,9 @@ from typing import Any
 
 from .._checks import check_integer
 from .._config import MTPConfig
+from .._types import checked
 from ._dense import MTP_LAYER
-from ._folder import CONFIG_FILE, CheckpointFolder
+from ._folder import CONFIG_FILE, CheckpointFolder, read_json
 from ._settings import Settings
 from ._tables import MTPTable
 
@@ -49,22 +50,39 @@ def _drafts(settings: Settings) -> int:
     return method.integer("speculative_tokens", 1)
 
 
-def verifier_folder(folder: CheckpointFolder, verifier: str | Path | None) -> Path:
+@checked
+def model_folder(folder: str | Path) -> Path:
+    """The folder of the main model: the one that a FastMTP head names, or `folder` itself.
+
+    It has the tokenizer, and the `config.json` that says which tokens end a text.
+
+    >>> pretrained.model_folder(folder) == folder
+    True
+
+    **Raises:** `FileNotFoundError` if a head's model is not where it says; `ValueError` without a
+    `config.json`.
+    """
+    path = Path(folder)
+    config = read_json(path / CONFIG_FILE)
+    return verifier_folder(path, config, None) if HEAD_KIND_KEY in config else path
+
+
+def verifier_folder(head: Path, config: dict[str, Any], verifier: str | Path | None) -> Path:
     """The folder of the model that a head was made for.
 
     **Raises:** `FileNotFoundError` if it is not given, and not where the head says.
     """
     if verifier is not None:
         return Path(verifier)
-    config = folder.config.get("speculators_config")
+    config = config.get("speculators_config", {})
     named = config.get("verifier") if isinstance(config, dict) else None
     name = named.get("name_or_path") if isinstance(named, dict) else None
     if isinstance(name, str) and name:
-        for path in (folder.path.parent / name, folder.path.parent / Path(name).name, Path(name)):
+        for path in (head.parent / name, head.parent / Path(name).name, Path(name)):
             if (path / CONFIG_FILE).is_file():
                 return path
     raise FileNotFoundError(
-        f"`verifier` must be given: {folder.path} holds a head alone, and its model {name!r:.80} "
+        f"`verifier` must be given: {head} holds a head alone, and its model {name!r:.80} "
         "is not beside it. Pass `verifier=FOLDER`."
     )
 

@@ -1,33 +1,13 @@
 """One safetensors file, mapped into memory: what its header says is checked before it is used."""
 
-import json
 import math
 import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-_DTYPES: dict[str, Any] = {
-    "BOOL": np.bool,
-    "I8": np.int8,
-    "I16": np.int16,
-    "I32": np.int32,
-    "I64": np.int64,
-    "U8": np.uint8,
-    "U16": np.uint16,
-    "U32": np.uint32,
-    "U64": np.uint64,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-}
-DTYPE_NAMES = {np.dtype(dtype).name: name for name, dtype in _DTYPES.items()}
+from .._safetensors import DTYPES, LENGTH_BYTES, METADATA, header_length, parse_header
 
 _LONGEST_HEADER = 100_000_000
 """The format's own limit, in bytes."""
@@ -54,13 +34,16 @@ class TensorFile:
         self.path = path
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
+            length = header_length(file.read(LENGTH_BYTES), size)
+            if length is None:
                 raise self._error("it is cut short: its header would be longer than the file")
             if length > _LONGEST_HEADER:
                 raise self._error(f"its header would take {length} bytes")
-            header = self._parse(file.read(length))
-            self._start = 8 + length
+            header = parse_header(file.read(length))
+            if header is None:
+                raise self._error("its header is no JSON object")
+            header.pop(METADATA, None)
+            self._start = LENGTH_BYTES + length
             self.tensors = self._checked(header, size - self._start)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -76,16 +59,6 @@ class TensorFile:
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
-    def _parse(self, text: bytes) -> dict[str, Any]:
-        try:
-            header = json.loads(text, object_pairs_hook=_without_repeats)
-        except (ValueError, RecursionError):
-            header = None
-        if not isinstance(header, dict):
-            raise self._error("its header is no JSON object")
-        header.pop("__metadata__", None)
-        return header
-
     def _checked(self, header: dict[str, Any], size: int) -> dict[str, TensorInfo]:
         tensors = {name: self._info(name, entry, size) for name, entry in header.items()}
         end = 0
@@ -100,7 +73,7 @@ class TensorFile:
 
     def _info(self, name: str, entry: Any, size: int) -> TensorInfo:
         entry = entry if isinstance(entry, dict) else {}
-        dtype = _DTYPES.get(str(entry.get("dtype")))
+        dtype = DTYPES.get(str(entry.get("dtype")))
         if dtype is None:
             raise self._error(f"unknown dtype {str(entry.get('dtype'))[:40]!r}", name)
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -111,12 +84,12 @@ class TensorFile:
             raise self._error(
                 f"it would lie at bytes {start} … {stop} of {size}: the file is cut short", name
             )
-        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        num_bytes = math.prod(shape) * dtype.itemsize
         if stop - start != num_bytes:
             raise self._error(
                 f"shape {shape} needs {num_bytes} bytes; it has {stop - start}"[:200], name
             )
-        return TensorInfo(np.dtype(dtype), tuple(shape), start, stop)
+        return TensorInfo(dtype, tuple(shape), start, stop)
 
     def _error(self, why: str, tensor: str | None = None) -> ValueError:
         of_what = "" if tensor is None else f"tensor `{shown(tensor)}`: "
@@ -130,10 +103,3 @@ def shown(name: str) -> str:
 
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(x) is int and 0 <= x < 2**60 for x in values)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name twice")
-    return found

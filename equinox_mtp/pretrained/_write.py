@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from .._safetensors import DTYPE_NAMES, METADATA, array_entries, header_bytes
 from .._types import is_array_or_shape
 from ._folder import INDEX_FILE
 from ._places import Place
 from ._tables import Shape
-from ._tensor_file import DTYPE_NAMES
 
 
 class StoredTensor(NamedTuple):
@@ -37,14 +38,17 @@ class StoredTensor(NamedTuple):
 def stored_tensors(tree: Any, places: Sequence[Place]) -> list[StoredTensor]:
     """The tensors of a tree's arrays.
 
-    **Raises:** `ValueError` for a dtype that the format lacks.
+    **Raises:** `ValueError` for a dtype that no layout has.
     """
     leaves = [x for x in jax.tree.leaves(tree) if is_array_or_shape(x)]
     found: list[StoredTensor] = []
     for x, place in zip(leaves, places, strict=True):
         dtype = np.dtype(x.dtype)
-        if dtype.name not in DTYPE_NAMES:
-            raise ValueError(f"`model` has {dtype} at `{place.leaf}`, which safetensors has not.")
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.name not in DTYPE_NAMES:
+            raise ValueError(
+                f"`model` must hold numbers of floating point for a released layout; got {dtype} "
+                f"at `{place.leaf}`. `equinox_mtp.save` writes any array."
+            )
         found += _parts(x, place.names, place, dtype)
     return found
 
@@ -102,22 +106,11 @@ def write_index(folder: Path, files: dict[str, str], total_size: int) -> None:
 
 def write_file(path: Path, tensors: Sequence[StoredTensor]) -> None:
     """One file."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # Wider numbers first: each tensor begins at a multiple of its item size.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    start = 0
-    for tensor in ordered:
-        stop = start + tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype.name],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, stop],
-        }
-        start = stop
-    text = json.dumps(header).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    entries = array_entries((tensor.name, tensor.dtype, tensor.shape) for tensor in ordered)
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_bytes({METADATA: {"format": "pt"}, **entries}))
         for tensor in ordered:
             file.write(tensor.values().reshape(-1).view(np.uint8).data)
         file.flush()

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ._leaves import DTYPES, METADATA, Leaves, is_array, num_bytes, number_kind
+from .. import _safetensors
+from ._leaves import Leaves, is_array, number_kind
 
 _VERSION, _DIGEST, NUMBERS = "equinox_mtp", "sha256", "numbers"
 NO_DIGEST = "0" * 64
@@ -21,10 +22,7 @@ def header_bytes(leaves: Leaves) -> bytes:
         _VERSION: _version(),
         NUMBERS: json.dumps(numbers),
     }
-    text = json.dumps({METADATA: metadata, **array_entries(leaves)}).encode()
-    # Spaces, so that arrays begin at a multiple of eight.
-    text = text.ljust(-(-len(text) // 8) * 8)
-    return len(text).to_bytes(8, "little") + text
+    return _safetensors.header_bytes({_safetensors.METADATA: metadata, **array_entries(leaves)})
 
 
 def _plain(x: Any) -> Any:
@@ -40,16 +38,9 @@ def _version() -> str:
 
 def array_entries(leaves: Leaves) -> dict[str, dict[str, Any]]:
     """What the header says of each array: it follows from the tree alone."""
-    entries, start = {}, 0
-    for name, x in in_file_order(leaves):
-        end = start + num_bytes(x)
-        entries[name] = {
-            "dtype": DTYPES[np.dtype(x.dtype).name],
-            "shape": list(x.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    return entries
+    return _safetensors.array_entries(
+        (name, np.dtype(x.dtype), x.shape) for name, x in in_file_order(leaves)
+    )
 
 
 def in_file_order(leaves: Leaves) -> Leaves:

@@ -9,35 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .._safetensors import DTYPE_NAMES, METADATA
 from .._types import dotted_name
 
 Leaves = list[tuple[str, Any]]
-
-METADATA = "__metadata__"
-"""The one name in a file that is no array's."""
-
-DTYPES = {
-    "bool": "BOOL",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}
-"""What the format calls the dtypes that it has."""
 
 
 def named_leaves(tree: Any, argument: str) -> Leaves:
@@ -63,7 +38,7 @@ def named_leaves(tree: Any, argument: str) -> Leaves:
 
 def _check_dtype(argument: str, name: str, x: Any) -> None:
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    if is_key or np.dtype(x.dtype).name not in DTYPES:
+    if is_key or np.dtype(x.dtype).name not in DTYPE_NAMES:
         raise ValueError(
             f"`{argument}` must hold arrays of numbers, of a dtype that safetensors has; got one "
             f"of {x.dtype} at `{name}`."

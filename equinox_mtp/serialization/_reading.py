@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._safetensors import DTYPES, LENGTH_BYTES, METADATA, header_length, parse_header
 from ._header import NO_DIGEST, NUMBERS, array_entries, in_file_order
-from ._leaves import DTYPES, METADATA, Leaves, little_endian, num_bytes, number_kind
+from ._leaves import Leaves, little_endian, num_bytes, number_kind
 
-_NAMES = {theirs: ours for ours, theirs in DTYPES.items()}
 _DIGEST_ENTRY = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 _BEFORE_SAFETENSORS = b'{"format": "equinox_mtp'
 
@@ -28,8 +28,8 @@ def read_header(path: Path, file: BinaryIO, limit: int) -> dict[str, Any]:
             f"{path} is of the format that `save` had before safetensors. Load it with the version "
             "of equinox_mtp that wrote it, or with 0.1, and save it again with this one."
         )
-    length = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or length > path.stat().st_size - 8:
+    length = header_length(start, path.stat().st_size)
+    if length is None:
         raise ValueError(
             f"{path} was not written by `save`, or is cut short: its header would be longer than "
             "the file."
@@ -39,14 +39,11 @@ def read_header(path: Path, file: BinaryIO, limit: int) -> dict[str, Any]:
             f"`like` does not fit {path}: its header takes {length} bytes, where the header "
             f"of `like` takes at most {limit}."
         )
-    file.seek(8)
+    file.seek(LENGTH_BYTES)
     text = file.read(length)
     _check_digest(path, file, text)
-    header: Any = None
-    # Nested deeply enough, JSON is a `RecursionError`.
-    with contextlib.suppress(ValueError, RecursionError):
-        header = json.loads(text)
-    if not isinstance(header, dict) or not isinstance(header.get(METADATA), dict):
+    header = parse_header(text)
+    if header is None or not isinstance(header.get(METADATA), dict):
         raise _is_damaged(path, "its header is no JSON object with metadata")
     return header
 
@@ -60,7 +57,7 @@ def _check_digest(path: Path, file: BinaryIO, text: bytes) -> None:
             "safetensors reads files of others."
         )
     without = text[: found.start(1)] + NO_DIGEST.encode() + text[found.end(1) :]
-    digest = hashlib.sha256(len(text).to_bytes(8, "little") + without)
+    digest = hashlib.sha256(len(text).to_bytes(LENGTH_BYTES, "little") + without)
     start = file.tell()
     while block := file.read(1 << 20):
         digest.update(block)
@@ -145,7 +142,7 @@ def _shown(entry: Any) -> str:
     if entry is None:
         return "nothing"
     try:
-        dtype = _NAMES.get(entry["dtype"], entry["dtype"])
+        dtype = DTYPES.get(entry["dtype"], entry["dtype"])
         return f"{dtype}[{','.join(map(str, entry['shape']))}]"[:80]
     except (TypeError, KeyError):
         return "no description of an array"

@@ -31,7 +31,7 @@ def generate(
     num_drafts: int | np.integer | None = None,
     recursion: Recursion = "by_depth",
     sampler: Sampler = GREEDY,
-    eos_id: int | np.integer | None = None,
+    eos_id: int | np.integer | Sequence[Any] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Generation:
     """Continues prompts, with the prediction depths as a draft model (DeepSeek-V3, arXiv
@@ -63,7 +63,8 @@ def generate(
         repeated layer is trained; `"extended"` from its own last output on, as vLLM drafts, which
         costs a single position for each such draft.
     - `sampler`: greedy, or `Sampler(temperature, top_k, top_p)`; for drafts and model alike.
-    - `eos_id`: ends a row; it is the row's last token then.
+    - `eos_id`: ends a row; it is the row's last token then. Of several, as `[2, 7]`, the first that
+        comes does.
     - `key`: for draws; needed unless `sampler` is greedy.
 
     **Returns:** `Generation`.
@@ -120,7 +121,7 @@ def stream(
     num_drafts: int | np.integer | None = None,
     recursion: Recursion = "by_depth",
     sampler: Sampler = GREEDY,
-    eos_id: int | np.integer | None = None,
+    eos_id: int | np.integer | Sequence[Any] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Iterator[StreamedStep]:
     """`generate`, step by step: yields the tokens that each step has committed.
@@ -174,7 +175,7 @@ class _Request(NamedTuple):
     prompt_ids: Int32[Array, "batch prompt"]
     prompt_lengths: Int32[Array, "batch"]
     sampler: Sampler
-    eos_id: Int32[Array, ""]
+    eos_id: Int32[Array, ""] | Int32[Array, "ends"]
     key: PRNGKeyArray
 
     def prefill(self, model: DecodingModel) -> DecodingState:
@@ -222,11 +223,16 @@ def _request(
                 f"{sampler.temperature}. Pass `jax.random.key(0)`, for instance."
             )
         key = jax.random.key(0)
-    if eos_id is not None:
-        at_most = 2**31 - 1 if vocab_size is None else vocab_size - 1
-        eos_id = check_integer("eos_id", eos_id, at_least=0, at_most=at_most)
-    eos = jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32)
+    eos = _end_ids(eos_id, vocab_size)
     return _Request(DecodingShape(drafts, new, recursion), prompts, lengths, sampler, eos, key)
+
+
+def _end_ids(eos_id: Any, vocab_size: int | None) -> Array:
+    """One id, or an axis of several; -1 for none."""
+    at_most = 2**31 - 1 if vocab_size is None else vocab_size - 1
+    several = eos_id if isinstance(eos_id, Sequence) else () if eos_id is None else (eos_id,)
+    ids = [check_integer("eos_id", x, at_least=0, at_most=at_most) for x in several]
+    return jnp.asarray(ids if len(ids) > 1 else ids[0] if ids else -1, jnp.int32)
 
 
 def _prompts(prompt_ids: Any, prompt_lengths: Any, vocab_size: int | None) -> tuple[Array, Array]:

@@ -237,7 +237,7 @@ def committed_mask(
     new_ids: Int32[Array, "batch new"],
     num_accepted: Int32[Array, "batch"],
     num_left: Int32[Array, "batch"],
-    eos_id: Int32[Array, ""],
+    eos_id: Int32[Array, ""] | Int32[Array, "ends"],
 ) -> tuple[Int32[Array, "batch"], Bool[Array, "batch"]]:
     """How many of the new tokens are committed, and whether the row ends with them.
 
@@ -246,7 +246,8 @@ def committed_mask(
     """
     num_new = jnp.minimum(num_accepted + 1, num_left)
     positions = jnp.arange(new_ids.shape[1])
-    is_eos = ((new_ids == eos_id) | (new_ids < 0)) & (positions < num_new[:, None])
+    is_eos = jnp.any(new_ids[..., None] == jnp.atleast_1d(eos_id), axis=-1) | (new_ids < 0)
+    is_eos &= positions < num_new[:, None]
     ends = jnp.any(is_eos, axis=1)
     first_eos = jnp.argmax(is_eos, axis=1).astype(jnp.int32)
     num_new = jnp.where(ends, first_eos + 1, num_new)

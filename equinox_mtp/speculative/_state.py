@@ -23,7 +23,7 @@ class DecodingState(eqx.Module):
     - `lengths`: how many there are.
     - `end_lengths`: how many there may be.
     - `done`: rows that have ended.
-    - `eos_id`: the token that ends a row; -1 if there is none.
+    - `eos_id`: the token that ends a row, or several; -1 if there is none.
     - `main_cache`, `draft_caches`: of the decoder's layers, and of each draft's.
     - `hidden_states`: the main model's, before its final norm, at the last positions before n,
         where a rejected draft may have stood.
@@ -36,7 +36,7 @@ class DecodingState(eqx.Module):
     lengths: Int32[Array, "batch"]
     end_lengths: Int32[Array, "batch"]
     done: Bool[Array, "batch"]
-    eos_id: Int32[Array, ""]
+    eos_id: Int32[Array, ""] | Int32[Array, "ends"]
     main_cache: Cache
     draft_caches: tuple[Cache, ...]
     hidden_states: Float[Array, "batch window embed"]

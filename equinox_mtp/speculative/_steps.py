@@ -69,12 +69,12 @@ def prefill(
     shape: DecodingShape,
     sampler: Sampler,
     *,
-    eos_id: Int32[Array, ""],
+    eos_id: Int32[Array, ""] | Int32[Array, "ends"],
     key: PRNGKeyArray,
 ) -> DecodingState:
     """Runs prompts, and commits the first new token of each row.
 
-    `eos_id` is -1 if no token ends a row.
+    `eos_id` is a token that ends a row, or several; -1 if none does.
 
     >>> prompts, lengths = jnp.asarray([[5, 6], [9, 0]], jnp.int32), jnp.asarray([2, 1], jnp.int32)
     >>> state = prefill(decoding, prompts, lengths, shape, sampler, eos_id=no_eos, key=key)

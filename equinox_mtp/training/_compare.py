@@ -61,7 +61,7 @@ def compare(
     *,
     max_new_tokens: int,
     num_drafts: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     rounds: int = 3,
 ) -> Comparison:
     """Continues prompts one by one, greedily, with and without drafts in turn.

@@ -1,7 +1,6 @@
 """Text from a checkpoint, drafted by the prediction depths and verified by the model."""
 
 import dataclasses
-import json
 import os
 import sys
 import unicodedata
@@ -22,12 +21,13 @@ from ._step import make_optimizer, make_state
 from ._text import (
     TOKENIZER_FILE,
     AbstractText,
-    AbstractTextDecoder,
     ByteText,
     TokenizerText,
-    end_token,
+    end_tokens,
+    read_settings,
     read_text,
 )
+from ._text_decoders import AbstractTextDecoder
 
 _COLORS = "\033[30;102m", "\033[0m"
 _BRACKETS = "⟦", "⟧"
@@ -113,7 +113,7 @@ def _continue_text(
         max_new_tokens=config.max_new_tokens,
         num_drafts=config.drafts,
         sampler=Sampler(config.temperature, config.top_k, config.top_p),
-        eos_id=text.end_id,
+        eos_id=text.end_ids,
         key=jax.random.key(config.seed),
     )
     wanted = len(prompt) + config.max_new_tokens
@@ -137,7 +137,7 @@ def _continue_text(
             [prompt],
             max_new_tokens=config.max_new_tokens,
             num_drafts=config.drafts,
-            eos_id=text.end_id,
+            eos_id=text.end_ids,
         )
         screen.write(f"greedily: {comparison}\n")
 
@@ -270,9 +270,9 @@ def _open(config: GenerateConfig) -> tuple[emtp.MTPModel, AbstractText, int]:
                 "`equinox_mtp.pretrained.load`, and continue token ids by "
                 "`equinox_mtp.speculative.generate`."
             )
-        read = json.loads((config.model / "config.json").read_bytes())
-        longest = read.get("max_position_embeddings")
-        text = TokenizerText(tokenizer, end_token(tokenizer, config.model))
+        folder = emtp.pretrained.model_folder(config.model)
+        longest = read_settings(folder / "config.json").get("max_position_embeddings")
+        text = TokenizerText(tokenizer, end_tokens(tokenizer, folder))
         return model, text, longest if isinstance(longest, int) else 2**31
     assert config.checkpoint is not None
     checkpoint = _newest(config.checkpoint)

@@ -1,7 +1,6 @@
 """Text as token ids: its bytes, or the tokens of a tokenizer."""
 
 import abc
-import codecs
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from equinox_mtp.pretrained import load_tokenizer
 
 from ._processes import is_first
 from ._sources import TEXT_END, TEXT_VOCAB, TOKEN_SUFFIXES, Stream, TokenArray, find_files
+from ._text_decoders import AbstractTextDecoder, ByteDecoder, TokenDecoder
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -23,95 +23,54 @@ class AbstractText(abc.ABC):
     """How text and token ids become one another."""
 
     vocab_size: int
-    end_id: int | None
-    """Ends a document; `None` if there is no such token."""
+    end_ids: tuple[int, ...]
+    """Each ends a text."""
+
+    @property
+    def end_id(self) -> int | None:
+        """Ends a document, the first of those that end a text; `None` if there is no such token."""
+        return self.end_ids[0] if self.end_ids else None
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32."""
 
     @abc.abstractmethod
-    def decoder(self) -> "AbstractTextDecoder":
+    def decoder(self) -> AbstractTextDecoder:
         """Decodes ids as they come."""
-
-
-class AbstractTextDecoder(abc.ABC):
-    """Text of token ids that come a few at a time."""
-
-    @abc.abstractmethod
-    def feed(self, ids: Sequence[int]) -> str:
-        """What of the text is complete now, and was not before."""
-
-    @abc.abstractmethod
-    def finish(self) -> str:
-        """The rest: U+FFFD for a character that is cut."""
 
 
 class ByteText(AbstractText):
     """The bytes of UTF-8, and those of the command line that are none."""
 
     vocab_size = TEXT_VOCAB
-    end_id = TEXT_END
+    end_ids = (TEXT_END,)
 
     def encode(self, text: str) -> np.ndarray:
         """See `AbstractText`."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
 
-    def decoder(self) -> "AbstractTextDecoder":
+    def decoder(self) -> AbstractTextDecoder:
         """See `AbstractText`."""
-        return _ByteDecoder()
+        return ByteDecoder()
 
 
 class TokenizerText(AbstractText):
     """The tokens of a `tokenizers.Tokenizer`."""
 
-    def __init__(self, tokenizer: Any, end_id: int | None):
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int]):
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
-        self.end_id = end_id
+        self.end_ids = tuple(end_ids)
 
     def encode(self, text: str) -> np.ndarray:
         """See `AbstractText`."""
         text = _utf8(text).decode("utf8", "replace")
         return np.asarray(self._tokenizer.encode(text).ids, np.int32)
 
-    def decoder(self) -> "AbstractTextDecoder":
+    def decoder(self) -> AbstractTextDecoder:
         """See `AbstractText`."""
-        return _TokenDecoder(self._tokenizer, self.end_id)
-
-
-class _ByteDecoder(AbstractTextDecoder):
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf8")("replace")
-
-    def feed(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(bytes(x for x in ids if x != TEXT_END))
-
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
-class _TokenDecoder(AbstractTextDecoder):
-    """Decodes all ids again: how a token is written may depend on those before it."""
-
-    def __init__(self, tokenizer: Any, end_id: int | None) -> None:
-        self._tokenizer, self._end_id = tokenizer, end_id
-        self._ids: list[int] = []
-        self._shown = ""
-
-    def feed(self, ids: Sequence[int]) -> str:
-        self._ids += [x for x in ids if x != self._end_id]
-        text = self._tokenizer.decode(self._ids)
-        # A character whose last bytes are still to come.
-        return self._show(text.rstrip("\ufffd"))
-
-    def finish(self) -> str:
-        return self._show(self._tokenizer.decode(self._ids))
-
-    def _show(self, text: str) -> str:
-        new = text[len(self._shown) :] if text.startswith(self._shown) else ""
-        self._shown += new
-        return new
+        return TokenDecoder(self._tokenizer, self.end_ids)
 
 
 def _utf8(text: str) -> bytes:
@@ -135,31 +94,36 @@ def read_text(path: Path, end_id: int | None = None) -> TokenizerText:
             f"`tokenizer`: there is no file {file}. Name a {TOKENIZER_FILE}, or its folder."
         )
     tokenizer = load_tokenizer(file)
-    return TokenizerText(tokenizer, end_token(tokenizer, file.parent) if end_id is None else end_id)
+    end_ids = end_tokens(tokenizer, file.parent) if end_id is None else (end_id,)
+    return TokenizerText(tokenizer, end_ids)
 
 
-def end_token(tokenizer: Any, folder: Path) -> int | None:
-    """The id that ends a text, as a folder's configuration says; by its usual names otherwise."""
+def end_tokens(tokenizer: Any, folder: Path) -> tuple[int, ...]:
+    """The ids that end a text, as a folder's configuration says; by their usual names otherwise."""
     for name in ("generation_config.json", "config.json"):
-        ids = _read(folder / name).get("eos_token_id")
-        ids = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(ids, int) and not isinstance(ids, bool) and ids >= 0:
+        found = read_settings(folder / name).get("eos_token_id")
+        found = found if isinstance(found, list) else [found]
+        ids = tuple(x for x in found if type(x) is int and x >= 0)
+        if ids:
             return ids
-    token = _read(folder / "tokenizer_config.json").get("eos_token")
+    token = read_settings(folder / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     for name in (token, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"):
         found = tokenizer.token_to_id(name) if isinstance(name, str) else None
         if found is not None:
-            return found
-    return None
+            return (found,)
+    return ()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, with what a nested `text_config` says; empty if there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    nested = found.get("text_config")
+    return {**found, **nested} if isinstance(nested, dict) else found
 
 
 def tokenize_files(

@@ -114,7 +114,8 @@ def oracle(x: np.ndarray, module: Any, *, packed: bool) -> np.ndarray:
     value = project(module.value_kernel, module.value_bias)
     query, key = rotate(query, module.rotary), rotate(key, module.rotary)
     attended = attend(query, key, value, module.window or SEQ, packed)
-    return np.einsum("bshd,hde->bse", attended, f64(module.out_kernel))
+    out = np.einsum("bshd,hde->bse", attended, f64(module.out_kernel))
+    return out if module.out_bias is None else out + f64(module.out_bias)
 
 
 def make_attention(**options: Any) -> nn.GroupedQueryAttention:
@@ -126,11 +127,13 @@ def make_attention(**options: Any) -> nn.GroupedQueryAttention:
 
 CASES: dict[str, dict[str, Any]] = {
     "bias": {"bias": True},
+    "out-bias": {"out_bias": True},
     "norm": {"norm_epsilon": 0.1},
     "window": {"window": 3},
     "window-of-one": {"window": 1},
     "all": {
         "bias": True,
+        "out_bias": True,
         "norm_epsilon": 0.1,
         "window": 4,
         "rotary": ROTARIES["partial-interleaved"],
@@ -335,9 +338,10 @@ def test_a_model_of_unlike_layers_trains() -> None:
 
 
 def test_biases_are_neither_decayed_nor_matrices() -> None:
-    module = make_attention(bias=True, norm_epsilon=0.1)
+    module = make_attention(bias=True, out_bias=True, norm_epsilon=0.1)
     decays, numbers = emtp.weight_decay_mask(module), emtp.muon_dimension_numbers(module)
-    for name in ("query_bias", "key_bias", "value_bias", "query_norm.scale", "key_norm.scale"):
+    biases = ("query_bias", "key_bias", "value_bias", "out_bias")
+    for name in (*biases, "query_norm.scale", "key_norm.scale"):
         attribute = operator.attrgetter(name)
         assert attribute(decays) is False
         assert attribute(numbers) is None

@@ -212,6 +212,114 @@ def same_logits(folder: Path, name: str) -> None:
     close(normed @ decoder.output_head().T, numbers["logits"])
 
 
+def logits_by_loop(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """A dense model in float64, from the tensors and settings of its folder."""
+    tensors = {name: x.astype(np.float64) for name, x in tensors_of(folder).items()}
+    config = config_of(folder)
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    group = heads // config["num_key_value_heads"]
+    angles = np.arange(tokens.shape[1])[:, None] * config["rope_theta"] ** -(
+        np.arange(0, head_dim, 2) / head_dim
+    )
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        mean_square = np.mean(x**2, -1, keepdims=True)
+        return x / np.sqrt(mean_square + config["rms_norm_eps"]) * tensors[f"{name}.weight"]
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ tensors[f"{name}.weight"].T + tensors.get(f"{name}.bias", 0.0)
+
+    def rotate(x: np.ndarray) -> np.ndarray:
+        one, other = np.split(x, 2, -1)
+        sine, cosine = np.sin(angles)[:, None], np.cos(angles)[:, None]
+        return np.concatenate([one * cosine - other * sine, other * cosine + one * sine], -1)
+
+    x = tensors["model.embed_tokens.weight"][tokens]
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        hidden = norm(x, f"{layer}.input_layernorm")
+        query, key, value = (
+            linear(hidden, f"{layer}.self_attn.{part}_proj").reshape(*x.shape[:2], -1, head_dim)
+            for part in "qkv"
+        )
+        if f"{layer}.self_attn.q_norm.weight" in tensors:
+            query = norm(query, f"{layer}.self_attn.q_norm")
+            key = norm(key, f"{layer}.self_attn.k_norm")
+        query, key = rotate(query), rotate(key)
+        attended = np.zeros_like(query)
+        for b, s, h in np.ndindex(query.shape[:3]):
+            seen = key[b, : s + 1, h // group] @ query[b, s, h] / np.sqrt(head_dim)
+            weights = np.exp(seen - seen.max())
+            attended[b, s, h] = weights @ value[b, : s + 1, h // group] / weights.sum()
+        x = x + linear(attended.reshape(*x.shape[:2], -1), f"{layer}.self_attn.o_proj")
+        hidden = norm(x, f"{layer}.post_attention_layernorm")
+        gate = linear(hidden, f"{layer}.mlp.gate_proj")
+        up = linear(hidden, f"{layer}.mlp.up_proj")
+        x = x + linear(gate / (1 + np.exp(-gate)) * up, f"{layer}.mlp.down_proj")
+    return linear(norm(x, "model.norm"), "lm_head")
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+def test_biases_of_attention(name: str, tmp_path: Path) -> None:
+    """Of the output, too: `attention_bias` of Llama, and what a Qwen3 has."""
+    tokens = reference(name)["tokens"][:, :16]
+    if name == "qwen3":
+        close(logits_by_loop(FOLDER / name, tokens), reference(name)["logits"])
+    rng = np.random.default_rng(0)
+
+    def biases(tensors: dict[str, np.ndarray]) -> None:
+        for weight in [name for name in tensors if "self_attn" in name and "proj" in name]:
+            bias = rng.normal(size=tensors[weight].shape[0]).astype(np.float32)
+            tensors[weight.replace("weight", "bias")] = bias
+
+    folder = changed(
+        name,
+        tmp_path / "in",
+        config=lambda config: config.update(attention_bias=True, rope_scaling=None),
+        tensors=biases,
+    )
+    model, _ = pretrained.load(folder, tokenizer=False)
+    decoder: Any = model.decoder
+    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+
+    @quick_jit
+    def logits(decoder: Any) -> Any:
+        hidden = decoder(jnp.asarray(tokens), position_ids=positions)
+        return decoder.final_norm(hidden) @ decoder.output_head().T
+
+    close(logits(decoder), logits_by_loop(folder, tokens))
+    generation = speculative.generate(model, tokens[:1], max_new_tokens=1, num_drafts=0)
+    assert generation.tokens[0, 16] == logits_by_loop(folder, tokens)[0, -1].argmax()
+    # Bit for bit, in the family's layout and with depths.
+    stored = tensors_of(folder)
+    fresh, _ = pretrained.load(folder, num_depths=1, preset="megatron", key=jax.random.key(0))
+    for layout, one in (("llama" if name == "llama3" else name, model), ("transformers", fresh)):
+        out = tmp_path / layout
+        pretrained.save(out, one, layout=layout)
+        assert config_of(out)["attention_bias"] is True
+        written = tensors_of(out)
+        for key, x in stored.items():
+            np.testing.assert_array_equal(written[key], x, strict=True)
+        assert eqx.tree_equal(pretrained.load(out, tokenizer=False)[0], one)
+    with pytest.raises(ValueError, match=r"has no tensor for `attention\.(out_bias|query_norm)"):
+        pretrained.save(tmp_path / "mimo", fresh, layout="mimo")
+
+
+def test_biases_that_a_configuration_denies(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj.bias"
+    zeros = np.zeros(64, np.float32)
+    denied = changed("llama3", tmp_path / "denied", tensors=lambda t: t.update({name: zeros}))
+    with pytest.raises(ValueError, match=r"`attention_bias` must be true: .* got False"):
+        pretrained.load(denied)
+    said = changed("llama3", tmp_path / "said", config=lambda c: c.update(attention_bias=True))
+    with pytest.raises(ValueError, match=r"`model.layers.0.self_attn.q_proj.bias` is missing"):
+        pretrained.load(said)
+    mimo = changed("mimo", tmp_path / "mimo", tensors=lambda t: t.update({name: zeros}))
+    with pytest.raises(ValueError, match="`attention_bias` must be false: the output has none"):
+        pretrained.load(mimo)
+
+
 def newer(config: dict[str, Any]) -> None:
     """`rope_parameters`, `dtype`, and the model in `text_config`."""
     scaling = config.pop("rope_scaling") or {"rope_type": "default"}

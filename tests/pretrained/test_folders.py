@@ -206,13 +206,21 @@ CASES: dict[str, tuple[Change, str]] = {
     "rope a list": (config(rope_scaling={"rope_type": []}), "`rope_type` must be default or"),
     "theta negative": (config(rope_theta=-1), "config.json: `theta` must be above 0"),
     "epsilon negative": (config(rms_norm_eps=-1), "config.json: `epsilon` must be at least 0"),
-    "output bias": (
+    "output bias of one layer": (
         tensors(lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": np.zeros(64, "f4")})),
-        "`attention_bias` must be false",
+        "tensor `model.layers.1.self_attn.o_proj.bias` is missing",
+    ),
+    "feed-forward bias": (
+        tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.bias": np.zeros(96, "f4")})),
+        "`mlp_bias` must be false: only attention has biases here; got None",
     ),
     "hints": (
         config(architectures=["Qwen3ForCausalLM"], num_mtp_layers=1, equinox_mtp={"x": 1}),
         "config.json: .*'x'",
+    ),
+    "compute dtype": (
+        config(equinox_mtp={"compute_dtype": ["int8"]}),
+        r"`equinox_mtp.compute_dtype` must be float32 or bfloat16; got \['int8'\]",
     ),
     "a name in two lines": (
         tensors(lambda t: t.update({"a\nb": t[NAME]})),
@@ -348,8 +356,10 @@ def test_numbers_that_are_not_finite_are_reported(tmp_path: Path) -> None:
 
     folder = changed("qwen3", tmp_path / "nan", tensors=spoil)
     with pytest.warns(UserWarning, match=r"2 tensor\(s\) hold numbers that are not finite") as said:
-        model, _ = pretrained.load(folder, tokenizer=False)
+        model, _ = pretrained.load(folder, tokenizer=False)  # this line
     assert NAME in str(said[0].message)
+    assert said[0].filename == __file__
+    assert Path(__file__).read_text().splitlines()[said[0].lineno - 1].endswith("# this line")
     up: Any = model.decoder.layers.feed_forward.up  # type: ignore[attr-defined]
     assert np.isnan(up.kernel[1, 4, 3])
     with warnings.catch_warnings(action="error"):
@@ -463,7 +473,40 @@ def test_weights_go_straight_to_their_sharding(monkeypatch: pytest.MonkeyPatch) 
     total = sum(x.size for x in arrays)
     assert sum(sizes) == 2 * total
     assert len(sizes) > 3 * len(arrays)
-    fresh, _ = pretrained.load(FOLDER / "mimo", num_depths=2, key=jax.random.key(0), mesh=mesh)
-    for x in jax.tree.leaves(fresh.block):
-        if isinstance(x, jax.Array):
-            assert len(x.sharding.device_set) == 8
+
+
+def test_fresh_depths_are_made_in_their_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same values as on one device; no matrix is on one device first."""
+    from equinox_mtp.sharding import DEFAULT_RULES, make_mesh, parameter_shardings
+
+    mesh = make_mesh({"fsdp": 2, "tensor": 2, "data": 2})
+    options: Any = {"num_depths": 2, "key": jax.random.key(0), "dtype": "bfloat16"}
+    whole, _ = pretrained.load(FOLDER / "mimo", **options)
+    moved = []
+    real = jax.device_put
+
+    def counted(x: Any, *args: Any, **kwargs: Any) -> Any:
+        moved.append(x.size)
+        return real(x, *args, **kwargs)
+
+    monkeypatch.setattr(jax, "device_put", counted)
+    model, _ = pretrained.load(FOLDER / "mimo", **options, mesh=mesh)
+    assert moved == [1]  # the key
+    arrays, same = (jax.tree.leaves(eqx.filter(m, eqx.is_array)) for m in (model, whole))
+    wanted = jax.tree.leaves(parameter_shardings(model, mesh, DEFAULT_RULES))
+    for x, y, sharding in zip(arrays, same, wanted, strict=True):
+        assert x.sharding == sharding
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+        assert x.ndim < 3 or not x.is_fully_replicated
+
+
+def test_rules_may_name_parameters_of_the_depths_alone() -> None:
+    from equinox_mtp.sharding import DEFAULT_RULES, make_mesh
+
+    mesh = make_mesh({"data": 4, "tensor": 2})
+    rules = DEFAULT_RULES.replace(parameters={"projection_layer.kernel": "_ vocab"})
+    for options in ({}, {"num_depths": 1, "key": jax.random.key(0)}):
+        model, _ = pretrained.load(FOLDER / "mimo", mesh=mesh, rules=rules, **options)
+        kernel: Any = model.block.layers.projection_layer.kernel  # type: ignore[union-attr]
+        assert kernel.sharding.shard_shape(kernel.shape) == (1, 128, 32)

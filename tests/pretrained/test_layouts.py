@@ -219,6 +219,52 @@ def test_rotary_scaling_and_windows_are_written(tmp_path: Path) -> None:
     assert eqx.tree_equal(load(tmp_path / "like"), model)
 
 
+@pytest.mark.parametrize(
+    ("name", "layout", "options"),
+    [
+        ("llama3", "llama", {}),
+        ("llama3", "mimo", {"num_depths": 2, "preset": "fast_mtp"}),
+        ("llama3", "transformers", {"num_depths": 1, "preset": "megatron"}),
+        ("qwen3", "stitched", {"num_depths": 1, "preset": "megatron"}),
+        ("qwen3", None, {}),
+        ("fastmtp", "speculators", {}),
+    ],
+)
+def test_the_compute_dtype_is_kept(
+    name: str, layout: str | None, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """As a note in config.json, where its other keys imply another one."""
+    options = {**options, "key": KEY} if options else {}
+    source = FOLDER / ("qwen3" if name == "fastmtp" else name)
+    for dtype, noted in (("bfloat16", {"compute_dtype": "bfloat16"}), ("float32", {})):
+        model: Any = load(name, compute_dtype=dtype, **options)
+        out = tmp_path / dtype
+        pretrained.save(out, model, layout=layout, source=source)
+        hints = config_of(out).get("equinox_mtp", {})
+        assert {n: x for n, x in hints.items() if n == "compute_dtype"} == noted
+        again: Any = load(out)
+        assert again.decoder.dtype == dtype
+        assert again.block.config == model.block.config
+        assert load(out, compute_dtype="float32").decoder.dtype == "float32"  # type: ignore[attr-defined]
+    if layout is None:
+        # A note that no longer holds is gone.
+        pretrained.save(tmp_path / "new", load(name), source=tmp_path / "bfloat16")
+        assert "equinox_mtp" not in config_of(tmp_path / "new")
+
+
+def test_a_note_in_a_nested_configuration(tmp_path: Path) -> None:
+    def nest(config: dict[str, Any]) -> None:
+        names = [name for name in config if name != "architectures"]
+        config["text_config"] = {name: config.pop(name) for name in names}
+
+    folder = changed("llama3", tmp_path / "in", config=nest)
+    pretrained.save(tmp_path / "out", load(folder, compute_dtype="bfloat16"), layout=folder)
+    again: Any = load(tmp_path / "out")
+    assert again.decoder.dtype == "bfloat16"
+    pretrained.save(tmp_path / "new", load(folder), layout=tmp_path / "out")
+    assert config_of(tmp_path / "new") == config_of(folder)
+
+
 def refused(message: str, tmp_path: Path, model: emtp.MTPModel, **options: Any) -> None:
     with pytest.raises(ValueError, match=message):
         pretrained.save(tmp_path / "refused", model, **options)
@@ -244,6 +290,14 @@ def test_what_a_layout_cannot_hold(tmp_path: Path) -> None:
     pretrained.save(tmp_path / "out", one, layout="transformers")
     source = tmp_path / "out"
     refused("has depths already", tmp_path, one, layout="stitched", source=source)
+
+
+def test_numbers_that_are_not_of_floating_point_are_refused(tmp_path: Path) -> None:
+    model: Any = load("llama3")
+    for dtype in ("int8", "complex64"):
+        spoilt = eqx.tree_at(lambda m: m.decoder.norm.scale, model, jnp.ones(64, dtype))
+        message = f"of floating point for a released layout; got {dtype} at `norm.scale`"
+        refused(message, tmp_path, spoilt, layout="llama")
 
 
 def with_layers(model: emtp.MTPModel, change: Any, *, of_depths: bool = False) -> emtp.MTPModel:

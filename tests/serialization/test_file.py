@@ -19,6 +19,8 @@ import safetensors.numpy
 from sharded_step import make_model
 
 import equinox_mtp as emtp
+from equinox_mtp._safetensors import DTYPES
+from equinox_mtp.pretrained._tensor_file import TensorFile
 from equinox_mtp.sharding import make_mesh, parameter_shardings
 
 TREE = {
@@ -105,6 +107,17 @@ def test_other_libraries_read_the_file(tmp_path: Path) -> None:
     for name, dtype in (("bfloat16", "BF16"), ("float8", "F8_E4M3")):
         assert raw[name]["dtype"] == dtype
         assert raw[name]["data"] == np.asarray(TREE[name]).tobytes()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_one_table_of_dtypes(name: str, tmp_path: Path) -> None:
+    """What `save` calls a dtype the library safetensors does, and so do released models."""
+    values = np.arange(8).astype(DTYPES[name])
+    emtp.save(tmp_path / "one", {"x": values})
+    ((key, entry),) = safetensors.deserialize((tmp_path / "one").read_bytes())
+    assert (key, entry["dtype"], bytes(entry["data"])) == ("x", name, values.tobytes())
+    read = TensorFile(tmp_path / "one").view("x")
+    assert (read.dtype, read.tobytes()) == (values.dtype, values.tobytes())
 
 
 def test_names_are_those_of_the_fields(tmp_path: Path) -> None:

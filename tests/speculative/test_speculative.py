@@ -67,9 +67,9 @@ def all_logits(model: MTPModel, tokens: Array) -> Array:
 
 
 def greedy_oracle(
-    model: MTPModel, prompt_ids: np.ndarray, lengths: np.ndarray, eos_id: int | None = None
+    model: MTPModel, prompt_ids: np.ndarray, lengths: np.ndarray, *end_ids: int
 ) -> list[list[int]]:
-    """Every token by a full forward pass over the row so far."""
+    """Every token by a full forward pass over the row so far, up to the first that ends it."""
     rows = []
     for row, length in zip(prompt_ids, lengths, strict=True):
         tokens = list(row[:length])
@@ -78,7 +78,7 @@ def greedy_oracle(
             padded[0, : len(tokens)] = tokens
             logits = all_logits(model, jnp.asarray(padded))[0, len(tokens) - 1]
             tokens.append(int(jnp.argmax(logits)))
-            if tokens[-1] == eos_id:
+            if tokens[-1] in end_ids:
                 break
         rows.append(tokens)
     return rows
@@ -150,6 +150,30 @@ def test_eos_ends_a_row() -> None:
         assert rows_of(generation) == greedy_oracle(model, prompt_ids, lengths, eos_id)
         num_generated += generation.num_generated.tolist()
     assert len(set(num_generated)) > 2
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_any_of_several_ends_a_row(num_drafts: int) -> None:
+    model = make_model(2)
+    prompt_ids, lengths = prompts(batch=4, seed=2)
+    plain = greedy_oracle(model, prompt_ids, lengths)
+    ended = set()
+    for end_ids in ([0, 1], (3, 1, 4), [2], []):
+        # Cut by hand: behind the first new token that is one of them.
+        expected = []
+        for row, length in zip(plain, lengths, strict=True):
+            stop = next((i for i in range(length, len(row)) if row[i] in end_ids), len(row) - 1)
+            expected.append(row[: stop + 1])
+            ended.add(row[stop])
+        options: dict[str, Any] = {"max_new_tokens": NEW, "num_drafts": num_drafts}
+        generation = generate(model, prompt_ids, lengths, **options, eos_id=end_ids)
+        assert rows_of(generation) == expected
+        streamed = [list(row[:length]) for row, length in zip(prompt_ids, lengths, strict=True)]
+        for step in stream(model, prompt_ids, lengths, **options, eos_id=end_ids):
+            for row, ids, num_new in zip(streamed, step.new_ids, step.num_new, strict=True):
+                row += ids[:num_new].tolist()
+        assert streamed == expected
+    assert len(ended) > 2
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3])
@@ -752,6 +776,8 @@ def test_steps_reuse_the_memory_of_the_state() -> None:
         ({"prompt_ids": np.zeros((3, 0), int)}, "`prompt_ids` must have at least one token"),
         ({"sampler": Sampler(1.0)}, "`key` must be given if `sampler` draws tokens"),
         ({"eos_id": -1}, "`eos_id` must be at least 0"),
+        ({"eos_id": [1, VOCAB]}, "`eos_id` must be at least 0 and at most 4; got 5"),
+        ({"eos_id": "ab"}, "`eos_id` must be an integer at least 0 and at most 4; got 'a'"),
     ],
 )
 @pytest.mark.parametrize("function", [generate, stream])

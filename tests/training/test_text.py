@@ -3,16 +3,19 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 from checkpoints import FOLDER, changed
+from hypothesis import given, strategies as st
+from tokenizers import decoders
 
 from equinox_mtp import pretrained, speculative
 from equinox_mtp.__main__ import main
 from equinox_mtp.training import load_corpus
-from equinox_mtp.training._text import ByteText, end_token, read_text
+from equinox_mtp.training._text import ByteText, TokenizerText, end_tokens, read_text
 
 SAMPLES = [*json.loads((FOLDER / "qwen3" / "tokenizer_samples.json").read_text())]
 
@@ -27,6 +30,80 @@ def test_text_of_ids_that_come_a_few_at_a_time(split: int) -> None:
         parts = [decoder.feed(ids[i : i + split]) for i in range(0, len(ids), split)]
         assert "".join(parts) + decoder.finish() == sample["text"]
         assert "\ufffd" not in "".join(parts)
+
+
+PIECES = (
+    *("the", "▁the", "▁", "##s", "s", " ", "  ", ".", " .", "n't", " do not", "é", "\ufffd", "b"),
+    *("<0x41>", "<0xE2>", "<0x82>", "<0xAC>", "<0xF0>", "a</w>", "|", "<pad>", "<s>"),
+)
+TELLING = [PIECES.index(piece) for piece in ("s", " ", ".", "<0x41>", "<0xE2>", "<s>")]
+DECODERS = {
+    "none": None,
+    "word-piece": decoders.WordPiece(),
+    "metaspace": decoders.Metaspace(),
+    "bpe": decoders.BPEDecoder(),
+    "ctc": decoders.CTC(),
+    "strip": decoders.Strip(" ", 1, 0),
+    "strip-end": decoders.Strip(" ", 0, 1),
+    "bytes": decoders.ByteFallback(),
+    "byte-level": decoders.ByteLevel(),
+    # As Llama 2 has it.
+    "sentence-piece": decoders.Sequence(
+        [
+            *(decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()),
+            decoders.Strip(" ", 1, 0),
+        ]
+    ),
+    "strip-whole": decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+    "rewriting": decoders.Sequence([decoders.Fuse(), decoders.Replace(" .", ".")]),
+    "rewriting-all": decoders.Sequence(
+        [decoders.Fuse(), decoders.Replace(tokenizers.Regex("^.*b$"), "!")]
+    ),
+}
+
+
+def text_of_pieces(name: str) -> TokenizerText:
+    model = tokenizers.models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, PIECES[0])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.decoder = DECODERS[name]
+    tokenizer.add_special_tokens(["<s>"])
+    return TokenizerText(tokenizer, [PIECES.index("b")] if name == "none" else [])
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "file qwen3", "file llama3"])
+@given(data=st.data())
+def test_parts_are_the_text_of_all_ids(name: str, data: Any) -> None:
+    """However a decoder writes tokens, and whichever come: ids that are no text, too."""
+    text = TEXTS.get(name) or text_of_pieces(name)
+    ids = st.sampled_from(TELLING) | st.integers(0, text.vocab_size - 1)
+    batches = data.draw(st.lists(st.lists(ids, max_size=3), max_size=8))
+    decoder = text.decoder()
+    parts = [*(decoder.feed(ids) for ids in batches), decoder.finish()]
+    ids = [x for ids in batches for x in ids if x not in text.end_ids]
+    assert "".join(parts) == (text._tokenizer.decode(ids) if ids else "")
+
+
+TEXTS = {f"file {name}": read_text(FOLDER / name) for name in ("qwen3", "llama3")}
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces", "expected"),
+    [
+        ("metaspace", ["▁the", "s", "<0xE2>", "▁the"], ["the", "s", "<0xE2>", " the", ""]),
+        (
+            "sentence-piece",
+            ["▁the", "<0xE2>", "<0x82>", "<s>", "<0xAC>", "s", "<0x41>", "<0xE2>"],
+            ["the", "", "", "", "", "€s", "", "", "\ufffd\ufffd"],
+        ),
+        ("rewriting", ["the", " ", ".", "s"], ["", "", "", "", "the.s"]),
+    ],
+)
+def test_text_is_given_out_once_nothing_can_change_it(
+    name: str, pieces: list[str], expected: list[str]
+) -> None:
+    decoder = text_of_pieces(name).decoder()
+    parts = [decoder.feed([PIECES.index(piece)]) for piece in pieces]
+    assert [*parts, decoder.finish()] == expected
 
 
 def test_padding_and_truncation_of_a_file_are_for_batches(tmp_path: Path) -> None:
@@ -54,15 +131,16 @@ def test_a_character_that_is_cut() -> None:
 
 def test_which_token_ends_a_text(tmp_path: Path) -> None:
     tokenizer = pretrained.load(FOLDER / "qwen3")[1]
-    assert end_token(tokenizer, tmp_path) == tokenizer.token_to_id("<|endoftext|>") == 0
+    assert end_tokens(tokenizer, tmp_path) == (0,)
+    assert tokenizer.token_to_id("<|endoftext|>") == 0
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    assert end_token(words, tmp_path) is None
+    assert end_tokens(words, tmp_path) == ()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "the"}}')
-    assert end_token(tokenizer, tmp_path) == tokenizer.token_to_id("the")
-    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    assert end_token(tokenizer, tmp_path) == 7
+    assert end_tokens(tokenizer, tmp_path) == (tokenizer.token_to_id("the"),)
+    (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": 7}}')
+    assert end_tokens(tokenizer, tmp_path) == (7,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
-    assert end_token(tokenizer, tmp_path) == 9
+    assert end_tokens(tokenizer, tmp_path) == (9, 8)
 
 
 def test_generate_continues_with_a_released_model(
@@ -80,6 +158,33 @@ def test_generate_continues_with_a_released_model(
     assert re.sub("[⟦⟧]", "", printed.split("\n\n8 tokens in ")[0]) == expected
     assert re.search(r"8 tokens in \d+ forward passes; not counting the prompt's", printed)
     assert "100% of the continuations equal" in printed
+
+
+def test_a_heads_model_says_what_ends_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any of several tokens, of the model's folder, and its longest row; not the head's."""
+    prompt, folder = "to be or not", FOLDER / "fastmtp"
+    model, tokenizer = pretrained.load(folder)
+    ids = tokenizer.encode(prompt).ids
+    tokens = speculative.generate(model, [ids], max_new_tokens=12).tokens[0].tolist()
+    # Of these the second one comes first.
+    ends = [tokens[len(ids) + 8], tokens[len(ids) + 6]]
+    stop = next(i for i in range(len(ids), len(tokens)) if tokens[i] in ends)
+    assert len(ids) < stop < len(tokens) - 3
+    sizes = {"eos_token_id": ends, "max_position_embeddings": 16}
+    changed("qwen3", tmp_path / "qwen3", config=lambda c: c.update(sizes))
+    head = changed("fastmtp", tmp_path / "head")
+    (head / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[len(ids)]}))
+    assert pretrained.model_folder(head) == tmp_path / "qwen3"
+    options = ["--prompt", prompt, "--max-new-tokens", "12", "--drafts", "2"]
+    assert main(["generate", "--model", str(head), *options]) == 0
+    printed = capsys.readouterr().out
+    note = f"note: up to {len(ids) + 12} tokens are asked for; the model was trained on rows of 16"
+    assert printed.startswith(note)
+    _, text, counts = printed.split("\n\n")
+    assert re.sub("[⟦⟧]", "", text) == tokenizer.decode(tokens[:stop])
+    assert counts.startswith(f"{stop + 1 - len(ids)} tokens in ")
 
 
 @pytest.mark.parametrize(

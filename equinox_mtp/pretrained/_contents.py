@@ -1,0 +1,273 @@
+"""What is to be written of a model in each layout: its tensors, and its `config.json`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .._block import MultiTokenPredictionBlock
+from .._config import MTPConfig
+from .._layer import MultiTokenPredictionLayer
+from .._model import MTPModel
+from ..nn import GroupedQueryAttention, TransformerDecoder
+from ._comparison import difference, layers_of
+from ._dense import LLAMA, QWEN2, QWEN3
+from ._fitting import fit_depths, with_biases
+from ._folder import CONFIG_FILE, CheckpointFolder
+from ._places import Layout
+from ._registry import family_of
+from ._settings import COMPUTE_DTYPE, HINTS, Settings
+from ._shapes import decoder_shapes, depth_shapes
+from ._speculators import head_config, head_table
+from ._tables import Family, MTPTable
+from ._transformers import COUNT_KEY, transformers_table
+from ._write import StoredTensor, stored_tensors
+
+_QUANTIZED = ("quantization_config", "compression_config")
+_KINDS = {True: "full_attention", False: "sliding_attention"}
+_DEPTH_PARTS = (
+    *("embedding_norm", "hidden_state_norm", "projection_layer", "transformer_layer"),
+    "output_norm",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What is to be written: tensors and `config.json`, and the modules that they are of."""
+
+    family: Family
+    tensors: list[StoredTensor]
+    config: dict[str, Any]
+    decoder: TransformerDecoder
+    layers: MultiTokenPredictionLayer | None = None
+
+    def check(self, layout: str, linked: Sequence[str]) -> None:
+        """**Raises:** `ValueError` if readers would build another model of these.
+
+        `linked` are the tensors that lie in the folder beside those to be written.
+        """
+        described = self.config.get("transformer_layer_config", self.config)
+        settings = Settings(described, Path(CONFIG_FILE))
+        names = [*linked, *(tensor.name for tensor in self.tensors)]
+        wanted = decoder_shapes(settings, self.family, names, None)
+        numbers = self.decoder.num_layers, wanted.num_layers
+        found = [
+            None if numbers[0] == numbers[1] else f"It has {numbers[0]} layers, not {numbers[1]}"
+        ]
+        found += [
+            difference(getattr(self.decoder, part), getattr(wanted, part))
+            for part in ("embedding", "head", "norm")
+        ]
+        ours, theirs = layers_of(self.decoder), layers_of(wanted)
+        found += [difference(*layers) for layers in zip(ours, theirs, strict=False)]
+        if self.layers is not None:
+            depths = self.layers.embedding_norm.scale.shape[0]
+            config = MTPConfig(depths, output_norm="own")
+            described_layers = depth_shapes(settings, self.family, names, config)
+            found += [
+                difference(getattr(self.layers, part), getattr(described_layers, part))
+                for part in _DEPTH_PARTS
+            ]
+        for what in found:
+            if what is not None:
+                raise ValueError(
+                    f"`layout` {layout!r} cannot hold `model`: its readers would build another "
+                    f"one. {what}."
+                )
+
+
+def contents_of(
+    layout: str, model: MTPModel, origin: CheckpointFolder | None, families: Sequence[Family]
+) -> Contents:
+    """A model in a layout; `"source"` is that of `origin`.
+
+    **Raises:** `ValueError` for what the layout cannot say.
+    """
+    if layout == "source":
+        assert origin is not None
+        contents = _like(model, origin, families)
+    elif layout == "speculators":
+        contents = _head(model, origin)
+    elif layout in ("transformers", "stitched"):
+        contents = _with_transformers_depths(layout, model, origin)
+    else:
+        family = next(family for family in families if family.name == layout)
+        contents = _family(family, model, origin)
+    # The folder of a head says nothing of how its model computes.
+    followed = contents.config
+    if layout == "speculators" and origin is not None:
+        followed = origin.config
+    config = _with_compute_dtype(contents.config, contents.decoder.dtype, followed)
+    return dataclasses.replace(contents, config=config)
+
+
+def _with_compute_dtype(
+    config: dict[str, Any], compute_dtype: str, followed: dict[str, Any]
+) -> dict[str, Any]:
+    """A configuration that notes the compute dtype, if `load` would choose another one.
+
+    `followed` is the configuration that `load` follows without a note.
+    """
+    if Settings(followed, Path(CONFIG_FILE)).compute_dtype == compute_dtype:
+        return config
+    nested = config.get("text_config")
+    target = nested if isinstance(nested, dict) else config
+    noted = {**target, HINTS: {**target.get(HINTS, {}), COMPUTE_DTYPE: compute_dtype}}
+    return noted if target is config else {**config, "text_config": noted}
+
+
+def _decoder_tensors(family: Family, model: MTPModel) -> list[StoredTensor]:
+    decoder = model.decoder
+    assert isinstance(decoder, TransformerDecoder)
+    return stored_tensors(decoder, Layout(family, None).decoder_places(decoder))
+
+
+def _depth_tensors(
+    family: Family, mtp: MTPTable, block: MultiTokenPredictionBlock, num_layers: int
+) -> list[StoredTensor]:
+    return stored_tensors(block.layers, Layout(family, mtp).block_places(block.layers, num_layers))
+
+
+def _family(family: Family, model: MTPModel, origin: CheckpointFolder | None) -> Contents:
+    """A family's own layout; without a place for depths they must be none."""
+    if family.needs_biases:
+        model = with_biases(model)
+    decoder, config = model.decoder, model.block.config
+    assert isinstance(decoder, TransformerDecoder)
+    tensors = _decoder_tensors(family, model)
+    written = _config(family, decoder, origin)
+    if family.mtp is None:
+        if config.num_depths:
+            raise ValueError(
+                f"`layout` {family.name!r} has no place for prediction depths, and `model` has "
+                f"{config.num_depths}. Take 'transformers', 'stitched', or 'speculators' for the "
+                "depths alone; or load the model with `num_depths=0`."
+            )
+        return Contents(family, tensors, written, decoder)
+    repeats = config.repeated_layer
+    block = fit_depths(model, family.mtp, family.name, any_input=True, may_repeat=repeats)
+    tensors += _depth_tensors(family, family.mtp, block, decoder.num_layers)
+    written[family.mtp.count_key] = 1 if repeats else config.num_depths
+    hints = _hints(family.mtp, config)
+    written |= {HINTS: hints} if hints else {}
+    return Contents(family, tensors, written, decoder, block.layers)
+
+
+def _hints(mtp: MTPTable, config: MTPConfig) -> dict[str, Any]:
+    """What a layout does not tell of the conventions, for `load`."""
+    kept = {name: getattr(config, name) for name in ("input_hidden_state", "carried_hidden_state")}
+    hints = {name: value for name, value in kept.items() if mtp.config.get(name) != value}
+    if config.repeated_layer:
+        hints |= {"repeated_layer": True, "num_depths": config.num_depths}
+    return hints
+
+
+def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family]) -> Contents:
+    """As it came from a folder: with its configuration, whatever is in it."""
+    settings = Settings(origin.config, origin.path / CONFIG_FILE)
+    family = family_of(settings, families)
+    if family.mtp is None and model.block.config.num_depths and settings.get(COUNT_KEY):
+        return _with_transformers_depths("transformers", model, origin)
+    contents = _family(family, model, origin)
+    return dataclasses.replace(contents, config=_merged(origin.config, contents.config))
+
+
+_COUNTED = ("tie_word_embeddings", "num_nextn_predict_layers", COUNT_KEY, HINTS)
+
+
+def _merged(stored: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """A folder's configuration, where it still says what the model is."""
+    config = _without(stored, *_QUANTIZED, HINTS)
+    nested = config.get("text_config")
+    target = _without(nested, HINTS) if isinstance(nested, dict) else config
+    for name in _COUNTED:
+        if name in written and written[name] != target.get(name, False if "tie" in name else 0):
+            target[name] = written[name]
+    for name in ("dtype", "torch_dtype"):
+        if name in target:
+            target[name] = written["torch_dtype"]
+    return {**config, "text_config": target} if target is not config else config
+
+
+def _without(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: x for name, x in config.items() if name not in names}
+
+
+def _head(model: MTPModel, origin: CheckpointFolder | None) -> Contents:
+    """The depths alone, for the format of speculators."""
+    decoder = model.decoder
+    assert isinstance(decoder, TransformerDecoder)
+    family, mtp = _dense_family(decoder), head_table()
+    block = fit_depths(model, mtp, "speculators", any_input=False, may_repeat=True)
+    written = _config(family, decoder, origin)
+    name = "." if origin is None else str(origin.path.resolve())
+    config = head_config(written, name, model.block.config.num_depths)
+    tensors = _depth_tensors(family, mtp, block, decoder.num_layers)
+    return Contents(family, tensors, config, decoder, block.layers)
+
+
+def _with_transformers_depths(
+    layout: str, model: MTPModel, origin: CheckpointFolder | None
+) -> Contents:
+    decoder, num_depths = model.decoder, model.block.config.num_depths
+    assert isinstance(decoder, TransformerDecoder)
+    family, mtp = _dense_family(decoder), transformers_table(num_depths)
+    if family.needs_biases:
+        model = with_biases(model)
+        decoder = model.decoder
+        assert isinstance(decoder, TransformerDecoder)
+    block = fit_depths(model, mtp, layout, any_input=False, may_repeat=False)
+    depths = _depth_tensors(family, mtp, block, decoder.num_layers)
+    if layout == "stitched":
+        if origin is None:
+            raise ValueError(
+                "`source` must be given for `layout='stitched'`: the folder of the main model, "
+                "whose files are linked."
+            )
+        tensors, config = depths, _without(origin.config, HINTS)
+    else:
+        tensors = _decoder_tensors(family, model) + depths
+        config = _config(family, decoder, origin)
+    config[COUNT_KEY] = num_depths
+    # transformers gives Qwen's configurations `layer_types`, and then wants the depths' too.
+    if family is not LLAMA or "layer_types" in config:
+        attention = getattr(getattr(block.layers, "transformer_layer", None), "attention", None)
+        window = getattr(attention, "window", None)
+        config["mtp_layer_types"] = [_KINDS[window is None]] * num_depths
+        if window is not None and config.get("sliding_window") is None:
+            config["sliding_window"] = window
+    return Contents(family, tensors, config, decoder, block.layers)
+
+
+def _dense_family(decoder: TransformerDecoder) -> Family:
+    """The family of layers like these."""
+    attention = getattr(decoder.layer(0), "attention", None)
+    if isinstance(attention, GroupedQueryAttention):
+        if attention.query_norm is not None:
+            return QWEN3
+        is_llama = attention.query_bias is None or attention.out_bias is not None
+        return LLAMA if is_llama else QWEN2
+    raise ValueError(
+        "`model` must have layers of grouped-query attention for this layout; got "
+        f"{type(attention).__name__}."
+    )
+
+
+def _config(
+    family: Family, decoder: TransformerDecoder, origin: CheckpointFolder | None
+) -> dict[str, Any]:
+    """A decoder's `config.json`; of another folder's what is not known here."""
+    stored = dict(origin.config) if origin is not None else {}
+    kept = {
+        name: value
+        for name, value in stored.items()
+        if name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+    }
+    return {
+        "architectures": [family.architectures[0]],
+        "model_type": family.name,
+        "max_position_embeddings": 4096,
+        **family.config_of(decoder),
+        "torch_dtype": str(decoder.embedding.dtype),
+        **kept,
+    }

@@ -1,0 +1,88 @@
+"""Which prediction depths a folder has: its own, or fresh ones in their place."""
+
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray
+
+from .._block import MultiTokenPredictionBlock
+from .._checks import check_integer
+from .._config import MTPConfig, Preset
+from ._places import conventions
+from ._settings import COMPUTE_DTYPE, HINTS, Settings, errors_of
+from ._shapes import make_block
+from ._tables import Family, MTPTable
+from ._transformers import COUNT_KEY, transformers_table
+
+Tree = TypeVar("Tree")
+
+_MOST_DEPTHS = 1000
+
+
+def own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]:
+    """The tables and conventions of a folder's own depths."""
+    mtp = family.mtp
+    if mtp is None:
+        num_depths = settings.integer(COUNT_KEY, 0, at_least=0)
+        mtp = transformers_table(num_depths)
+    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
+    if not num_depths:
+        return mtp, MTPConfig(num_depths=0)
+    hints = {name: x for name, x in settings.hints.items() if name != COMPUTE_DTYPE}
+    with errors_of(settings):
+        config = conventions(mtp, **{"num_depths": num_depths, **hints})
+        num_layers = 1 if config.repeated_layer else config.num_depths
+        if num_layers != num_depths or config.num_depths > _MOST_DEPTHS:
+            raise settings.error(HINTS, f"of {num_depths} layer(s)", hints)
+        return mtp, config
+
+
+def depth_prefixes(settings: Settings, mtp: MTPTable) -> list[str]:
+    """What the names of a folder's own depths begin with."""
+    num_layers = settings.integer("num_hidden_layers")
+    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
+    return [mtp.prefix.format(depth=k, layer=num_layers + k) for k in range(num_depths)]
+
+
+def fresh_config(
+    num_depths: int | None, preset: Preset | None, key: PRNGKeyArray | None
+) -> MTPConfig:
+    num_depths = check_integer("num_depths", 1 if num_depths is None else num_depths, at_least=0)
+    if num_depths == 0:
+        return MTPConfig(num_depths=0)
+    if key is None:
+        raise ValueError(
+            f"`key` must be given for the initial values of {num_depths} fresh depth(s); got "
+            "`None`. Pass `key=jax.random.key(0)`."
+        )
+    return MTPConfig.preset("deepseek_v3" if preset is None else preset, num_depths)
+
+
+def fresh_block(
+    settings: Settings,
+    family: Family,
+    names: Collection[str],
+    config: MTPConfig,
+    dtype: str | None,
+    key: PRNGKeyArray | None,
+) -> MultiTokenPredictionBlock:
+    """A block with new layers, in the dtype that is wanted."""
+    assert key is not None
+    block = make_block(settings, family, names, config, key)
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if dtype is not None and eqx.is_inexact_array(x) else x, block
+    )
+
+
+def made_there(
+    make: Callable[[PRNGKeyArray | None], Tree], key: PRNGKeyArray | None, shardings: Any
+) -> Tree:
+    """What `make(key)` gives, each array made part by part on the devices of its sharding."""
+    one = jax.tree.leaves(shardings)[0]
+    if isinstance(one, NamedSharding):
+        key = jax.device_put(key, NamedSharding(one.mesh, PartitionSpec()))
+    arrays = jax.jit(lambda key: eqx.filter(make(key), eqx.is_array), out_shardings=shardings)(key)
+    return eqx.combine(arrays, eqx.filter_eval_shape(make, key))

@@ -1,0 +1,86 @@
+"""The modules that a configuration describes, with shapes in place of arrays."""
+
+from collections.abc import Collection
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from .._block import MultiTokenPredictionBlock
+from .._config import MTPConfig
+from .._layer import MultiTokenPredictionLayer
+from ..nn import RMSNorm, TransformerDecoder
+from ._folder import CheckpointFolder
+from ._settings import Settings
+from ._tables import Family
+
+
+def decoder_shapes(
+    settings: Settings, family: Family, names: Collection[str], compute_dtype: str | None
+) -> TransformerDecoder:
+    """The decoder that a configuration describes, with shapes in place of arrays."""
+    vocab_size, embed_size = settings.integer("vocab_size"), settings.integer("hidden_size")
+    head = family.decoder["head"].name
+    # Not said: as the weights are. Said otherwise than they are: a tensor is missing.
+    is_tied = settings.flag("tie_word_embeddings", head not in names)
+    if is_tied and head in names and isinstance(names, CheckpointFolder):
+        _check_tied(names, family.decoder["embedding"].name, head)
+
+    def make() -> TransformerDecoder:
+        keys = jax.random.split(jax.random.key(0), settings.integer("num_hidden_layers"))
+        layers = [
+            family.make_layer(settings, index, names, key=key) for index, key in enumerate(keys)
+        ]
+        return TransformerDecoder.of(
+            layers,
+            embedding=jnp.zeros((vocab_size, embed_size)),
+            norm=RMSNorm(embed_size, epsilon=settings.number("rms_norm_eps", 1e-6)),
+            head=None if is_tied else jnp.zeros((vocab_size, embed_size)),
+            dtype=settings.compute_dtype if compute_dtype is None else compute_dtype,
+        )
+
+    return eqx.filter_eval_shape(make)
+
+
+def _check_tied(folder: CheckpointFolder, embedding: str, head: str) -> None:
+    """**Raises:** `ValueError` if a head that is there again is another one."""
+    one, other = folder.view(embedding), folder.view(head)
+    is_same = one.shape == other.shape
+    step = max(1, 2**24 // max(one[:1].nbytes, 1))
+    for start in range(0, len(one) if is_same else 0, step):
+        piece = slice(start, start + step)
+        is_same = is_same and np.array_equal(one[piece], other[piece])
+        folder.forget(embedding)
+        folder.forget(head)
+    if not is_same:
+        raise ValueError(
+            f"{folder.where(head)}: it differs from the embedding, and `tie_word_embeddings` is "
+            "true. Set it to false in config.json to use this head."
+        )
+
+
+def depth_shapes(
+    settings: Settings, family: Family, names: Collection[str], config: MTPConfig
+) -> MultiTokenPredictionLayer:
+    """The stacked layers of all depths, with shapes in place of arrays."""
+
+    def make() -> MultiTokenPredictionBlock:
+        return make_block(settings, family, names, config, jax.random.key(0))
+
+    return eqx.filter_eval_shape(make).layers
+
+
+def make_block(
+    settings: Settings, family: Family, names: Collection[str], config: MTPConfig, key: PRNGKeyArray
+) -> MultiTokenPredictionBlock:
+    """A block with fresh layers."""
+    num_layers = settings.integer("num_hidden_layers")
+    return MultiTokenPredictionBlock(
+        config,
+        lambda key: family.make_layer(settings, num_layers, names, key=key),
+        embed_size=settings.integer("hidden_size"),
+        norm_epsilon=settings.number("rms_norm_eps", 1e-6),
+        key=key,
+    )
