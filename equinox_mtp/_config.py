@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
+import jax
+
 from ._checks import check_checkpoint_policy, check_choice, check_flag, check_integer
 
 ConcatOrder: TypeAlias = Literal["embedding_first", "hidden_first"]
@@ -35,6 +37,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "repeated_layer": True,
     },
 }
+
+
+ATTENDED = "attended"
+"""The checkpoint name of what attention needs of its forward pass in the backward pass."""
+_SAVE_ATTENDED = jax.checkpoint_policies.save_only_these_names(ATTENDED)
+
+
+def _keep_attended(*args: Any, **kwargs: Any) -> Any:
+    return _SAVE_ATTENDED(*args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +86,8 @@ class MTPConfig:
     - `stop_gradient_embedding`: no MTP gradient into the embedding.
     - `stop_gradient_head`: no MTP gradient into the output head and the main model's final norm.
     - `checkpoint_policy`: what a depth's layer keeps for the backward pass, as in `jax.checkpoint`.
-        `None` keeps its input alone and recomputes the rest; a function of
+        By default its input and what the attention gave, which is small, and whose time grows with
+        the length of the rows; the rest is recomputed. `None` keeps the input alone; a function of
         `jax.checkpoint_policies` trades memory for time.
 
     **Raises:** `ValueError` for a value or a combination that makes no sense.
@@ -90,7 +102,7 @@ class MTPConfig:
     stop_gradient_hidden: bool = False
     stop_gradient_embedding: bool = False
     stop_gradient_head: bool = False
-    checkpoint_policy: Callable[..., Any] | None = None
+    checkpoint_policy: Callable[..., Any] | None = _keep_attended
 
     def __post_init__(self) -> None:
         num_depths = check_integer("num_depths", self.num_depths, at_least=0)

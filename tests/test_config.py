@@ -24,7 +24,7 @@ DEFAULTS = {
     "stop_gradient_hidden": False,
     "stop_gradient_embedding": False,
     "stop_gradient_head": False,
-    "checkpoint_policy": None,
+    "checkpoint_policy": MTPConfig().checkpoint_policy,
 }
 
 PRESETS = {

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._config import ATTENDED
 from .._platform import accumulation_dtype
-from ._tiled import ATTENDED
 from ._tiles import Places, Softmax
 
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from .._config import ATTENDED
 from .._platform import accumulation_dtype
 from ._tiles import (
     FAR,
@@ -29,9 +30,6 @@ from ._tiles import (
     split_places,
     start,
 )
-
-ATTENDED = "attended"
-"""The checkpoint name of what the backward pass needs of the forward pass."""
 
 
 class Plan(NamedTuple):

@@ -483,6 +483,37 @@ def test_heads_that_do_not_divide() -> None:
         nn.causal_attention(*rows, position_ids=position_ids)
 
 
+@pytest.mark.parametrize(("policy", "num_forward"), [({}, 1), ({"checkpoint_policy": None}, 2)])
+def test_depths_keep_what_attention_gave(policy: dict[str, Any], num_forward: int) -> None:
+    """By default the backward pass of a depth does not attend again."""
+    config = nn.TransformerConfig(
+        vocab_size=64,
+        embed_size=16,
+        num_layers=1,
+        num_heads=2,
+        attention=partial(nn.causal_attention, implementation="tiled"),
+    )
+    decoder = nn.TransformerDecoder(config, key=jax.random.key(0))
+    block = emtp.MultiTokenPredictionBlock(
+        emtp.MTPConfig(num_depths=2, **policy),
+        partial(nn.TransformerDecoderLayer, config),
+        embed_size=16,
+        key=jax.random.key(1),
+    )
+    batch = emtp.make_batch(np.arange(17)[None] % 64)
+    arrays, static = eqx.partition(block, eqx.is_array)
+
+    def loss(arrays: Any) -> Array:
+        block = eqx.combine(arrays, static)
+        hidden_states = jnp.ones((1, 16, 16))
+        output = block(decoder, hidden_states, batch.align(2).targets, predictions=False)
+        return output.loss
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(arrays))
+    # A loop over the tiles of the other side for each pass forward, and one for that backward.
+    assert jaxpr.count("while[") == num_forward + 1
+
+
 def test_a_model_of_long_rows_trains_as_with_the_formula() -> None:
     """The whole model, packed, with recomputation: the same loss and gradients."""
 
