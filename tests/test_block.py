@@ -204,7 +204,7 @@ def _assert_trees_close(actual: PyTree, expected: PyTree, rtol: float = 1e-5) ->
 
 _CONVENTIONS = {
     "paper": MTPConfig.preset("paper", 2),
-    "maxtext": MTPConfig.preset("maxtext", 3),
+    "maxtext": MTPConfig.preset("maxtext", 2),
     "deepseek_v3": MTPConfig.preset("deepseek_v3", 2),
     "megatron": MTPConfig.preset("megatron", 2),
     "fast_mtp": MTPConfig.preset("fast_mtp", 3),
@@ -232,7 +232,7 @@ def test_conventions(batch: _Batch, name: str):
     _assert_trees_close(gradients, expected_gradients)
     # The main model's own layers take no part; everything else does.
     for gradient in jax.tree.leaves(_by_name(gradients)):
-        assert float(jnp.abs(gradient).max()) > 1e-4
+        assert np.abs(np.asarray(gradient)).max() > 1e-4
 
 
 def test_conventions_differ(batch: _Batch):
