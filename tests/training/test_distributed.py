@@ -27,7 +27,7 @@ from equinox_mtp.training._checkpoint_files import checkpoints, last_checkpoint
 from equinox_mtp.training._lock import only_run
 from equinox_mtp.training._placement import parse_mesh
 
-STEPS, MORE_STEPS = 6, 10
+STEPS = 10
 CONFIG = TrainConfig(
     vocab_size=8,
     end_of_document=3,
@@ -60,13 +60,6 @@ def whole(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path_factory.mktemp("one")))
 
 
-@pytest.fixture(scope="module")
-def longer(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One with more steps."""
-    out = tmp_path_factory.mktemp("longer")
-    return train(dataclasses.replace(CONFIG, data=(tokens,), out=out, steps=MORE_STEPS))
-
-
 def losses(folder: Path) -> list[list[float]]:
     """Step, and all losses and rates, of every record."""
     found = []
@@ -87,22 +80,17 @@ def assert_same_losses(folder: Path, expected: Path) -> None:
 # One process
 
 
-def test_a_run_on_a_mesh_is_that_on_one_device(tokens: Path, whole: Path, tmp_path: Path) -> None:
-    """Also if a step is split into microbatches; see the next test for other meshes."""
-    options = {"mesh": "data=2,fsdp=2,context=2", "accumulate": 2}
-    train(dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path, **options))
-    assert_same_losses(tmp_path, whole)
-    # Another run with these options may be on other devices.
-    assert json.loads((tmp_path / "config.json").read_text())["mesh"] is None
-
-
 def test_a_run_goes_on_on_another_mesh(tokens: Path, whole: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path, mesh="fsdp=4,tensor=2")
+    """Each step is that on one device, however many microbatches it is split into."""
+    config = dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path, accumulate=2)
+    config = dataclasses.replace(config, mesh="fsdp=4,tensor=2")
     stop_after(2, config)
     assert last_checkpoint(tmp_path / "checkpoints").name == "step_00000002"
     stop_after(4, dataclasses.replace(config, resume=True, mesh="data=2,context=4"))
     train(dataclasses.replace(config, resume=True, mesh=None))
     assert_same_losses(tmp_path, whole)
+    # Another run with these options may be on other devices.
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"] is None
 
 
 def stop_after(step: int, config: TrainConfig) -> None:
@@ -132,7 +120,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(
     assert main(["train", "--resume", "--out", str(tmp_path)]) == 0
     assert "step_00000004 is damaged: " in capsys.readouterr().out
     assert (tmp_path / "checkpoints" / "damaged-step_00000004").is_dir()
-    assert last_checkpoint(tmp_path / "checkpoints").name == "step_00000006"
+    assert last_checkpoint(tmp_path / "checkpoints").name == f"step_{STEPS:08d}"
     assert_same_losses(tmp_path, whole)
 
 
@@ -237,7 +225,7 @@ HEARTBEAT_TIMEOUT = "5"
 
 @pytest.mark.slow
 def test_one_of_two_processes_is_told_to_stop(
-    tokens: Path, longer: Path, tmp_path: Path, started: list[Processes]
+    tokens: Path, whole: Path, tmp_path: Path, started: list[Processes]
 ) -> None:
     """Both save and stop after the same step, and go on.
 
@@ -245,7 +233,7 @@ def test_one_of_two_processes_is_told_to_stop(
     """
     out = tmp_path / "two"
     mesh = ["--mesh", MESH_OF_TWO]
-    options = [*command(tokens, out), *mesh, "--steps", str(MORE_STEPS)]
+    options = [*command(tokens, out), *mesh]
     started.append(Processes(options))
     first, second = started[-1].all
     wait_for_checkpoint(out, first)
@@ -254,26 +242,26 @@ def test_one_of_two_processes_is_told_to_stop(
     assert [first.returncode, second.returncode] == [130, 130], "\n".join(outputs)
     stopped = re.search(r"interrupted at step (\d+); continue with --resume", outputs[0])
     assert stopped, outputs[0]
-    assert int(stopped[1]) < MORE_STEPS
+    assert int(stopped[1]) < STEPS
     assert last_checkpoint(out / "checkpoints").name == f"step_{int(stopped[1]):08d}"
 
     started.append(Processes([*options[:4], "--resume", "--out", str(out), *mesh]))
     outputs = started[-1].finish()
-    assert_same_losses(out, longer)
+    assert_same_losses(out, whole)
     assert "expected accepted length" in outputs[0]
     assert "expected accepted length" not in outputs[1]
 
 
 @pytest.mark.slow
 def test_one_of_two_processes_fails(
-    tokens: Path, longer: Path, tmp_path: Path, started: list[Processes]
+    tokens: Path, whole: Path, tmp_path: Path, started: list[Processes]
 ) -> None:
     """It says why, and the other ends too; the run goes on from the last checkpoint, here in one.
 
     A process that is killed is gone in the same way: without a word to the other.
     """
     out = tmp_path / "two"
-    options = [*command(tokens, out), "--mesh", MESH_OF_TWO, "--steps", str(MORE_STEPS)]
+    options = [*command(tokens, out), "--mesh", MESH_OF_TWO]
     options[1:3] = ["-c", FAILING]
     started.append(Processes([*options, "--heartbeat-timeout", HEARTBEAT_TIMEOUT]))
     first, second = started[-1].all
@@ -283,7 +271,7 @@ def test_one_of_two_processes_fails(
     assert first.returncode not in (0, 130), output
     assert last_checkpoint(out / "checkpoints").name in ("step_00000002", "step_00000004")
     assert main(["train", "--resume", "--out", str(out)]) == 0
-    assert_same_losses(out, longer)
+    assert_same_losses(out, whole)
 
 
 FAILING = """
@@ -378,12 +366,12 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], after: str
 
 @pytest.mark.slow
 def test_killed_at_any_moment(
-    tokens: Path, longer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokens: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In mid-save and in mid-step: the losses of the run that nobody stopped."""
     out = tmp_path / "killed"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    options = [*command(tokens, out), "--steps", str(MORE_STEPS), "--checkpoint-every", "1"]
+    options = [*command(tokens, out), "--checkpoint-every", "1"]
     resume = [*options[:4], "--resume", "--out", str(out)]
     reached = []
     # Seconds after the next checkpoint has begun to be written, once there is a whole one.
@@ -409,7 +397,7 @@ def test_killed_at_any_moment(
         process.communicate()
         reached.append(last_checkpoint(out / "checkpoints").name)
     assert len(set(reached)) > 1
-    assert reached[-1] < f"step_{MORE_STEPS:08d}"
+    assert reached[-1] < f"step_{STEPS:08d}"
     assert main(resume[3:]) == 0
     assert "expected accepted length" in capsys.readouterr().out
-    assert_same_losses(out, longer)
+    assert_same_losses(out, whole)
