@@ -40,6 +40,9 @@ import jax.random as jr  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import PRNGKeyArray  # noqa: E402
 
+# Programs and their traces are objects by the million, and hardly any of them is garbage.
+gc.set_threshold(200_000, 50, 100)
+
 # The first example of a shape compiles, and takes far longer than the next: no deadline holds.
 hypothesis.settings.register_profile("equinox_mtp", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("equinox_mtp")

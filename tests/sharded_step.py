@@ -20,7 +20,6 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 4, 2
 KV_FEATURES = KV_HEADS * HEAD_DIM
 TOKEN_TILE, VOCAB_TILE = 8, 40
 MESHES = {
-    "data": {"data": 8},
     "fsdp": {"fsdp": 8},
     "data_fsdp": {"data": 2, "fsdp": 4},
     "data_tensor": {"data": 2, "tensor": 4},

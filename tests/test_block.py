@@ -204,7 +204,7 @@ def _assert_trees_close(actual: PyTree, expected: PyTree, rtol: float = 1e-5) ->
 
 _CONVENTIONS = {
     "paper": MTPConfig.preset("paper", 2),
-    "maxtext": MTPConfig.preset("maxtext", 3),
+    "maxtext": MTPConfig.preset("maxtext", 2),
     "deepseek_v3": MTPConfig.preset("deepseek_v3", 2),
     "megatron": MTPConfig.preset("megatron", 2),
     "fast_mtp": MTPConfig.preset("fast_mtp", 3),
@@ -232,7 +232,7 @@ def test_conventions(batch: _Batch, name: str):
     _assert_trees_close(gradients, expected_gradients)
     # The main model's own layers take no part; everything else does.
     for gradient in jax.tree.leaves(_by_name(gradients)):
-        assert float(jnp.abs(gradient).max()) > 1e-4
+        assert np.abs(np.asarray(gradient)).max() > 1e-4
 
 
 def test_conventions_differ(batch: _Batch):
@@ -497,12 +497,12 @@ def test_objective_is_for_speed_alone(
 
 
 @pytest.mark.parametrize("objective", [calculate_mtp_loss, _mean_of_depths, _total])
-@pytest.mark.parametrize("num_depths", [0, 1, 3])
+@pytest.mark.parametrize("num_depths", [0, 3])
 def test_loss_is_the_objective_of_the_losses(
     batch: _Batch, objective: Objective, num_depths: int
 ) -> None:
     parts = _make_parts(MTPConfig(num_depths), _ToyLayer)
-    output = _run(parts, batch.targets(num_depths), objective=objective)
+    output = _forward(parts, batch.targets(num_depths), objective=objective)
     assert_close(output.loss, objective(output.losses))
 
 

@@ -51,6 +51,10 @@ class _Batch(NamedTuple):
 
 @pytest.fixture
 def batch() -> _Batch:
+    return _make_batch()
+
+
+def _make_batch() -> _Batch:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, _VOCAB, (_BATCH, _SEQ + 1))
     segments = np.asarray([[1] * 4 + [2] * 5 + [0] * 2, [1] * 3 + [2] * 8] * (_BATCH // 2))
@@ -415,7 +419,7 @@ def test_ids_on_the_host_that_are_not_in_the_vocabulary(batch: _Batch) -> None:
         model(ids, ids, segment_ids=padded.astype(np.int64) * 2**32)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0), (3, 1)])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (3, 1)])
 def test_batches_that_are_empty_or_of_one_position(shape: tuple[int, int]) -> None:
     model = _make_model()
     ids = jnp.zeros(shape, jnp.int32)
@@ -430,33 +434,33 @@ def test_batches_that_are_empty_or_of_one_position(shape: tuple[int, int]) -> No
         assert not np.any(gradient)
 
 
+def _numbers(dtype: Any) -> list[float]:
+    """The loss of a model of one dtype, and the squared size of each gradient."""
+    model = jax.tree.map(
+        lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x,
+        _make_model(MTPConfig(2, output_norm="own")),
+    )
+    (loss, _), gradients = _value_and_grad(model, _make_batch())
+    return [float(loss), *(float(np.sum(np.square(x))) for x in jax.tree.leaves(gradients))]
+
+
 def test_a_model_under_x64() -> None:
     # In a process of its own, as the switch is for all of it; against the default's numbers.
     code = """
-        import jax, jax.numpy as jnp, numpy as np, equinox as eqx
-        import test_model
-        batch = test_model.batch.__wrapped__()
-        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.float64, 1e-5)):
-            model = jax.tree.map(
-                lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x,
-                test_model._make_model(test_model.MTPConfig(2, output_norm="own")),
-            )
-            (loss, output), gradients = test_model._value_and_grad(model, batch)
-            print(float(loss), *(float(jnp.sum(x * x)) for x in jax.tree.leaves(gradients)))
+        import jax.numpy as jnp, test_model
+        for dtype in (jnp.float32, jnp.float64):
+            print(*test_model._numbers(dtype))
     """
-    script = textwrap.dedent(code)
     folder = Path(__file__).parent
     path = os.pathsep.join([str(folder), str(folder.parent)])
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", script],
-            check=True,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "JAX_ENABLE_X64": x64},
-        ).stdout.splitlines()[:lines]
-        for x64, lines in (("1", 2), ("0", 1))
-    ]
-    expected = np.array(printed[1][0].split(), float)
-    for line in printed[0]:
+    printed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "JAX_ENABLE_X64": "1"},
+    ).stdout.splitlines()
+    expected = _numbers(jnp.float32)
+    assert len(printed) == 2
+    for line in printed:
         np.testing.assert_allclose(np.array(line.split(), float), expected, rtol=1e-4)

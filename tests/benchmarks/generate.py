@@ -68,7 +68,7 @@ TINY = TrainConfig(
 )
 PRESETS = {
     "cpu": Preset({"default": TrainConfig(), "deep": DEEP}, (1, 8), (0, 1, 2, 3, 4), 64, 192, 3),
-    "tiny": Preset({"tiny": TINY}, (1, 2), (0, 1, 3), 8, 12, 1),
+    "tiny": Preset({"tiny": TINY}, (1, 2), (0, 2), 8, 12, 1),
 }
 PASSES = 64
 

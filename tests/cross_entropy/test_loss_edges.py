@@ -39,7 +39,7 @@ def summed(hidden: Any, head: Any, ids: Any, weights: Any) -> jax.Array:
     return summed_linear_cross_entropy(hidden, head, ids, weights).loss
 
 
-LOSSES: dict[str, Loss] = {
+_LOSSES: dict[str, Loss] = {
     "by_token": lambda h, w, *rest: by_token(h, LinearHead(w, **TILES), *rest),
     "summed": lambda h, w, *rest: summed(h, LinearHead(w, **TILES), *rest),
     "recomputed": lambda h, w, *rest: summed(
@@ -49,6 +49,8 @@ LOSSES: dict[str, Loss] = {
         h, lambda x: jnp.einsum("bse,ve->bsv", x, w.astype(x.dtype)), *rest
     ),
 }
+# Of the same shapes and dtypes each is compiled once.
+LOSSES = {name: jax.jit(loss) for name, loss in _LOSSES.items()}
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
@@ -324,7 +326,7 @@ def test_under_x64_losses_and_gradients_are_those_of_float64() -> None:
             value, gradients = edges.exact(hidden, head, ids, weights)
             for name, loss in edges.LOSSES.items():
                 for ids_dtype in (jnp.int32, jnp.int64):
-                    actual, actual_gradients = jax.value_and_grad(loss, (0, 1))(
+                    actual, actual_gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(
                         hidden, head, ids.astype(ids_dtype), weights
                     )
                     assert actual.dtype == dtype, (name, actual.dtype)
