@@ -419,7 +419,7 @@ def test_ids_on_the_host_that_are_not_in_the_vocabulary(batch: _Batch) -> None:
         model(ids, ids, segment_ids=padded.astype(np.int64) * 2**32)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (3, 1)])
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (2, 0), (3, 1)])
 def test_batches_that_are_empty_or_of_one_position(shape: tuple[int, int]) -> None:
     model = _make_model()
     ids = jnp.zeros(shape, jnp.int32)

@@ -20,7 +20,7 @@ def dense_attention(
 ) -> Float[Array, "batch seq heads value_dim"]:
     """The formula, with the logits of all pairs of positions in memory."""
     batch, seq, heads, head_dim = query.shape
-    groups = query.reshape(batch, seq, key.shape[2], -1, head_dim)
+    groups = query.reshape(batch, seq, key.shape[2], heads // key.shape[2], head_dim)
     dtype = accumulation_dtype(query)
     products = jnp.einsum("bqkgd,blkd->bkgql", groups, key, preferred_element_type=dtype)
     mask = softmax.sees(places.order[:, :, None], places.order[:, None])

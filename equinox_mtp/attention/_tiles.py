@@ -79,21 +79,23 @@ def split_tiles(x: Array, size: int, *, fill: int = 0) -> Array:
     batch, seq = x.shape[:2]
     widths = [(0, 0), (0, -seq % size), *[(0, 0)] * (x.ndim - 2)]
     x = jnp.pad(x, widths, constant_values=fill) if seq % size else x
-    return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(batch, -(-seq // size), size, *x.shape[2:]), 1, 0)
 
 
 def split_heads(x: Array, size: int, num_kv_heads: int) -> Array:
     """`[batch seq heads …]` as tiles `[tiles batch kv_heads groups·size …]`."""
-    tiles = split_tiles(x.reshape(*x.shape[:2], num_kv_heads, -1, *x.shape[3:]), size)
+    groups = x.shape[2] // num_kv_heads
+    tiles = split_tiles(x.reshape(*x.shape[:2], num_kv_heads, groups, *x.shape[3:]), size)
     tiles = jnp.moveaxis(tiles, 2, 4)  # tiles batch kv_heads groups size …
-    return tiles.reshape(*tiles.shape[:3], -1, *tiles.shape[5:])
+    return tiles.reshape(*tiles.shape[:3], groups * size, *tiles.shape[5:])
 
 
 def join_heads(tiles: Array, size: int, seq: int) -> Array:
     """The inverse of `split_heads`."""
-    x = jnp.moveaxis(tiles.reshape(*tiles.shape[:3], -1, size, *tiles.shape[4:]), 4, 2)
+    groups = tiles.shape[3] // size
+    x = jnp.moveaxis(tiles.reshape(*tiles.shape[:3], groups, size, *tiles.shape[4:]), 4, 2)
     x = jnp.moveaxis(x, 0, 1)  # batch tiles size kv_heads groups …
-    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :seq]
+    return x.reshape(x.shape[0], x.shape[1] * size, x.shape[3] * groups, *x.shape[5:])[:, :seq]
 
 
 def split_places(places: Places, size: int, *, fill: int) -> Places:

@@ -197,6 +197,15 @@ def test_float64() -> None:
             assert_close(one, other, 1e-12, 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(0, 300), (2, 0), (0, 0)])
+def test_no_rows_and_no_positions(shape: tuple[int, int]) -> None:
+    query, key = jnp.zeros((*shape, 4, 8)), jnp.zeros((*shape, 2, 8))
+    ids = jnp.zeros(shape, jnp.int32)
+    function = with_gradients(call(Case(segments=True), None))
+    outputs = jax.jit(function)((query, key, key), (ids, ids), query)
+    assert [x.shape for x in outputs] == [query.shape, query.shape, key.shape, key.shape]
+
+
 def test_large_logits() -> None:
     """An online softmax overflows nowhere; a maximum may come in any tile."""
     case = Case(scale=60.0)
