@@ -50,7 +50,7 @@ class MultiTokenPredictionBlock(eqx.Module):
     The block holds only the MTP layers; embedding, final norm and output head are the decoder's, so
     that a model's pytree holds each weight once. The layers are scanned over depths and recomputed
     in the backward pass, and the losses of all depths are computed tile by tile, without logits:
-    a depth more takes next to no compile time, and the memory of four arrays `[batch seq embed]`.
+    a depth more takes next to no compile time, and the memory of seven arrays `[batch seq embed]`.
 
     `layers` holds all layers stacked over a leading axis of size D (1 if the layer is repeated, and
     `None` without depths); `block.layer(depth)` takes one out.

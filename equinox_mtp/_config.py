@@ -39,13 +39,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-ATTENDED = "attended"
-"""The checkpoint name of what attention needs of its forward pass in the backward pass."""
-_SAVE_ATTENDED = jax.checkpoint_policies.save_only_these_names(ATTENDED)
+ATTENDED, PROJECTED = "attended", "projected"
+"""The checkpoint names of what attention, and a depth's projection, gave."""
+_SAVE_THESE = jax.checkpoint_policies.save_only_these_names(ATTENDED, PROJECTED)
 
 
-def _keep_attended(*args: Any, **kwargs: Any) -> Any:
-    return _SAVE_ATTENDED(*args, **kwargs)
+def _keep_small(*args: Any, **kwargs: Any) -> Any:
+    return _SAVE_THESE(*args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +86,9 @@ class MTPConfig:
     - `stop_gradient_embedding`: no MTP gradient into the embedding.
     - `stop_gradient_head`: no MTP gradient into the output head and the main model's final norm.
     - `checkpoint_policy`: what a depth's layer keeps for the backward pass, as in `jax.checkpoint`.
-        By default its input and what the attention gave, which is small, and whose time grows with
-        the length of the rows; the rest is recomputed. `None` keeps the input alone; a function of
-        `jax.checkpoint_policies` trades memory for time.
+        By default its input and what projection and attention gave: two arrays of the input's size
+        that take much time to compute. The rest is recomputed. `None` keeps the input alone; a
+        function of `jax.checkpoint_policies` trades memory for time.
 
     **Raises:** `ValueError` for a value or a combination that makes no sense.
     """  # noqa: E501
@@ -102,7 +102,7 @@ class MTPConfig:
     stop_gradient_hidden: bool = False
     stop_gradient_embedding: bool = False
     stop_gradient_head: bool = False
-    checkpoint_policy: Callable[..., Any] | None = _keep_attended
+    checkpoint_policy: Callable[..., Any] | None = _keep_small
 
     def __post_init__(self) -> None:
         num_depths = check_integer("num_depths", self.num_depths, at_least=0)

@@ -6,9 +6,10 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
-from ._config import ConcatOrder, MTPConfig, NormPlacement
+from ._config import PROJECTED, ConcatOrder, MTPConfig, NormPlacement
 from ._decoder import (
     AbstractCachedDecoderLayer,
     AbstractDecoderLayer,
@@ -191,4 +192,5 @@ class MultiTokenPredictionLayer(eqx.Module):
             parts = [embedding, hidden]
         else:
             parts = [hidden, embedding]
-        return self.projection_layer(jnp.concatenate(parts, axis=-1))
+        projected = self.projection_layer(jnp.concatenate(parts, axis=-1))
+        return checkpoint_name(projected, PROJECTED)

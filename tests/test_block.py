@@ -601,7 +601,7 @@ def test_checkpoint_policy(batch: _Batch, policy: Any, num_tanh: int):
 
 
 def test_memory_does_not_grow_with_depths():
-    """Of all temporaries the logits of one tile, of 1024 tokens, are the most."""
+    """Of all temporaries the logits of one tile, of 256 tokens, are the most."""
     vocab, shape = 20_000, (2, 1024)
     decoder = build(
         lambda key: nn.TransformerDecoder(
@@ -626,7 +626,7 @@ def test_memory_does_not_grow_with_depths():
         logits = _all_logits(parts.decoder, parts.hidden_states)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets.target_ids[0]).sum()
 
-    tile_logits = 4 * 1024 * vocab
+    tile_logits = 4 * 256 * vocab
     one, eight = temporaries(1, fused), temporaries(8, fused)
     # Beside them, of 4000 ids: their softmax and its cotangent.
     assert tile_logits <= one < 1.5 * tile_logits

@@ -61,9 +61,10 @@ class LinearHead(eqx.Module):
             rather than keep the head's gradient from the forward pass: less memory, more time.
         - `token_tile`, `vocab_tile`: on each device logits are computed for this many tokens and
             ids at a time. A summed loss keeps the logits of `token_tile` tokens and all ids, in
-            float32. `None` takes what was measured to be fast: 1024 tokens × 2048 ids on a CPU; on
-            an accelerator up to 4096 tokens (those whose logits take 2 GiB, if fewer) × all ids, or
-            × 32,768 if logits are computed again.
+            float32. `None` takes what was measured to be fast: 256 tokens × 2048 ids on a CPU; on
+            an accelerator as many tokens as its ratio of arithmetic to bandwidth asks for, 4096 on
+            an H100 (those whose logits take 2 GiB, if fewer) × all ids, or × 32,768 if logits are
+            computed again.
 
         **Raises:** `ValueError` for a soft-cap or a tile that is not positive, a soft-cap that is
         not finite, or a head without ids.
