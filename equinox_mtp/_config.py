@@ -87,7 +87,8 @@ class MTPConfig:
     - `stop_gradient_head`: no MTP gradient into the output head and the main model's final norm.
     - `checkpoint_policy`: what a depth's layer keeps for the backward pass, as in `jax.checkpoint`.
         By default its input and what projection and attention gave: two arrays of the input's size
-        that take much time to compute. The rest is recomputed. `None` keeps the input alone; a
+        that take much time to compute. (Of attention by tiles, or by a TPU's kernel; the others
+        run again.) The rest is recomputed. `None` keeps the input alone; a
         function of `jax.checkpoint_policies` trades memory for time.
 
     **Raises:** `ValueError` for a value or a combination that makes no sense.

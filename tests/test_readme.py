@@ -132,6 +132,17 @@ def test_losses_without_logits_are_those_with_logits(tmp_path: Path) -> None:
     np.testing.assert_allclose(summed["loss"], expected, rtol=1e-5)
 
 
+def test_attention_without_the_square_is_attention(tmp_path: Path) -> None:
+    (names,) = run_blocks(PACKAGES / "attention" / "README.md", tmp_path)
+    query, key, value = (as_float64(names[name]) for name in ("query", "key", "value"))
+    for position, first in ((0, 0), (50, 0), (205, 200), (299, 236)):  # 64 of 100 are in sight
+        seen = slice(first, position + 1)
+        logits = 30 * np.tanh(key[1, seen, 1] @ query[1, position, 7] / 4 / 30)
+        weights = np.exp(logits)
+        expected = weights @ value[1, seen, 1] / weights.sum()
+        np.testing.assert_allclose(names["attended"][1, position, 7], expected, rtol=1e-5)
+
+
 def test_sharded_example_is_that_of_one_device(tmp_path: Path) -> None:
     names = run_blocks(PACKAGES / "sharding" / "README.md", tmp_path)[-1]
     expected = eqx.filter_jit(names["model"])(names["batch"])

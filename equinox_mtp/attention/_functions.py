@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from .._checks import check_choice, check_integer, check_number
+from .._checks import check_integer, check_number
 from .._types import checked
 from ..sharding import with_auto_axes
 from ._choice import (
@@ -27,12 +27,6 @@ AttentionFunction: TypeAlias = Callable[..., Array]
 """`attention(query, key, value, *, position_ids, segment_ids, scale)`, as `causal_attention`; for
 layers with a window it has the argument `window`, too."""
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
-    "dense": dense_attention,
-    "cudnn": cudnn_attention,
-    "splash": splash_attention,
-}
-
 
 @checked
 def causal_attention(
@@ -42,9 +36,9 @@ def causal_attention(
     *,
     position_ids: Integer[Array, "batch seq"],
     segment_ids: Integer[Array, "batch seq"] | None = None,
-    scale: float | None = None,
+    scale: float | int | None = None,
     window: int | None = None,
-    soft_cap: float | None = None,
+    soft_cap: float | int | None = None,
     implementation: AttentionImplementation | None = None,
 ) -> Float[Array, "batch seq heads value_dim"]:
     """Grouped-query attention, causal in the order of the row, and within documents.
@@ -56,8 +50,8 @@ def causal_attention(
     another are not computed: of other documents, or outside of the window.
 
     If the rules in force (`sharding.use_rules`) split positions over devices, keys and values go
-    around a ring of these (arXiv 2310.01889): a device sends its part to the next in each round,
-    once in the forward pass and once, with the gradients, in the backward pass.
+    around a ring of these (arXiv 2310.01889): in each round a device sends its part to the next. In
+    the backward pass the gradients of keys and values go with them.
 
     The tiles have a derivative of their own: `jax.grad` and forward over reverse work, as for
     products with a Hessian; `jax.jvp` of the function itself needs `implementation="dense"`.
@@ -70,10 +64,12 @@ def causal_attention(
 
     **Arguments:**
 
-    - `query`, `key`, `value`: after the positional encoding; values may have other sizes.
-    - `position_ids`: not used here; there for functions whose rows are not in order.
+    - `query`: `[batch seq heads head_dim]` of any floating dtype, after the positional encoding.
+    - `key`, `value`: `[batch seq kv_heads …]`, taken in the dtype of `query`; `kv_heads` divides
+        `heads`, and `value_dim` may differ from `head_dim`.
+    - `position_ids`: ignored, but required, so that attention functions are interchangeable.
     - `segment_ids`: a position attends only to its own document; `None` means one document a row.
-    - `scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`.
+    - `scale`: of the attention logits, positive; `1 / sqrt(head_dim)` if `None`.
     - `window`: how many positions a position sees, itself included; `None` for all before it.
     - `soft_cap`: `soft_cap · tanh(logits / soft_cap)` in place of the logits (arXiv 2408.00118).
     - `implementation`: `None` chooses, as `attention.attention_implementation` says.
@@ -81,7 +77,8 @@ def causal_attention(
     **Returns:** the attended values, in the dtype of `query`.
 
     **Raises:** `ValueError` if `kv_heads` does not divide `heads`, a number is out of its range, or
-    the implementation does not do what is asked for.
+    the implementation does not support the call; under rules, if rows or positions are no multiple
+    of the devices that share them.
     """
     order = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     options = _Options(scale, window, soft_cap, implementation, in_order=True)
@@ -96,18 +93,19 @@ def causal_attention_by_position(
     *,
     position_ids: Integer[Array, "batch seq"],
     segment_ids: Integer[Array, "batch seq"] | None = None,
-    scale: float | None = None,
+    scale: float | int | None = None,
     window: int | None = None,
-    soft_cap: float | None = None,
+    soft_cap: float | int | None = None,
     implementation: AttentionImplementation | None = None,
 ) -> Float[Array, "batch seq heads value_dim"]:
     """`causal_attention` for rows in any order.
 
     A position sees the positions of its document that `position_ids` does not put after it.
 
-    They must tell the order of the text: all different within a document, and less than 2^30. The
-    arguments are those of `causal_attention`. Tiles are skipped by their least and greatest
-    position: rows in the order of `sharding.zigzag_order` cost what they cost in their own.
+    They must tell the order of the text: all different within a document, and less than 2^30.
+    Arguments, result and errors are those of `causal_attention`. Tiles are skipped by their least
+    and greatest position: the order of `sharding.zigzag_order` costs no more than the text's own,
+    if its chunks are no shorter than a tile.
 
     >>> query, key = jnp.zeros((1, 3, 1, 2)), jnp.zeros((1, 3, 1, 2))
     >>> value = jnp.broadcast_to(jnp.asarray([4.0, 2.0, 0.0])[:, None, None], (1, 3, 1, 2))
@@ -120,37 +118,37 @@ def causal_attention_by_position(
     return _attention(options, query, key, value, position_ids.astype(jnp.int32), segment_ids)
 
 
-class _Options:
-    """What a call says besides its arrays, checked."""
+class _Options(NamedTuple):
+    """What a call says besides its arrays."""
 
-    def __init__(
-        self,
-        scale: float | None,
-        window: int | None,
-        soft_cap: float | None,
-        implementation: AttentionImplementation | None,
-        *,
-        in_order: bool,
-    ) -> None:
-        if window is not None:
-            check_integer("window", window, at_least=1)
-        if soft_cap is not None:
-            check_number("soft_cap", soft_cap, above=0)
-        if implementation is not None:
-            check_choice("implementation", implementation, ("dense", *_IMPLEMENTATIONS, "tiled"))
-        self.scale, self.window, self.soft_cap = scale, window, soft_cap
-        self.implementation: AttentionImplementation | None = implementation
-        self.in_order = in_order
+    scale: float | int | None
+    window: int | None
+    soft_cap: float | int | None
+    implementation: AttentionImplementation | None
+    in_order: bool
 
     def softmax(self, head_dim: int) -> Softmax:
-        scale = 1 / math.sqrt(head_dim) if self.scale is None else self.scale
-        return Softmax(scale, self.window, self.soft_cap)
+        """The checked numbers."""
+        scale, window, soft_cap = self.scale, self.window, self.soft_cap
+        if window is not None:
+            window = check_integer("window", window, at_least=1, at_most=2**31 - 1)
+        return Softmax(
+            1 / math.sqrt(head_dim) if scale is None else check_number("scale", scale, above=0),
+            window,
+            None if soft_cap is None else check_number("soft_cap", soft_cap, above=0),
+        )
 
 
 def _attention(
-    options: _Options, query: Array, key: Array, value: Array, order: Array, segment_ids: Any
+    options: _Options,
+    query: Array,
+    key: Array,
+    value: Array,
+    order: Array,
+    segment_ids: Array | None,
 ) -> Array:
-    if query.shape[2] % key.shape[2]:
+    softmax = options.softmax(query.shape[3])
+    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
         raise ValueError(
             f"`key` must have a number of heads that divides that of `query`; got {key.shape[2]} "
             f"and {query.shape[2]}."
@@ -163,28 +161,28 @@ def _attention(
         dtype=str(query.dtype),
         in_order=options.in_order,
         packed=segment_ids is not None,
-        soft_cap=options.soft_cap is not None,
+        soft_cap=softmax.soft_cap is not None,
         split=specs is not None and bool(specs.ring),
     )
     chosen: AttentionImplementation = options.implementation or attention_implementation(call)
     if (lacks := why_not(chosen, call)) is not None:
         raise ValueError(
-            f"`implementation` must be one that knows {lacks}; got {chosen!r}. Leave it out, or "
-            "take 'tiled'."
+            f"`implementation` {chosen!r} does not support {lacks}. Leave it out, or take 'tiled'."
         )
-    softmax, places = options.softmax(query.shape[3]), Places(order, segment_ids)
-    if chosen == "dense":
-        return dense_attention(softmax, query, key, value, places)
+    if query.shape[1] == 0:
+        chosen = "dense"
 
     def on_devices(query: Array, key: Array, value: Array, places: Places) -> Array:
-        if specs is None:
+        # GSPMD splits the formula by itself.
+        if specs is None or chosen == "dense":
             return _local(chosen, softmax, (), query, key, value, places)
         return specs.shard_map(
             partial(_local, chosen, softmax, specs.ring), check_vma=chosen == "tiled"
         )(query, key, value, places)
 
     compute = with_auto_axes(on_devices, lambda spec: spec, query)
-    return compute(query, key, value, places)
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    return compute(query, key, value, Places(order, segment_ids))
 
 
 def _local(
@@ -196,7 +194,11 @@ def _local(
     value: Array,
     places: Places,
 ) -> Array:
-    if chosen != "tiled":
-        return _IMPLEMENTATIONS[chosen](softmax, query, key, value, places)
+    if chosen == "dense":
+        return dense_attention(softmax, query, key, value, places)
+    if chosen == "cudnn":
+        return cudnn_attention(softmax, query, key, value, places)
+    if chosen == "splash":
+        return splash_attention(softmax, query, key, value, places)
     plan = Plan(softmax, tile_size(query.shape[1]), ring)
     return tiled_attention(plan, query, key, value, places)

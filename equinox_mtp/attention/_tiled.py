@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def tiled_attention(
+def _tiled_attention(
     plan: Plan,
     query: Float[Array, "batch seq heads head_dim"],
     key: Float[Array, "batch seq kv_heads head_dim"],
@@ -59,12 +59,12 @@ def _forward(plan: Plan, query: Array, key: Array, value: Array, places: Places)
     softmax, size, ring = plan
     tiles, key_tiles, value_tiles, queries, keys = _split(plan, query, key, value, places)
 
-    def visit(running: Any, visitors: tuple[Array, Array, Places]) -> tuple[Any, tuple[()]]:
-        key, value, keys = visitors
+    def visit(running: Any, of_keys: tuple[Array, Array, Places]) -> tuple[Any, tuple[()]]:
+        key, value, keys = of_keys
         return attend(softmax, running, tiles, key, value, queries, keys), ()
 
     running = start(tiles, value.shape[-1])
-    running, _ = _around(ring, visit, running, (key_tiles, value_tiles, keys), ())
+    running, _ = _over_ring(ring, visit, running, (key_tiles, value_tiles, keys), ())
     attended, log_sum_exp = finish(running)
     attended = join_heads(attended, size, query.shape[1]).astype(query.dtype)
     attended = checkpoint_name(attended, ATTENDED)
@@ -85,13 +85,13 @@ def _backward(plan: Plan, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
         queries,
     )
 
-    def visit(query_gradient: Array, visitors: Any) -> tuple[Array, tuple[Array, Array]]:
-        key, value, keys = visitors
+    def visit(query_gradient: Array, of_keys: Any) -> tuple[Array, tuple[Array, Array]]:
+        key, value, keys = of_keys
         gradients = attend_backward(softmax, query_gradient, tiles, key, value, *of_queries, keys)
         return gradients[0], gradients[1:]
 
     zeros = tuple(jnp.zeros_like(x, dtype) for x in (key_tiles, value_tiles))
-    query_gradient, (key_gradient, value_gradient) = _around(
+    query_gradient, (key_gradient, value_gradient) = _over_ring(
         ring, visit, jnp.zeros_like(tiles, dtype), (key_tiles, value_tiles, keys), zeros
     )
 
@@ -106,7 +106,9 @@ def _backward(plan: Plan, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
     )
 
 
-tiled_attention.defvjp(_forward, _backward)
+_tiled_attention.defvjp(_forward, _backward)
+# As a whole: outside of `jit` its loops would be compiled again at every call.
+tiled_attention = jax.jit(_tiled_attention, static_argnums=0)
 
 
 def _split(plan: Plan, query: Array, key: Array, value: Array, places: Places) -> tuple[Any, ...]:
@@ -121,28 +123,29 @@ def _split(plan: Plan, query: Array, key: Array, value: Array, places: Places) -
     )
 
 
-def _around(
-    ring: tuple[str, ...], visit: Callable[..., Any], carry: Any, visitors: Any, sums: Any
+def _over_ring(
+    ring: tuple[str, ...], visit: Callable[..., Any], carry: Any, of_keys: Any, gradients: Any
 ) -> tuple[Any, Any]:
-    """Calls `visit(carry, visitors)` with every device's visitors, and adds up what it gives them.
+    """Calls `visit(carry, of_keys)` with every device's keys, and adds up their gradients.
 
-    **Returns:** the last carry, and this device's own visitors' sums.
+    **Returns:** the last carry, and the gradients of this device's own keys.
     """
     if not ring:
-        carry, gifts = visit(carry, visitors)
-        return carry, jax.tree.map(jnp.add, sums, gifts)
+        carry, new = visit(carry, of_keys)
+        return carry, jax.tree.map(jnp.add, gradients, new)
     devices = lax.axis_size(ring)
-    onward = [(device, (device + 1) % devices) for device in range(devices)]
+    to_next = [(device, (device + 1) % devices) for device in range(devices)]
 
-    def pass_on(tree: Any) -> Any:
-        return jax.tree.map(lambda x: lax.ppermute(x, ring, onward), tree)
+    def send(tree: Any) -> Any:
+        return jax.tree.map(lambda x: lax.ppermute(x, ring, to_next), tree)
 
-    def round_(state: tuple[Any, Any, Any], _: None) -> tuple[Any, None]:
-        carry, visitors, sums = state
-        # Asked for before it is computed with, so that both may happen at once.
-        following = pass_on(visitors)
-        carry, gifts = visit(carry, visitors)
-        return (carry, following, pass_on(jax.tree.map(jnp.add, sums, gifts))), None
+    def run_round(state: tuple[Any, Any, Any], _: None) -> tuple[Any, None]:
+        carry, of_keys, gradients = state
+        # Sent before it is computed with, so that both may happen at once.
+        of_next_keys = send(of_keys)
+        carry, new = visit(carry, of_keys)
+        return (carry, of_next_keys, send(jax.tree.map(jnp.add, gradients, new))), None
 
-    (carry, _, sums), _ = lax.scan(round_, (carry, visitors, sums), None, length=devices)
-    return carry, sums
+    state = (carry, of_keys, gradients)
+    (carry, _, gradients), _ = lax.scan(run_round, state, None, length=devices)
+    return carry, gradients

@@ -2,8 +2,8 @@
 
 The forward loop is an online softmax (FlashAttention-2, arXiv 2307.08691, §3.1): of each query it
 keeps the highest logit m so far, s = Σ exp(logit - m) and the sum of values with these weights. A
-tile of keys with a higher maximum m' turns both sums into theirs times exp(m - m'). The backward
-loop makes the weights again, as exp(logit - log-sum-exp): nothing of the square is kept.
+tile of keys with a higher maximum m' rescales both sums by exp(m - m'). The backward loop
+recomputes the weights as exp(logit - log-sum-exp): nothing of the square is kept.
 
 Tiles in which no query sees a key are never computed. Which these are follows from the least and
 the greatest order and segment of each tile, so it holds for rows in any order: `visits` makes a
@@ -141,7 +141,7 @@ def visible_tiles(
 
 
 def visits(visible: Bool[Array, "tiles others"]) -> Visits:
-    """The lists of a table."""
+    """Of each row of a table the tiles that it sees, first to last."""
     return Visits(
         jnp.argsort(~visible, axis=1, stable=True).astype(jnp.int32),
         jnp.sum(visible, axis=1, dtype=jnp.int32),

@@ -87,9 +87,9 @@ class GroupedQueryAttention(AbstractAttention):
                 f"`num_kv_heads` must divide `num_heads`; got {num_kv_heads} and {num_heads}."
             )
         if scale is not None:
-            check_number("scale", scale, above=0)
+            scale = check_number("scale", scale, above=0)
         if window is not None:
-            window = check_integer("window", window, at_least=1)
+            window = check_integer("window", window, at_least=1, at_most=2**31 - 1)
         query_key, key_key, value_key, out_key = jax.random.split(key, 4)
         query_scale = 1.0 if scale is None else 1 / (scale * math.sqrt(head_dim))
         self.query_kernel = fan_in_normal(

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from .._platform import accumulation_dtype
 from .._types import checked
 
 
@@ -71,7 +72,7 @@ class KeyValueCache(eqx.Module):
         batch, seq, heads, head_dim = query.shape
         kv_heads, max_length = self.value.shape[1:3]
         scale = 1 / math.sqrt(head_dim) if scale is None else scale
-        groups = heads // kv_heads
+        groups, dtype = heads // kv_heads, accumulation_dtype(query)
         query = query.reshape(batch, seq, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         slots, offsets = jnp.arange(max_length), jnp.arange(seq)
@@ -83,16 +84,14 @@ class KeyValueCache(eqx.Module):
 
         def logits(keys: Array, visible: Array) -> Array:
             rows = query.reshape(batch, kv_heads, groups * seq, head_dim)
-            products = jnp.einsum("bkqd,bkdl->bkql", rows, keys, preferred_element_type=jnp.float32)
+            products = jnp.einsum("bkqd,bkdl->bkql", rows, keys, preferred_element_type=dtype)
             products = products.reshape(batch, kv_heads, groups, seq, keys.shape[-1])
-            return jnp.where(visible[:, None, None], scale * products, jnp.finfo(jnp.float32).min)
+            return jnp.where(visible[:, None, None], scale * products, jnp.finfo(dtype).min)
 
         def weighted(weights: Array, values: Array) -> Array:
             rows = weights.reshape(batch, kv_heads, groups * seq, values.shape[2])
             rows = rows.astype(values.dtype)
-            products = jnp.einsum(
-                "bkql,bkld->bkqd", rows, values, preferred_element_type=jnp.float32
-            )
+            products = jnp.einsum("bkql,bkld->bkqd", rows, values, preferred_element_type=dtype)
             return products.reshape(query.shape)
 
         cached, new = logits(self.key, is_before), logits(key, is_causal)

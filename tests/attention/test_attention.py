@@ -197,6 +197,24 @@ def test_float64() -> None:
             assert_close(one, other, 1e-12, 1e-12)
 
 
+@pytest.mark.parametrize("seq", [100, 200])
+def test_the_dtype_is_that_of_the_query(seq: int) -> None:
+    low, high = jnp.ones((1, seq, 2, 8), jnp.bfloat16), jnp.ones((1, seq, 2, 8))
+    ids = jnp.arange(seq)[None]
+    for query, other in ((low, high), (high, low)):
+        out = nn.causal_attention(query, other, other, position_ids=ids, scale=1, soft_cap=50)
+        assert out.dtype == query.dtype
+
+
+def test_eager_calls_compile_once(caplog: pytest.LogCaptureFixture) -> None:
+    rows, places, _ = as_arguments(make_arrays(Case(seq=136)))
+    function = with_gradients(call(Case()))
+    function(rows, places, rows[0])
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        function(rows, places, rows[0])
+    assert not [record.message for record in caplog.records if "ompil" in record.message]
+
+
 @pytest.mark.parametrize("shape", [(0, 300), (2, 0), (0, 0)])
 def test_no_rows_and_no_positions(shape: tuple[int, int]) -> None:
     query, key = jnp.zeros((*shape, 4, 8)), jnp.zeros((*shape, 2, 8))
@@ -471,12 +489,18 @@ def test_lowered_by_tiles() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, r"`window` must be at least 1; got 0"),
+        ({"window": 0}, r"`window` must be at least 1 and at most 2147483647; got 0"),
         ({"soft_cap": 0.0}, r"`soft_cap` must be above 0; got 0"),
         ({"soft_cap": math.inf}, r"`soft_cap` must be finite"),
-        ({"implementation": "cudnn", "soft_cap": 3.0}, "one that knows a soft-cap; got 'cudnn'"),
-        ({"implementation": "cudnn"}, "one that knows float32; got 'cudnn'"),
-        ({"implementation": "splash"}, "no multiple of 128 positions; got 'splash'"),
+        ({"scale": math.nan}, r"`scale` must be finite"),
+        ({"scale": 0}, r"`scale` must be above 0; got 0"),
+        ({"window": 2**31}, r"`window` must be at least 1 and at most 2147483647; got 2147483648"),
+        ({"implementation": "cudnn", "soft_cap": 3.0}, "'cudnn' does not support a soft-cap"),
+        ({"implementation": "cudnn"}, "'cudnn' does not support float32"),
+        (
+            {"implementation": "splash"},
+            "'splash' does not support rows that are no multiple of 128",
+        ),
     ],
     ids=str,
 )
