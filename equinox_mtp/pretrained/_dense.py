@@ -95,7 +95,12 @@ def _biases(settings: Settings, names: Collection[str], biases: Biases) -> tuple
             raise settings.error("attention_bias", "true: attention has biases here", said)
         return said, said
     if found_out:
-        raise settings.error("attention_bias", "false: the output has none in this family", said)
+        raise settings.error(
+            "attention_bias",
+            "left out, and tensors `self_attn.o_proj.bias` with it: this family's attention output "
+            "has no bias",
+            said,
+        )
     return True, False
 
 

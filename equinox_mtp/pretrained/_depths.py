@@ -84,5 +84,8 @@ def made_there(
     one = jax.tree.leaves(shardings)[0]
     if isinstance(one, NamedSharding):
         key = jax.device_put(key, NamedSharding(one.mesh, PartitionSpec()))
-    arrays = jax.jit(lambda key: eqx.filter(make(key), eqx.is_array), out_shardings=shardings)(key)
+        where: Any = {"out_shardings": shardings}
+    else:
+        where = {}
+    arrays = jax.jit(lambda key: eqx.filter(make(key), eqx.is_array), **where)(key)
     return eqx.combine(arrays, eqx.filter_eval_shape(make, key))

@@ -68,8 +68,10 @@ def load(
 
     - `folder`: the checkpoint; or one with a FastMTP head alone.
     - `num_depths`: fresh prediction depths in place of the folder's own; 0 for none. `None` takes
-        the folder's, which are none for most models.
+        the folder's, which are none for most models. Of a FastMTP head it is how often its own
+        layer is repeated, unless `preset` asks for fresh ones.
     - `preset`: the conventions of fresh depths, see `MTPConfig.preset`; `"deepseek_v3"` if `None`.
+        It needs `num_depths`.
     - `key`: for the initial values of fresh depths.
     - `dtype`: of the parameters; as they are stored if `None`. Fresh depths are float32 then. Train
         in float32 or bfloat16: optax keeps Adam's moments in the dtype of the parameters, and in
@@ -91,8 +93,18 @@ def load(
         check_choice("dtype", dtype, _DTYPES)
     if compute_dtype is not None:
         check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16"))
+    if preset is not None and not num_depths:
+        raise ValueError(
+            f"`preset` is for fresh depths, and needs `num_depths` of at least 1; got {preset!r} "
+            f"and {num_depths}. Say how many to make, or leave `preset` out for the folder's own."
+        )
     head_folder = None
     checkpoint = CheckpointFolder(Path(folder))
+    if verifier is not None and HEAD_KIND_KEY not in checkpoint.config:
+        raise ValueError(
+            f"`verifier` is for the folder of a FastMTP head; got {str(verifier)!r} for "
+            f"{str(folder)!r}, which holds a model. Leave it out."
+        )
     if HEAD_KIND_KEY in checkpoint.config:
         head_folder = checkpoint
         where = verifier_folder(head_folder.path, head_folder.config, verifier)
@@ -151,7 +163,11 @@ class _Part(NamedTuple):
 
 
 def _shardings(model: MTPModel, mesh: Mesh | None, rules: ShardingRules) -> Any:
-    """Where each array goes, in its place; `None` in place of anything else."""
+    """Where each array goes, in its place; `None` in place of anything else.
+
+    Without a mesh it is the default device, and arrays are not committed to it: optimizer states
+    are not, and a step of arrays of both kinds would be compiled again once all are committed.
+    """
     if mesh is not None:
         return parameter_shardings(model, mesh, rules)
     (here,) = jnp.zeros(()).devices()  # the default one

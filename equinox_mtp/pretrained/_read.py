@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from ._folder import CheckpointFolder
 from ._places import Place
@@ -80,6 +81,10 @@ class Reader:
                 self._fill(parts[key], place.names, place, index)
             return parts[key]
 
+        if isinstance(sharding, SingleDeviceSharding):
+            # Nothing writes to this memory any more: a CPU need not copy it.
+            whole = read(tuple(slice(None) for _ in shape))
+            return jax.device_put(whole, may_alias=True)
         return jax.make_array_from_callback(shape, sharding, read)
 
     def _fill(self, target: np.ndarray, names: Any, place: Place, index: Sequence[slice]) -> None:

@@ -272,7 +272,10 @@ def _open(config: GenerateConfig) -> tuple[emtp.MTPModel, AbstractText, int]:
             )
         folder = emtp.pretrained.model_folder(config.model)
         longest = read_settings(folder / "config.json").get("max_position_embeddings")
-        text = TokenizerText(tokenizer, end_tokens(tokenizer, folder))
+        vocab_size = emtp.cross_entropy.head_vocab_size(model.decoder.output_head())
+        # A configuration may name tokens that this model has no logits of.
+        ends = [x for x in end_tokens(tokenizer, folder) if vocab_size is None or x < vocab_size]
+        text = TokenizerText(tokenizer, ends)
         return model, text, longest if isinstance(longest, int) else 2**31
     assert config.checkpoint is not None
     checkpoint = _newest(config.checkpoint)

@@ -316,7 +316,7 @@ def test_biases_that_a_configuration_denies(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`model.layers.0.self_attn.q_proj.bias` is missing"):
         pretrained.load(said)
     mimo = changed("mimo", tmp_path / "mimo", tensors=lambda t: t.update({name: zeros}))
-    with pytest.raises(ValueError, match="`attention_bias` must be false: the output has none"):
+    with pytest.raises(ValueError, match="`attention_bias` must be left out, and tensors"):
         pretrained.load(mimo)
 
 
@@ -544,3 +544,26 @@ def test_a_head_for_other_numbers_of_drafts() -> None:
     assert model.block.config.num_depths == 5
     alone, _ = pretrained.load(FOLDER / "fastmtp", num_depths=0, tokenizer=False)
     assert alone.block.layers is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mimo", {"preset": "fast_mtp"}, r"`preset` is for fresh depths.*got 'fast_mtp' and None"),
+        ("qwen3", {"preset": "paper", "num_depths": 0}, r"`preset` is for fresh depths"),
+        ("qwen3", {"verifier": FOLDER / "llama3"}, r"`verifier` is for the folder of a FastMTP"),
+    ],
+)
+def test_options_that_would_do_nothing_or_too_much(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(FOLDER / name, key=jax.random.key(0), **options)
+
+
+def test_arrays_are_not_committed_to_a_device() -> None:
+    """So a training step is compiled once: an optimizer's new state is not committed either."""
+    for options in ({}, {"num_depths": 1, "key": jax.random.key(0)}):
+        model, _ = pretrained.load(FOLDER / "mimo", tokenizer=False, **options)
+        arrays = jax.tree.leaves(eqx.filter(model, eqx.is_array))
+        assert not [x.shape for x in arrays if x.committed]
