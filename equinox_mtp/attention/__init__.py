@@ -3,13 +3,15 @@
     causal_attention ─────────────┐
     causal_attention_by_position ─┴─► _choice           which implementation, from platform and call
                                             │
-                      ┌─────────────────────┼──────────────────┐
-                      ▼                     ▼                  ▼
-                  _partitioning      _implementations      (a mesh: each
-                      │              dense, cuDNN, splash   device's part)
-                      ▼
-                  _tiled                the derivative, and the ring of devices
-                  _tiles                the loops over tiles of queries and keys
+                                            ▼
+                                      _partitioning     each device's own part, on a mesh
+                                            │
+                                ┌───────────┴───────────┐
+                                ▼                       ▼
+                        _implementations             _tiled     the derivative, and the ring
+                      dense, cuDNN, splash              │
+                                                        ▼
+                                                     _tiles     the loops over tiles
 
 Both functions are `nn`'s too.
 """

@@ -98,20 +98,8 @@ def load(
             f"`preset` is for fresh depths, and needs `num_depths` of at least 1; got {preset!r} "
             f"and {num_depths}. Say how many to make, or leave `preset` out for the folder's own."
         )
-    head_folder = None
-    checkpoint = CheckpointFolder(Path(folder))
-    if verifier is not None and HEAD_KIND_KEY not in checkpoint.config:
-        raise ValueError(
-            f"`verifier` is for the folder of a FastMTP head; got {str(verifier)!r} for "
-            f"{str(folder)!r}, which holds a model. Leave it out."
-        )
-    if HEAD_KIND_KEY in checkpoint.config:
-        head_folder = checkpoint
-        where = verifier_folder(head_folder.path, head_folder.config, verifier)
-        checkpoint = CheckpointFolder(where)
-        if compute_dtype is None:
-            head = Settings(head_folder.config, head_folder.path / CONFIG_FILE)
-            compute_dtype = head.noted_compute_dtype
+    checkpoint, head_folder = _open_folders(folder, verifier)
+    compute_dtype = _compute_dtype(compute_dtype, head_folder)
     settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
     family = family_of(settings, families)
     _check_counts(settings, family, checkpoint)
@@ -152,6 +140,30 @@ def load(
         block = made_there(make, key, shardings.block)
     _report_not_finite(readers)
     return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
+
+
+def _open_folders(
+    folder: str | Path, verifier: str | Path | None
+) -> tuple[CheckpointFolder, CheckpointFolder | None]:
+    """The main model's folder, and that of a FastMTP head over it, or `None`."""
+    checkpoint = CheckpointFolder(Path(folder))
+    if HEAD_KIND_KEY in checkpoint.config:
+        where = verifier_folder(checkpoint.path, checkpoint.config, verifier)
+        return CheckpointFolder(where), checkpoint
+    if verifier is not None:
+        raise ValueError(
+            f"`verifier` is for the folder of a FastMTP head; got {str(verifier)!r} for "
+            f"{str(folder)!r}, which holds a model. Leave it out."
+        )
+    return checkpoint, None
+
+
+def _compute_dtype(compute_dtype: str | None, head_folder: CheckpointFolder | None) -> str | None:
+    """The one that is asked for, or that a head notes; its model's own note comes after both."""
+    if compute_dtype is None and head_folder is not None:
+        head = Settings(head_folder.config, head_folder.path / CONFIG_FILE)
+        return head.noted_compute_dtype
+    return compute_dtype
 
 
 class _Part(NamedTuple):
