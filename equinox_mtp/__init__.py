@@ -13,12 +13,13 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 9 | `__main__`, `training` | `python -m equinox_mtp …`; uses only the public names |
 | 8 | `__init__` | the public names |
 | 7 | `speculative`, `linen`, `pretrained`, `plot` | draft, verify, commit; MaxText's constructors and names; released models in and out; pictures |
-| 6 | `_model` | `MTPModel(decoder, block)` |
-| 5 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
-| 4 | `nn`, `_layer` | the reference decoder; one depth |
-| 3 | `cross_entropy`, `attention` | the loss of an output head, without logits; attention, without their square |
-| 2 | `_shift`, `_alignment`, `_losses`, `_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization`, `stacking` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files; layers that are alike as one |
-| 1 | `_config`, `_checks`, `_types`, `_platform`, `_annotations`, `_safetensors`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; where JAX runs; the format of files; the API reference |
+| 6 | `distillation` | the depths against the main model: draft heads trained for acceptance |
+| 5 | `_model` | `MTPModel(decoder, block)` |
+| 4 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
+| 3 | `nn`, `_layer` | the reference decoder; one depth |
+| 2 | `cross_entropy`, `attention` | the loss of an output head, without logits; attention, without their square |
+| 1 | `_shift`, `_alignment`, `_losses`, `_acceptance`, `_expected_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization`, `stacking` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files; layers that are alike as one |
+| 0 | `_config`, `_checks`, `_types`, `_platform`, `_annotations`, `_safetensors`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; where JAX runs; the format of files; the API reference |
 
 The examples in all docstrings begin with this model and this batch:
 
@@ -41,6 +42,7 @@ from . import (
     _documentation,  # noqa: F401
     attention,
     cross_entropy,
+    distillation,
     linen,
     nn,
     pretrained,
@@ -59,6 +61,7 @@ from ._decoder import (
     AbstractDecoder,
     AbstractDecoderLayer,
 )
+from ._expected_acceptance import ExpectedAcceptance, calculate_expected_acceptance
 from ._layer import MultiTokenPredictionLayer
 from ._losses import (
     MTPLosses,
@@ -72,9 +75,11 @@ from ._parameters import count_parameters, muon_dimension_numbers, weight_decay_
 from ._shift import roll_and_mask, roll_and_mask_by_segment
 from .cross_entropy import (
     CrossEntropy,
+    LinearDivergence,
     LinearHead,
     SummedCrossEntropy,
     linear_cross_entropy,
+    linear_divergence,
     summed_linear_cross_entropy,
 )
 from .linen import mtp_acceptance, mtp_losses, multi_token_prediction_block_as_linen
@@ -88,7 +93,9 @@ __all__ = [
     "AbstractDecoderLayer",
     "Batch",
     "CrossEntropy",
+    "ExpectedAcceptance",
     "HeadSharding",
+    "LinearDivergence",
     "LinearHead",
     "MTPAcceptance",
     "MTPAcceptanceRate",
@@ -105,13 +112,16 @@ __all__ = [
     "TokenLoss",
     "align_targets",
     "attention",
+    "calculate_expected_acceptance",
     "calculate_mtp_acceptance_rate",
     "calculate_mtp_loss",
     "count_parameters",
     "cross_entropy",
+    "distillation",
     "exponential_depth_weights",
     "inputs_and_targets",
     "linear_cross_entropy",
+    "linear_divergence",
     "linen",
     "load",
     "make_batch",

@@ -44,6 +44,21 @@ class MTPOutput(eqx.Module):
     auxiliary: PyTree[Any]
 
 
+class DepthStates(eqx.Module):
+    """Each depth's hidden states; made by `MultiTokenPredictionBlock.depth_states`.
+
+    **Fields:**
+
+    - `hidden_states`: each MTP layer's raw output, before any norm.
+    - `normed`: after the output norm, as the output head reads them.
+    - `auxiliary`: what the transformer layers returned alongside hidden states, or `None`.
+    """
+
+    hidden_states: Float[Array, "depth batch seq embed"]
+    normed: Float[Array, "depth batch seq embed"]
+    auxiliary: PyTree[Any]
+
+
 class MultiTokenPredictionBlock(eqx.Module):
     """D prediction depths over a decoder that is passed in when called.
 
@@ -190,17 +205,11 @@ class MultiTokenPredictionBlock(eqx.Module):
         `main_hidden_state`, if that has not `embed_size` features, or if the layers change its
         dtype.
         """
-        _check_targets(targets, self.config.num_depths, main_hidden_state)
         if self.layers is None:
+            _check_targets(targets, self.config.num_depths, main_hidden_state)
             return _empty_output(targets, main_hidden_state, predictions, objective)
-        _check_embed_size(self.layers, main_hidden_state)
-        if position_ids is None:
-            rows = main_hidden_state[..., 0]
-            position_ids = jnp.asarray(default_position_ids(rows, segment_ids))
-        head_decoder = _stop_gradient(decoder) if self.config.stop_gradient_head else decoder
-        hidden_states, normed, auxiliary = self._run_layers(
+        states = self.depth_states(
             decoder,
-            head_decoder,
             main_hidden_state,
             targets,
             position_ids=position_ids,
@@ -210,8 +219,8 @@ class MultiTokenPredictionBlock(eqx.Module):
         )
         counts = jnp.sum(targets.mask, axis=(1, 2), dtype=jnp.float32)
         sums = summed_cross_entropy_by_depth(
-            normed,
-            head_decoder.output_head(),
+            states.normed,
+            self.head_decoder(decoder).output_head(),
             targets.target_ids,
             targets.mask,
             z_loss_weight=z_loss_weight,
@@ -226,9 +235,64 @@ class MultiTokenPredictionBlock(eqx.Module):
             loss=objective(losses),
             losses=losses,
             acceptance=acceptance,
-            hidden_states=hidden_states,
-            auxiliary=auxiliary,
+            hidden_states=states.hidden_states,
+            auxiliary=states.auxiliary,
         )
+
+    def head_decoder(self, decoder: AbstractDecoder) -> AbstractDecoder:
+        """The decoder that lends final norm and head: without gradient if `config` says so."""
+        return _stop_gradient(decoder) if self.config.stop_gradient_head else decoder
+
+    @checked
+    def depth_states(
+        self,
+        decoder: AbstractDecoder,
+        main_hidden_state: Float[Array, "batch seq embed"],
+        targets: MTPTargets,
+        *,
+        position_ids: Integer[Array, "batch seq"] | None = None,
+        segment_ids: Integer[Array, "batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+        inference: bool | None = None,
+    ) -> DepthStates:
+        """Runs all depths up to the output head, for a loss of your own.
+
+        `head_decoder(decoder).output_head()` is the head that its gradients belong to.
+
+        >>> targets = batch.align(num_depths=2).targets
+        >>> hidden_states = eqx.filter_jit(decoder)(
+        ...     jnp.asarray(batch.input_ids), position_ids=jnp.asarray(batch.position_ids)
+        ... )
+        >>> block.depth_states(decoder, hidden_states, targets).normed.shape
+        (2, 2, 8, 16)
+
+        **Arguments:** as of `__call__`.
+
+        **Returns:** `DepthStates`.
+
+        **Raises:** `ValueError` as `__call__` does, and for a block without depths.
+        """
+        _check_targets(targets, self.config.num_depths, main_hidden_state)
+        if self.layers is None:
+            raise ValueError(
+                "`block` must have a prediction depth; got `num_depths=0`. Make it with "
+                "`MTPConfig(num_depths=1)` or more."
+            )
+        _check_embed_size(self.layers, main_hidden_state)
+        if position_ids is None:
+            rows = main_hidden_state[..., 0]
+            position_ids = jnp.asarray(default_position_ids(rows, segment_ids))
+        outputs = self._run_layers(
+            decoder,
+            self.head_decoder(decoder),
+            main_hidden_state,
+            targets,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            key=key,
+            inference=inference,
+        )
+        return DepthStates(*outputs)
 
     def _run_layers(
         self,

@@ -123,7 +123,7 @@ class MTPModel(eqx.Module):
             batch = _as_batch(
                 input_ids, target_ids, target_mask, position_ids, segment_ids, targets
             )
-        batch, targets = self._checked_batch(batch, chain_mask)
+        batch, targets = checked_batch(self, batch, chain_mask)
         decoder_key, block_key = (None, None) if key is None else jax.random.split(key)
         context: dict[str, Any] = {
             "position_ids": batch.position_ids,
@@ -134,7 +134,7 @@ class MTPModel(eqx.Module):
         hidden_states, auxiliary = split_auxiliary(
             self.decoder(jnp.asarray(batch.input_ids), **context, key=decoder_key)
         )
-        main, best_ids = self._main_loss(hidden_states, batch, **losses)
+        main, best_ids = main_loss(self.decoder, hidden_states, batch, **losses)
         mtp = self.block(
             self.decoder,
             hidden_states,
@@ -146,37 +146,40 @@ class MTPModel(eqx.Module):
         )
         return ModelOutput(main=main, mtp=mtp, predictions=best_ids, auxiliary=auxiliary)
 
-    def _checked_batch(self, batch: Batch, chain_mask: bool) -> tuple[Batch, MTPTargets]:
-        """The batch on the device, and the depths' targets; ids on the host are checked first."""
-        vocab_size = head_vocab_size(self.decoder.output_head())
-        is_scored = _scored_on_host(batch)
-        ids = {
-            "target_ids": check_ids("target_ids", batch.target_ids, vocab_size, is_scored),
-            "input_ids": check_ids("input_ids", batch.input_ids),
-            "position_ids": check_ids("position_ids", batch.position_ids),
-        }
-        if batch.segment_ids is not None:
-            ids["segment_ids"] = check_ids("segment_ids", batch.segment_ids)
-        batch = jax.tree.map(jnp.asarray, dataclasses.replace(batch, **ids))
-        targets = batch.targets
-        if targets is None:
-            targets = batch.align(self.block.config.num_depths, chain_mask=chain_mask).targets
-            assert targets is not None
-        return batch, targets
 
-    def _main_loss(
-        self, hidden_states: Array, batch: Batch, **options: Any
-    ) -> tuple[TokenLoss, Array | None]:
-        scored = scored_targets(batch.target_ids, batch.target_mask, batch.segment_ids)
-        summed = summed_linear_cross_entropy(
-            self.decoder.final_norm(hidden_states),
-            self.decoder.output_head(),
-            jnp.asarray(batch.target_ids),
-            scored,
-            **options,
-        )
-        count = jnp.sum(scored, dtype=jnp.float32)
-        return TokenLoss(summed.loss, count, z_loss=summed.z_loss), summed.predictions
+def checked_batch(model: MTPModel, batch: Batch, chain_mask: bool) -> tuple[Batch, MTPTargets]:
+    """The batch on the device, and the depths' targets; ids on the host are checked first."""
+    vocab_size = head_vocab_size(model.decoder.output_head())
+    is_scored = _scored_on_host(batch)
+    ids = {
+        "target_ids": check_ids("target_ids", batch.target_ids, vocab_size, is_scored),
+        "input_ids": check_ids("input_ids", batch.input_ids),
+        "position_ids": check_ids("position_ids", batch.position_ids),
+    }
+    if batch.segment_ids is not None:
+        ids["segment_ids"] = check_ids("segment_ids", batch.segment_ids)
+    batch = jax.tree.map(jnp.asarray, dataclasses.replace(batch, **ids))
+    targets = batch.targets
+    if targets is None:
+        targets = batch.align(model.block.config.num_depths, chain_mask=chain_mask).targets
+        assert targets is not None
+    return batch, targets
+
+
+def main_loss(
+    decoder: AbstractDecoder, hidden_states: Array, batch: Batch, **options: Any
+) -> tuple[TokenLoss, Array | None]:
+    """The main model's cross-entropy, as sum and count, and its best ids."""
+    scored = scored_targets(batch.target_ids, batch.target_mask, batch.segment_ids)
+    summed = summed_linear_cross_entropy(
+        decoder.final_norm(hidden_states),
+        decoder.output_head(),
+        jnp.asarray(batch.target_ids),
+        scored,
+        **options,
+    )
+    count = jnp.sum(scored, dtype=jnp.float32)
+    return TokenLoss(summed.loss, count, z_loss=summed.z_loss), summed.predictions
 
 
 def _as_batch(

@@ -13,6 +13,7 @@ import pytest
 ROOMS = (
     "equinox_mtp",
     "equinox_mtp.cross_entropy",
+    "equinox_mtp.distillation",
     "equinox_mtp.linen",
     "equinox_mtp.nn",
     "equinox_mtp.pretrained",

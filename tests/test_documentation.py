@@ -19,6 +19,7 @@ PACKAGES = (
     *COMMAND,
     "equinox_mtp.attention",
     "equinox_mtp.cross_entropy",
+    "equinox_mtp.distillation",
     "equinox_mtp.linen",
     "equinox_mtp.nn",
     "equinox_mtp.serialization",
