@@ -7,10 +7,12 @@ draft_losses  ─► DraftOutput: each depth's divergence from the main model, a
 
 from ._draft_losses import DraftDivergence, DraftOutput, draft_losses
 from ._freeze import freeze_model
+from ._start_from_trunk import start_from_trunk
 
 __all__ = [
     "DraftDivergence",
     "DraftOutput",
     "draft_losses",
     "freeze_model",
+    "start_from_trunk",
 ]

@@ -9,10 +9,13 @@ from jaxtyping import Array, Integer
 
 from .._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
 from .._alignment import default_position_ids, inputs_and_targets
+from .._batch import Batch
 from .._checks import check_ids, check_integer
+from .._expected_acceptance import ExpectedAcceptance
 from .._model import MTPModel
-from .._types import HostOrDeviceArray, at_hand, checked
+from .._types import HostOrDeviceArray, Scalar, at_hand, checked
 from ..cross_entropy import head_vocab_size
+from ..distillation import draft_losses
 
 
 class PositionalAcceptance(eqx.Module):
@@ -26,24 +29,33 @@ class PositionalAcceptance(eqx.Module):
 
     **Fields:**
 
-    - `overall`: over all positions.
+    - `overall`: of greedy decoding, over all positions.
     - `by_bucket`: one for each bucket of positions.
     - `edges`: bucket j holds the positions `edges[j] … edges[j + 1] - 1`.
+    - `sampled`: of sampling at the temperature asked for, over all positions; `None` without one.
     """
 
     overall: MTPAcceptanceRate
     by_bucket: tuple[MTPAcceptanceRate, ...]
     edges: tuple[int, ...] = eqx.field(static=True)
+    sampled: ExpectedAcceptance | None = None
 
     def __add__(self, other: "PositionalAcceptance") -> "PositionalAcceptance":
         if self.edges != other.edges:
             raise ValueError(
                 f"`edges` must be the same to join batches; got {self.edges} and {other.edges}."
             )
+        sampled = [x.sampled for x in (self, other) if x.sampled is not None]
+        if len(sampled) == 1:
+            raise ValueError(
+                "`sampled` must be measured in both batches to join them, or in none; got one. "
+                "Give `temperature` each time."
+            )
         return PositionalAcceptance(
             overall=self.overall + other.overall,
             by_bucket=tuple(a + b for a, b in zip(self.by_bucket, other.by_bucket, strict=True)),
             edges=self.edges,
+            sampled=sampled[0] + sampled[1] if sampled else None,
         )
 
 
@@ -55,6 +67,7 @@ def measure_acceptance(
     segment_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
     position_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
     num_buckets: int | np.integer = 4,
+    temperature: Scalar | None = None,
 ) -> PositionalAcceptance:
     """How often the depths predict what the main model predicts, on text as it stands.
 
@@ -76,6 +89,9 @@ def measure_acceptance(
     - `segment_ids`: for packed rows, which document each of these tokens belongs to; 0 is padding.
     - `position_ids`: of these tokens; they count from 0 in each document if `None`.
     - `num_buckets`: into how many parts of equal length the positions are split.
+    - `temperature`: also gives the expected acceptance of sampling at this temperature, Σ_v min(p,
+        q) (arXiv 2211.17192, §3.2), which takes a second pass; `None` leaves it out. For a head
+        that is a matrix or a `LinearHead`.
 
     **Returns:** `PositionalAcceptance`.
 
@@ -100,14 +116,12 @@ def measure_acceptance(
     if position_ids is None:
         position_ids = default_position_ids(tokens, segment_ids)
     positions = jnp.asarray(check_ids("position_ids", position_ids))[:, :-1]
-    output = model(
-        input_ids,
-        target_ids,
-        target_mask,
-        position_ids=positions,
-        segment_ids=None if segment_ids is None else jnp.asarray(segment_ids)[:, :-1],
-        inference=True,
-    )
+    segments = None if segment_ids is None else jnp.asarray(segment_ids)[:, :-1]
+    batch = Batch(input_ids, target_ids, target_mask, positions, segments)
+    output = model(batch, inference=True)
+    sampled = None
+    if temperature is not None:
+        sampled = draft_losses(model, batch, temperature=temperature, inference=True).acceptance
     acceptance, predictions = output.mtp.acceptance, output.predictions
     assert acceptance is not None
 
@@ -124,4 +138,5 @@ def measure_acceptance(
             rate((positions >= low) & (positions < high)) for low, high in itertools.pairwise(edges)
         ),
         edges=edges,
+        sampled=sampled,
     )

@@ -6,7 +6,7 @@ are flat, as `TrainConfig(steps=100)` is what one types; groups are for the comm
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from equinox_mtp import MTPConfig, Preset
 from equinox_mtp.nn import TransformerConfig
@@ -27,6 +27,18 @@ from ._options import (
     option,
     shorten,
 )
+
+Objective: TypeAlias = Literal[
+    "cross_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "total_variation",
+    "negative_log_acceptance",
+    "hybrid",
+    "expected_accepted_length",
+]
+_SIZES = ("embed_size", "num_layers", "num_heads", "num_kv_heads", "mlp_size", "dropout_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +83,21 @@ class TrainConfig:
     )
     seq_len: int = integer(256, DATA, "Tokens in a row.", at_least=1, is_common=True)
 
+    model: Path | None = option(
+        None,
+        MODEL,
+        "Start from the released model in this folder, with fresh prediction depths: config.json, "
+        "*.safetensors, tokenizer.json. The sizes below are its own then.",
+        is_common=True,
+        may_change=True,
+        may_differ=True,
+    )
+    freeze_model: bool = choice(
+        False,
+        MODEL,
+        "Train the prediction depths alone, and leave the main model as it is.",
+        (True, False),
+    )
     embed_size: int = integer(128, MODEL, "Features of a hidden state.", at_least=1, is_common=True)
     num_layers: int = integer(3, MODEL, "Layers of the main model.", at_least=1, is_common=True)
     num_heads: int = integer(4, MODEL, "Query heads of attention.", at_least=1)
@@ -102,6 +129,13 @@ class TrainConfig:
         "Conventions of Multi-Token Prediction; see MTPConfig.",
         get_args(Preset),
     )
+    objective: Objective = choice(
+        "cross_entropy",
+        DEPTHS,
+        "What a depth minimises: its cross-entropy on the text, or its divergence from the main "
+        "model; see distillation.draft_losses.",
+        get_args(Objective),
+    )
     mtp_scaling: tuple[float, float] = option(
         (0.3, 0.1), DEPTHS, "λ before and after mtp-scaling-switch."
     )
@@ -122,8 +156,14 @@ class TrainConfig:
         "Microbatches that a step is split into; the gradient is the same for any number.",
         at_least=1,
     )
+    optimizer: str = choice(
+        "adamw",
+        OPTIMISATION,
+        "AdamW, or Muon for matrices and AdamW for everything else.",
+        ("adamw", "muon"),
+    )
     learning_rate: float = number(
-        4e-3, OPTIMISATION, "Peak learning rate of AdamW.", at_least=SMALLEST_RATE, is_common=True
+        4e-3, OPTIMISATION, "Peak learning rate.", at_least=SMALLEST_RATE, is_common=True
     )
     warmup_steps: int = integer(
         30, OPTIMISATION, "Steps of linear warm-up; a cosine down to a tenth follows."
@@ -220,7 +260,8 @@ class TrainConfig:
         for name, known in options().items():
             object.__setattr__(self, name, known.check(name, getattr(self, name), _DEFAULTS[name]))
         object.__setattr__(self, "mtp_scaling", _checked_scaling(self.mtp_scaling))
-        _check_paths(self.data, out=self.out, tokenizer=self.tokenizer)
+        _check_paths(self.data, out=self.out, tokenizer=self.tokenizer, model=self.model)
+        self._check_model()
         bare = {"coordinator", "num_processes", "process_id"}
         given = {name for name in bare if getattr(self, name) is not None}
         if given and (given != bare or not self.distributed):
@@ -243,6 +284,27 @@ class TrainConfig:
             raise ValueError(
                 f"`seq_len` must be more than `depths`, or the last depth has nothing to predict; "
                 f"got {self.seq_len} and {self.depths}. Take longer rows, or fewer depths."
+            )
+
+    def _check_model(self) -> None:
+        """**Raises:** `ValueError` for options that do not go with the model's source."""
+        if self.model is not None:
+            given = [name for name in _SIZES if getattr(self, name) != _DEFAULTS[name]]
+            if given:
+                raise ValueError(
+                    f"`{given[0]}` is that of the released `model`; got "
+                    f"{getattr(self, given[0])!r}. Leave it out."
+                )
+        if self.freeze_model and (self.model is None or self.depths == 0):
+            raise ValueError(
+                "`freeze_model` trains the prediction depths of a released model; got "
+                f"`model={self.model}` and `depths={self.depths}`. Name its folder with --model, "
+                "and ask for one depth or more."
+            )
+        if self.objective != "cross_entropy" and self.depths == 0:
+            raise ValueError(
+                f"`objective` {self.objective!r} is of the prediction depths; got `depths=0`. Ask "
+                "for one or more."
             )
 
     def transformer(self, vocab_size: int) -> TransformerConfig:

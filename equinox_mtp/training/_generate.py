@@ -17,7 +17,9 @@ from equinox_mtp.speculative import Sampler, StreamedStep, stream
 
 from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
 from ._compare import compare, describe_acceptance
-from ._step import make_optimizer, make_state
+from ._placement import ONE_DEVICE
+from ._released import released_model, split_model
+from ._step import make_optimizer, make_state, state_of
 from ._text import (
     TOKENIZER_FILE,
     AbstractText,
@@ -49,6 +51,8 @@ class GenerateConfig:
     """A checkpoint, or the folder of a run: its last one."""
     model: Path | None = None
     """In its place the folder of a released model: config.json, *.safetensors, tokenizer.json."""
+    heads: Path | None = None
+    """With a model: the run, or its checkpoint, that trained prediction depths over it."""
     drafts: int | None = None
     """Drafts per step; 0 decodes plainly. Default: the model's depths."""
     temperature: float = 0.0
@@ -78,6 +82,11 @@ def generate_text(config: GenerateConfig) -> None:
         raise ValueError(
             "`checkpoint` or `model` must be given, one of them: a run of `train`, or the folder "
             "of a released model."
+        )
+    if config.heads is not None and config.model is None:
+        raise ValueError(
+            f"`heads` are of a released model; got {config.heads} alone. Name its folder with "
+            "--model, or the run with --checkpoint."
         )
     if not 0 <= config.seed < 2**32:  # JAX's keys would take no more than 32 bits of it
         raise ValueError(f"`seed` must lie in 0 … {2**32 - 1}; got {config.seed}.")
@@ -147,12 +156,20 @@ def load_model(path: Path) -> tuple[emtp.MTPModel, CheckpointInfo]:
 
     **Raises:** `FileNotFoundError` if there is none; `ValueError` if it is damaged.
     """
-    checkpoint = _newest(path)
+    return _load_checkpoint(_newest(path), None)
+
+
+def _load_checkpoint(checkpoint: Path, model: Path | None) -> tuple[emtp.MTPModel, CheckpointInfo]:
+    """A checkpoint's model; one over a released model takes it from `model`, if that is given."""
     info = load_info(checkpoint)
-    like = eqx.filter_eval_shape(
-        make_state, info.config, info.vocab_size, make_optimizer(info.config)
-    )
-    return load_state(checkpoint, like).model, info
+    config = info.config if model is None else dataclasses.replace(info.config, model=model)
+    optimizer = make_optimizer(config)
+    if config.model is None:
+        like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer)
+        return load_state(checkpoint, like).model, info
+    trained, frozen = split_model(released_model(config, ONE_DEVICE), config)
+    like = eqx.filter_eval_shape(state_of, trained, optimizer)
+    return load_state(checkpoint, like).combined(frozen), info
 
 
 def marked_text(
@@ -260,10 +277,23 @@ def _newest(path: Path) -> Path:
     return found[-1]
 
 
+def _open_model(folder: Path, heads: Path | None) -> tuple[emtp.MTPModel, Any]:
+    """A released model with its own depths, or with those that a run has trained over it."""
+    if heads is None:
+        return emtp.pretrained.load(folder)
+    checkpoint = _newest(heads)
+    if load_info(checkpoint).config.model is None:
+        raise ValueError(
+            f"`heads`: {heads} is a model of its own. Name it with --checkpoint, without --model."
+        )
+    model, _ = _load_checkpoint(checkpoint, folder)
+    return model, emtp.pretrained.load_tokenizer(folder)
+
+
 def _open(config: GenerateConfig) -> tuple[emtp.MTPModel, AbstractText, int]:
     """The model, its text, and how long the rows were that it was trained on."""
     if config.model is not None:
-        model, tokenizer = emtp.pretrained.load(config.model)
+        model, tokenizer = _open_model(config.model, config.heads)
         if tokenizer is None:
             raise ValueError(
                 f"`model`: {config.model} has no {TOKENIZER_FILE}. Load it in Python by "
@@ -292,4 +322,4 @@ def _open(config: GenerateConfig) -> tuple[emtp.MTPModel, AbstractText, int]:
             "`equinox_mtp.speculative.generate`."
         )
     model, info = load_model(config.checkpoint)
-    return model, text, info.config.seq_len
+    return model, text, info.config.seq_len if info.config.model is None else 2**31

@@ -145,6 +145,11 @@ def open_files(
     return Stream([file for file in opened if file.num_tokens]), vocab_size
 
 
+def holds_tokens(paths: Sequence[Path]) -> bool:
+    """Whether the data is token ids, by the names of the files."""
+    return any(file.suffix in TOKEN_SUFFIXES for file in find_files(paths))
+
+
 def find_files(paths: Sequence[Path]) -> list[Path]:
     """Those named, and those in directories; the Python standard library's own if none are."""
     return [file for path in paths for file in _files_of(path)] if paths else _library_files()

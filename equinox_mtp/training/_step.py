@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float32, Int32, PyTree
 
 import equinox_mtp as emtp
+from equinox_mtp.distillation import draft_losses
 
 from ._config import TrainConfig
 from ._packing import PackedRows, Rows
@@ -19,11 +20,18 @@ from ._placement import ONE_DEVICE, Placement
 
 
 class TrainState(eqx.Module):
-    """What a step changes, and a checkpoint holds."""
+    """What a step changes, and a checkpoint holds.
+
+    Of a model that is frozen, `model` holds the prediction depths alone; `combined` adds the rest.
+    """
 
     model: emtp.MTPModel
     optimizer_state: PyTree[Any]
     step: Int32[Array, ""]
+
+    def combined(self, frozen: emtp.MTPModel | None) -> emtp.MTPModel:
+        """The whole model."""
+        return self.model if frozen is None else eqx.combine(self.model, frozen)
 
 
 class StepMetrics(eqx.Module):
@@ -74,15 +82,21 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         decay_steps=config.steps,
         end_value=0.1 * config.learning_rate,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
+    if config.optimizer == "muon":
+        update = optax.contrib.muon(
             schedule,
-            b2=0.95,
+            adam_b2=0.95,
             weight_decay=config.weight_decay,
-            mask=emtp.weight_decay_mask,
-        ),
-    )
+            weight_decay_mask=emtp.weight_decay_mask,
+            muon_weight_dimension_numbers=emtp.muon_dimension_numbers,
+            # Updates as large as Adam's, so that one rate does for both (arXiv 2502.16982, §2.2).
+            consistent_rms=0.2,
+        )
+    else:
+        update = optax.adamw(
+            schedule, b2=0.95, weight_decay=config.weight_decay, mask=emtp.weight_decay_mask
+        )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
 
 
 @eqx.filter_jit
@@ -94,6 +108,15 @@ def make_state(
 ) -> TrainState:
     """The state before the first step, made where it belongs."""
     model = make_model(config, vocab_size, placement)
+    optimizer_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    return placement.constrain(TrainState(model, optimizer_state, jnp.zeros((), jnp.int32)))
+
+
+@eqx.filter_jit
+def state_of(
+    model: emtp.MTPModel, optimizer: optax.GradientTransformation, placement: Placement = ONE_DEVICE
+) -> TrainState:
+    """The state before the first step of parameters that exist."""
     optimizer_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
     return placement.constrain(TrainState(model, optimizer_state, jnp.zeros((), jnp.int32)))
 
@@ -118,17 +141,21 @@ def count_targets(batches: emtp.Batch) -> tuple[Float32[Array, ""], Float32[Arra
 
 @eqx.filter_jit(donate="all-except-first")
 def train_step(
-    inputs: tuple[Rows, TrainConfig, optax.GradientTransformation, Placement], state: TrainState
+    inputs: tuple[Rows, TrainConfig, optax.GradientTransformation, Placement, emtp.MTPModel | None],
+    state: TrainState,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step over rows `[microbatch batch …]`.
 
     The gradient is that of the whole batch, however many microbatches it is split into: every
     microbatch's sums are divided by the counts of all.
     """
-    rows, config, optimizer, placement = inputs
+    rows, config, optimizer, placement, frozen = inputs
     first, then = config.mtp_scaling
     is_first = state.step < scaling_switch_step(config)
     scaling_factor = jnp.where(is_first, first, then).astype(jnp.float32)
+    if frozen is not None:
+        # There is no other loss to weigh against.
+        scaling_factor = jnp.ones((), jnp.float32)
     # Which token a depth predicts follows from the text; only then may positions be reordered.
     batches = placement.reorder(jax.vmap(partial(aligned_batch, num_depths=config.depths))(rows))
     main_count, mtp_counts = count_targets(batches)
@@ -139,9 +166,10 @@ def train_step(
     )
 
     def loss_fn(model: emtp.MTPModel, batch: emtp.Batch, key: Array):
-        output = model(batch, objective=objective, predictions=False, key=key, inference=False)
-        main_loss = output.main.loss / jnp.maximum(main_count, 1)
-        return main_loss + output.mtp.loss, (output.main, output.mtp.losses)
+        model = model if frozen is None else eqx.combine(model, frozen)
+        main, mtp_loss, mtp_losses = model_losses(model, batch, config, objective, key)
+        loss = mtp_loss if frozen is not None else mtp_loss + main.loss / jnp.maximum(main_count, 1)
+        return loss, (main, mtp_losses)
 
     def run_microbatch(total: PyTree[Any], inputs: tuple[emtp.Batch, Array]):
         (_, losses), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(state.model, *inputs)
@@ -160,6 +188,19 @@ def train_step(
     model = eqx.apply_updates(state.model, updates)
     metrics = StepMetrics(main, mtp, optax.tree.norm(grads), scaling_factor)
     return placement.constrain(TrainState(model, optimizer_state, state.step + 1)), metrics
+
+
+def model_losses(
+    model: emtp.MTPModel, batch: emtp.Batch, config: TrainConfig, objective: Any, key: Array
+) -> tuple[emtp.TokenLoss, Array, emtp.MTPLosses]:
+    """The main model's loss, what the depths minimise, and its parts."""
+    if config.objective == "cross_entropy":
+        output = model(batch, objective=objective, predictions=False, key=key, inference=False)
+        return output.main, output.mtp.loss, output.mtp.losses
+    drafts = draft_losses(
+        model, batch, divergence=config.objective, objective=objective, key=key, inference=False
+    )
+    return drafts.main, drafts.loss, drafts.losses
 
 
 @eqx.filter_jit

@@ -30,6 +30,7 @@ from ._lock import only_run
 from ._packing import PackedRows
 from ._placement import Placement
 from ._processes import all_gather, broadcast, is_first, print_once
+from ._released import check_vocabulary, model_text, released_model, split_model
 from ._report import (
     MetricsFile,
     describe,
@@ -39,11 +40,13 @@ from ._report import (
     summary,
     train_record,
 )
+from ._sources import holds_tokens
 from ._step import (
     TrainState,
     evaluate,
     make_optimizer,
     make_state,
+    state_of,
     train_step,
 )
 from ._stored_options import write_options
@@ -67,17 +70,16 @@ def train(config: TrainConfig) -> Path:
     run = prepare(config)
     with run.placement.active(), contextlib.ExitStack() as stack:
         # A model that cannot be built, or nothing to resume, leaves no folder.
-        like = eqx.filter_eval_shape(
-            make_state, config, run.info.vocab_size, run.optimizer, run.placement
-        )
+        like = eqx.filter_eval_shape(fresh_state, run)
         if not config.resume or broadcast(run.out.is_dir()):
             stack.enter_context(only_run(run.out))
         state = start_or_resume(run, like)
         first_step = int(state.step)
         if is_first() and not config.resume:
             write_options(run.out, run.info.config)
-            if config.tokenizer is not None:
-                keep_tokenizer(config.tokenizer, run.out)
+            tokenizer = config.tokenizer or config.model
+            if tokenizer is not None and not holds_tokens(config.data):
+                keep_tokenizer(tokenizer, run.out)
         print_once(describe_start(run, state))
         metrics = stack.enter_context(
             contextlib.closing(
@@ -96,7 +98,7 @@ def train(config: TrainConfig) -> Path:
         if not metrics.of("held_out"):
             # The run had ended, and its metrics were lost.
             record_evaluation(run, state, metrics)
-        comparisons = compare_on_held_out(run, state.model)
+        comparisons = compare_on_held_out(run, state.combined(run.frozen))
     # The first step of a process compiles.
     speed = tokens_per_second(config, step_seconds[1:])
     seconds = time.perf_counter() - started
@@ -106,10 +108,16 @@ def train(config: TrainConfig) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same in all steps of a run."""
+    """What stays the same in all steps of a run.
+
+    `released` is what trains of a released model, before the first step, and `frozen` what does
+    not; `None` for a model from scratch, and for one that trains as a whole.
+    """
 
     config: TrainConfig
     info: CheckpointInfo
+    released: emtp.MTPModel | None
+    frozen: emtp.MTPModel | None
     optimizer: optax.GradientTransformation
     placement: Placement
     corpus: Corpus
@@ -125,6 +133,9 @@ def prepare(config: TrainConfig) -> Run:
     text, options = None, without_devices(config)
     if config.tokenizer is not None:
         text = read_text(config.tokenizer, config.end_of_document)
+    elif config.model is not None and not holds_tokens(config.data):
+        text = model_text(config.model, config.end_of_document)
+    if text is not None:
         # `generate` ends a text with it, too; the run keeps the tokenizer alone.
         options = dataclasses.replace(options, end_of_document=text.end_id)
     corpus = load_corpus(
@@ -139,17 +150,33 @@ def prepare(config: TrainConfig) -> Run:
             f"`seq_len` must be at most the {train_corpus.num_tokens} tokens of the training data; "
             f"got {config.seq_len}. Take shorter rows, or more text."
         )
+    placement = Placement.of(config, corpus.vocab_size)
+    train_rows = PackedRows(train_corpus, config.seq_len)
+    released, frozen = None, None
+    if config.model is not None:
+        model = released_model(config, placement)
+        check_vocabulary(model, corpus.vocab_size)
+        released, frozen = split_model(model, config)
     return Run(
         config=config,
         info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, options),
+        released=released,
+        frozen=frozen,
         optimizer=make_optimizer(config),
-        placement=Placement.of(config, corpus.vocab_size),
+        placement=placement,
         corpus=corpus,
         held_out_corpus=held_out_corpus,
-        train_rows=PackedRows(train_corpus, config.seq_len),
+        train_rows=train_rows,
         held_out_rows=PackedRows(held_out_corpus, config.seq_len),
         out=config.out or new_run_folder(),
     )
+
+
+def fresh_state(run: Run) -> TrainState:
+    """The state before the first step."""
+    if run.released is not None:
+        return state_of(run.released, run.optimizer, run.placement)
+    return make_state(run.config, run.info.vocab_size, run.optimizer, run.placement)
 
 
 def describe_start(run: Run, state: TrainState) -> str:
@@ -160,10 +187,18 @@ def describe_start(run: Run, state: TrainState) -> str:
         start = f": the run has ended, at step {first_step} of {steps}"
     return (
         f"{describe_corpus(run.corpus, run.held_out_corpus, run.config.depths)}\n"
-        f"{emtp.count_parameters(state.model):,} parameters, "
+        f"{describe_parameters(run, state)}, "
         f"{run.config.depths} prediction depth(s)\n"
         f"writing to {run.out}{start}"
     )
+
+
+def describe_parameters(run: Run, state: TrainState) -> str:
+    """How many there are, and how many of them train."""
+    trained = emtp.count_parameters(state.model)
+    if run.frozen is None:
+        return f"{trained:,} parameters"
+    return f"{emtp.count_parameters(state.combined(run.frozen)):,} parameters, {trained:,} trained"
 
 
 def tokens_per_second(config: TrainConfig, step_seconds: list[float]) -> float | None:
@@ -187,7 +222,8 @@ def run_steps(
             step_started = time.perf_counter()
             rows = run.train_rows.of_step(step - 1, config.batch_size, config.seed)
             batch = run.placement.load(run.train_rows, rows.reshape(config.accumulate, -1))
-            state, step_metrics = train_step((batch, config, run.optimizer, run.placement), state)
+            inputs = (batch, config, run.optimizer, run.placement, run.frozen)
+            state, step_metrics = train_step(inputs, state)
             record = train_record(step, step_metrics)
             step_seconds.append(time.perf_counter() - step_started)
             speed = tokens_per_second(config, step_seconds[-1:])
@@ -225,7 +261,7 @@ def start_or_resume(run: Run, like: TrainState) -> TrainState:
                 f"`out`: {run.out} holds a run already. Continue it with --resume, or choose "
                 "another folder."
             )
-        return make_state(config, info.vocab_size, run.optimizer, run.placement)
+        return fresh_state(run)
     checkpoint, problems = last_undamaged_checkpoint(folder)
     for problem in problems:
         print_once(f"note: {problem}; continuing from {checkpoint.name}")
@@ -296,7 +332,7 @@ def record_evaluation(run: Run, state: TrainState, metrics: MetricsFile) -> floa
     """Evaluates, records the result, and redraws the curves; returns the main model's loss."""
     step, config = int(state.step), run.config
     evaluation = evaluate(
-        state.model,
+        state.combined(run.frozen),
         run.held_out_rows,
         config.batch_size,
         config.eval_rows * (4 if step == config.steps else 1),

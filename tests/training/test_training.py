@@ -324,8 +324,8 @@ def test_accumulation_is_exact(text: Path) -> None:
         optimizer = make_optimizer(config)
         state = make_state(config, corpus.vocab_size, optimizer)
         split = jax.tree.map(lambda x, n=accumulate: x.reshape(n, -1, x.shape[1]), batch)
-        state, _ = train_step((split, config, optimizer, ONE_DEVICE), state)
-        state, metrics = train_step((split, config, optimizer, ONE_DEVICE), state)
+        state, _ = train_step((split, config, optimizer, ONE_DEVICE, None), state)
+        state, metrics = train_step((split, config, optimizer, ONE_DEVICE, None), state)
         params.append((eqx.filter(state.model, eqx.is_array), metrics))
     for other in params[1:]:
         # AdamW divides small gradients by their own size: rounding shows up enlarged.
@@ -642,7 +642,7 @@ def test_help_lists_common_options_first_and_then_groups(
     common = printed[printed.index("common options") : printed.index("data options")]
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)}
     named = re.findall(r"^\W* --([\w-]+)", common, flags=re.MULTILINE)
-    assert len(fields & set(named)) == 10
+    assert len(fields & set(named)) == 11
     assert {"data", "out", "resume", "steps", "depths"} <= set(named)
     assert fields <= set(re.findall(r"--([\w-]+)", printed))
 

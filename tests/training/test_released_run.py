@@ -1,0 +1,136 @@
+"""Prediction depths that are trained over a released model."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+from helpers import assert_close, assert_equal
+
+import equinox_mtp as emtp
+from equinox_mtp import pretrained
+from equinox_mtp.__main__ import main
+from equinox_mtp.training import TrainConfig, load_model, train
+
+FOLDER = Path(__file__).parents[1] / "data" / "checkpoints" / "qwen3"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    root = tmp_path_factory.mktemp("released")
+    text = root / "text"
+    text.mkdir()
+    for index in range(4):
+        words = np.random.default_rng(index).choice(["to", "be", "or", "not", "sea"], 80)
+        (text / f"{index}.txt").write_text(" ".join(words))
+    return TrainConfig(
+        data=(text,),
+        model=FOLDER,
+        freeze_model=True,
+        objective="total_variation",
+        depths=2,
+        preset="fast_mtp",
+        steps=4,
+        warmup_steps=1,
+        batch_size=2,
+        seq_len=24,
+        eval_rows=2,
+        eval_every=4,
+        checkpoint_every=2,
+        compare_prompts=0,
+        out=root / "run",
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config: TrainConfig) -> Path:
+    return train(config)
+
+
+def arrays(tree: Any) -> list[Any]:
+    return jax.tree.leaves(eqx.filter(tree, eqx.is_array))
+
+
+def test_the_main_model_stays(config: TrainConfig, run: Path) -> None:
+    trained, info = load_model(run)
+    assert info.step == 4
+    key = jax.random.key(config.seed)
+    before, _ = pretrained.load(FOLDER, num_depths=2, preset="fast_mtp", key=key, tokenizer=False)
+    for x, y in zip(arrays(trained.decoder), arrays(before.decoder), strict=True):
+        assert_equal(x, y)
+    moved = [
+        np.any(x != y) for x, y in zip(arrays(trained.block), arrays(before.block), strict=True)
+    ]
+    assert any(moved)
+
+
+def test_a_checkpoint_holds_the_depths_alone(run: Path) -> None:
+    trained, _ = load_model(run)
+    depths = sum(x.nbytes for x in arrays(trained.block))
+    checkpoint = sorted((run / "checkpoints").glob("step_*"))[-1]
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    # The parameters and two moments, and what describes them.
+    assert size < 3 * depths + 60_000
+
+
+def test_resumed_run_is_the_uninterrupted_one(
+    config: TrainConfig, run: Path, tmp_path: Path
+) -> None:
+    short = dataclasses.replace(config, out=tmp_path / "other")
+    other = train(short)
+    last = sorted((other / "checkpoints").glob("step_*"))[-1]
+    shutil.rmtree(last)
+    train(dataclasses.replace(short, resume=True))
+    for x, y in zip(arrays(load_model(other)[0]), arrays(load_model(run)[0]), strict=True):
+        assert_close(x, y)
+
+
+def test_generates_with_the_depths(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--prompt", "to be", "--max-new-tokens", "6"]
+    assert main(["generate", "--model", str(FOLDER), "--heads", str(run), *common]) == 0
+    with_heads = capsys.readouterr().out
+    assert main(["generate", "--checkpoint", str(run), *common]) == 0
+    assert capsys.readouterr().out == with_heads
+    assert "first draft" in with_heads
+
+
+def test_whole_training_with_an_objective(config: TrainConfig, tmp_path: Path) -> None:
+    """Beside the main loss, of a model from scratch, by Muon."""
+    scratch = dataclasses.replace(
+        config,
+        model=None,
+        freeze_model=False,
+        objective="expected_accepted_length",
+        optimizer="muon",
+        embed_size=16,
+        num_layers=1,
+        num_heads=2,
+        out=tmp_path / "scratch",
+    )
+    model, _ = load_model(train(scratch))
+    assert emtp.count_parameters(model.decoder) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "`freeze_model` trains the prediction depths of a released model"),
+        (
+            {"depths": 0, "objective": "cross_entropy"},
+            "`freeze_model` trains the prediction depths",
+        ),
+        ({"embed_size": 64}, "`embed_size` is that of the released `model`"),
+    ],
+)
+def test_bad_options(config: TrainConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes)
+
+
+def test_heads_need_a_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--checkpoint", str(run), "--heads", str(run), "--prompt", "a"]) == 1
+    assert "error: `heads` are of a released model" in capsys.readouterr().err
