@@ -38,7 +38,7 @@ def run_blocks(path: Path, folder: Path) -> list[dict[str, Any]]:
 
 def test_readme_can_be_read_in_two_minutes() -> None:
     lines = README.read_text(encoding="utf8").splitlines()
-    assert len(lines) <= 160
+    assert len(lines) <= 170
     code = [line for line in blocks(README)[0].splitlines() if line.strip()]
     assert len(code) <= 22
     (wrapper,) = (block for block in blocks(README) if "class GPTDecoder" in block)

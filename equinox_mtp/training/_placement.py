@@ -66,6 +66,12 @@ class Placement:
                 f"which --mesh {config.mesh} splits rows; got {config.batch_size}, in "
                 f"{config.accumulate} microbatch(es)."
             )
+        if positions > 1 and config.objective != "cross_entropy":
+            raise ValueError(
+                f"`objective` {config.objective!r} compares each depth with the main model some "
+                f"positions later, in the order of the text; got --mesh {config.mesh}, which "
+                "reorders and splits positions. Leave `context` out of it."
+            )
         if positions > 1 and config.seq_len % (2 * positions):
             raise ValueError(
                 f"`seq_len` must be a multiple of twice the {positions} devices over which --mesh "

@@ -241,3 +241,21 @@ def test_output_joins_batches(model: emtp.MTPModel, batch: emtp.Batch) -> None:
     assert_close(twice.scored, 2 * np.asarray(output.acceptance.scored))
     with pytest.raises(ValueError, match="same number of depths"):
         _ = output.acceptance + jax.tree.map(lambda x: x[:1], output.acceptance)
+
+
+def test_measure_acceptance_of_sampling(model: emtp.MTPModel) -> None:
+    """At a temperature, as the oracle has it; none without one; batches join."""
+    tokens = np.random.default_rng(0).integers(0, VOCAB, SEGMENTS.shape)
+    measure = eqx.filter_jit(emtp.speculative.measure_acceptance)
+    sampled = measure(model, tokens, segment_ids=SEGMENTS, temperature=1.0)
+    batch = emtp.make_batch(tokens, segment_ids=SEGMENTS)
+    found = alphas(*distributions(model, batch))
+    for k in range(1, DEPTHS + 1):
+        expected = np.mean([alpha for (depth, _, _), alpha in found.items() if depth == k])
+        assert_close(sampled.sampled.independent[k - 1], expected)
+    assert_close((sampled + sampled).sampled.joint, sampled.sampled.joint)
+    greedy = measure(model, tokens, segment_ids=SEGMENTS)
+    assert greedy.sampled is None
+    assert_close(greedy.overall.joint, sampled.overall.joint)
+    with pytest.raises(ValueError, match="`sampled` must be measured in both"):
+        _ = greedy + sampled

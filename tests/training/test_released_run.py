@@ -131,6 +131,13 @@ def test_bad_options(config: TrainConfig, changes: dict[str, Any], message: str)
         dataclasses.replace(config, **changes)
 
 
+def test_positions_must_not_be_split(config: TrainConfig, tmp_path: Path) -> None:
+    split = dataclasses.replace(config, mesh="data=2,context=4", out=tmp_path / "split")
+    with pytest.raises(ValueError, match="`objective` 'total_variation' compares"):
+        train(split)
+    assert not (tmp_path / "split").exists()
+
+
 def test_heads_need_a_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--checkpoint", str(run), "--heads", str(run), "--prompt", "a"]) == 1
     assert "error: `heads` are of a released model" in capsys.readouterr().err
