@@ -105,8 +105,10 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def progress_bar(description: str, files: Sequence[Path]) -> tqdm:
     """Of the bytes in files, for what takes longer than two seconds."""
     size = sum(file.stat().st_size for file in files)
-    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "delay": 2}
-    return tqdm(total=size, desc=description, disable=not is_first(), **options)
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "delay": 2}
+    if not is_first():
+        options["disable"] = True  # what is not passed comes from the environment
+    return tqdm(total=size, desc=description, **options)
 
 
 # JSONL

@@ -184,7 +184,7 @@ def _key(files: Sequence[Path], field: str, text: AbstractText, end: int) -> str
 def _digest(file: Path, bar: tqdm) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while part := stream.read(1 << 22):
+        while part := stream.read(1 << 20):
             digest.update(part)
             bar.update(len(part))
     return digest.hexdigest()
