@@ -25,6 +25,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.mkdtemp(prefix="equinox_mtp_compiled_")
     atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+    # Tokens of texts, which are the user's own otherwise.
+    os.environ["EQUINOX_MTP_CACHE"] = f"{_CACHE}/tokens"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import gc  # noqa: E402

@@ -55,11 +55,15 @@ class TrainConfig:
     data: tuple[Path, ...] = option(
         (),
         DATA,
-        "Text files or directories, or .npy/.bin files of token ids (.bin: uint16). Default: the "
-        "Python standard library's own source files.",
+        "Text files, .jsonl, .jsonl.gz and .parquet files of texts, directories of them, or "
+        ".npy/.bin files of token ids (.bin: uint16). Default: the Python standard library's own "
+        "source files.",
         is_common=True,
         may_change=True,
         may_differ=True,
+    )
+    text_field: str = option(
+        "text", DATA, "Of .jsonl lines, or the .parquet column: holds the text.", may_change=True
     )
     tokenizer: Path | None = option(
         None,

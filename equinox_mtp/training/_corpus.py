@@ -15,8 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ._processes import all_gather, is_first
-from ._sources import Source, Stream, TokenArray, open_files
-from ._text import AbstractText, tokenize_files
+from ._sources import Source, Stream, TokenArray, layout_of, starts_of
+from ._text import AbstractText
+from ._token_cache import open_data
 
 _HELD_OUT = 0.05
 _PART = 1 << 22
@@ -117,6 +118,7 @@ def load_corpus(
     vocab_size: int | None = None,
     end_of_document: int | None = None,
     text: AbstractText | None = None,
+    text_field: str = "text",
 ) -> Corpus:
     """Finds the documents of text or token ids.
 
@@ -128,30 +130,32 @@ def load_corpus(
 
     All tokens are read once, to check them and to find where documents end; in several processes,
     which all call this, each reads its own share, and they exchange what they have found. What
-    stays in memory is where each document starts.
+    stays in memory is where each document starts. The tokens of a tokenizer, and those of JSONL and
+    Parquet files in any case, are written to a cache the first time, and read from there.
 
     **Arguments:**
 
-    - `paths`: text files and directories of them, or `.npy`/`.bin` files of token ids; not both. If
-        empty, the Python standard library's own source files. All processes see the same files.
+    - `paths`: text files, `.jsonl`, `.jsonl.gz` and `.parquet` files of texts, and directories of
+        them, or `.npy`/`.bin` files of token ids; not both. If empty, the Python standard library's
+        own source files. All processes see the same files.
     - `vocab_size`: required for token ids; text has 257, the bytes and an end-of-document id.
     - `end_of_document`: the id at which a stream of token ids is cut into documents.
-    - `text`: reads text by a tokenizer, into memory; as bytes if `None`.
+    - `text`: reads text by a tokenizer; as bytes if `None`.
+    - `text_field`: of a JSONL line, or the column of a Parquet file, that holds the text.
 
     **Raises:** `FileNotFoundError` for a path that does not exist; `ValueError` for data that is
-    empty, of mixed kinds, outside the vocabulary, or not the same in every process.
+    empty, damaged, of mixed kinds, outside the vocabulary, or not the same in every process;
+    `OSError` for a cache that cannot be written; `ModuleNotFoundError` for Parquet files without
+    the extra `data`.
     """
     problem: Exception | None = None
     stream = Stream([])
     try:
-        if text is None:
-            stream, vocab_size = open_files(paths, vocab_size, end_of_document)
-        else:
-            stream, vocab_size = tokenize_files(paths, text, vocab_size, end_of_document)
+        stream, vocab_size = open_data(paths, text, text_field, vocab_size, end_of_document)
         _check_not_empty(stream, ", ".join(str(path) for path in paths))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         problem = error
-    # Documents of a tokenizer are apart already.
+    # Documents of text are apart already.
     cut_at = end_of_document if text is None else None
     layout = _Layout.of(stream, vocab_size or 0, cut_at)
     # Before the scan, which takes longer than the first communication may wait.
@@ -196,7 +200,8 @@ class _Layout:
     def of(cls, stream: Stream, vocab_size: int, end_of_document: int | None) -> "_Layout":
         digest = hashlib.sha256(repr((vocab_size, end_of_document)).encode())
         for source in stream.sources:
-            digest.update(f"{source.num_tokens} {source.row_length};".encode())
+            for part in layout_of(source):
+                digest.update(part)
         num_parts = -(-len(stream) // _PART)
         return cls(vocab_size, end_of_document, num_parts, digest.hexdigest())
 
@@ -218,7 +223,7 @@ class _Layout:
         """The documents between all ends, of files and of documents."""
         cuts = [one.ends for one in found]
         cuts += [
-            first + np.arange(0, source.num_tokens, source.row_length)
+            first + starts_of(source)
             for source, first in zip(stream.sources, stream.starts, strict=True)
         ]
         bounds = np.unique(np.concatenate([*cuts, [len(stream)]]))

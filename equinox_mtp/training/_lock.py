@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""One run at a time in a folder, and one process at a time that makes something."""
 
 import contextlib
 import os
@@ -60,3 +60,23 @@ def _lock(file: IO[str], out: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Waits until no other process holds the lock; its file is gone afterwards.
+
+    It saves work, and guards nothing: some file systems have no locks.
+
+    **Raises:** `OSError` if the file cannot be made.
+    """
+    with path.open("a", encoding="utf8") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Not where open files have to stay, as on Windows.
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 TEXT_END = 256
 """The id after the bytes, which ends a document of text."""
 TEXT_VOCAB = 257
 TOKEN_SUFFIXES = (".npy", ".bin")
+DOCUMENT_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+"""Of files of texts, one a line or row."""
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "turtledemo"}
 
 
@@ -76,8 +79,55 @@ class TokenArray:
         return self.array[where]
 
 
-Source = TextFile | TokenFile | TokenArray
-"""Token ids, in documents of `row_length` of them unless an end of document comes first."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedTokens:
+    """The tokens of texts, in a file of the cache.
+
+    **Fields:**
+
+    - `path`: raw integers of `dtype`.
+    - `ends`: of the documents, increasing.
+    """
+
+    path: Path
+    dtype: np.dtype
+    ends: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Those of all documents."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, where: slice | np.ndarray) -> np.ndarray:
+        """Maps the file, for no longer than it is read."""
+        if not self.path.is_file():
+            raise ValueError(
+                f"`data`: the cached tokens {self.path} were deleted while a run reads them. They "
+                "are made again by --resume."
+            )
+        return _unchanged(self.path, _map_raw(self.path, self.dtype), self.num_tokens)[where]
+
+
+Source = TextFile | TokenFile | TokenArray | CachedTokens
+"""Token ids; unless it is `CachedTokens`, in documents of `row_length` of them."""
+
+
+def starts_of(source: Source) -> np.ndarray:
+    """Where its documents start; an end-of-document id may cut them further."""
+    if isinstance(source, CachedTokens):
+        return np.append(0, source.ends[:-1])
+    return np.arange(0, source.num_tokens, source.row_length)
+
+
+def layout_of(source: Source) -> Iterator[bytes]:
+    """Its documents' lengths, in parts; the same whatever kind of file texts come from."""
+    if not isinstance(source, CachedTokens):
+        yield f"{source.num_tokens} {source.row_length};".encode()
+        return
+    lengths = np.diff(source.ends, prepend=0)
+    for first in range(0, len(lengths), 1 << 16):
+        part = lengths[first : first + (1 << 16)].tolist()
+        yield "".join(f"{length} {length};" for length in part).encode()
 
 
 class Stream:
@@ -116,20 +166,11 @@ class Stream:
 # Finding files
 
 
-def open_files(
-    paths: Sequence[Path], vocab_size: int | None, end_of_document: int | None
+def open_token_files(
+    files: Sequence[Path], vocab_size: int | None, end_of_document: int | None
 ) -> tuple[Stream, int]:
-    """All files, none of them read."""
-    files = find_files(paths)
+    """Files of token ids, none of them read."""
     token_files = [file for file in files if file.suffix in TOKEN_SUFFIXES]
-    if not token_files:
-        if vocab_size not in (None, TEXT_VOCAB) or end_of_document not in (None, TEXT_END):
-            raise ValueError(
-                f"`vocab_size` and `end_of_document` are for token ids; text is read as bytes, "
-                f"with a vocabulary of {TEXT_VOCAB}. Leave them out."
-            )
-        sizes = [(file, file.stat().st_size) for file in files]
-        return Stream([TextFile(file, size + 1) for file, size in sizes if size]), TEXT_VOCAB
     if len(token_files) < len(files):
         raise ValueError(
             f"`data` must hold text or token ids, not both; got {token_files[0]} among text files."
@@ -166,7 +207,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _is_binary(file: Path) -> bool:
-    if file.suffix in TOKEN_SUFFIXES:
+    if file.name.endswith((*TOKEN_SUFFIXES, *DOCUMENT_SUFFIXES)):
         return False
     with file.open("rb") as stream:
         return b"\0" in stream.read(4096)
@@ -200,7 +241,7 @@ def _map(path: Path) -> np.ndarray:
     return _map_raw(path, np.uint16)
 
 
-def _map_raw(path: Path, dtype: type[np.unsignedinteger]) -> np.ndarray:
+def _map_raw(path: Path, dtype: DTypeLike) -> np.ndarray:
     # There is no map of nothing.
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 

@@ -1,6 +1,7 @@
 """Text as token ids: its bytes, or the tokens of a tokenizer."""
 
 import abc
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -8,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from equinox_mtp.pretrained import load_tokenizer
 
-from ._processes import is_first
-from ._sources import TEXT_END, TEXT_VOCAB, TOKEN_SUFFIXES, Stream, TokenArray, find_files
+from ._sources import TEXT_END, TEXT_VOCAB
 from ._text_decoders import AbstractTextDecoder, ByteDecoder, TokenDecoder
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -36,6 +35,15 @@ class AbstractText(abc.ABC):
         """Token ids, int32."""
 
     @abc.abstractmethod
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, of any integer type; no text has half of a surrogate pair."""
+
+    @property
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """The same where all texts have the same token ids."""
+
+    @abc.abstractmethod
     def decoder(self) -> AbstractTextDecoder:
         """Decodes ids as they come."""
 
@@ -50,6 +58,15 @@ class ByteText(AbstractText):
         """See `AbstractText`."""
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
 
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `AbstractText`."""
+        return [np.frombuffer(text.encode("utf8"), np.uint8) for text in texts]
+
+    @property
+    def digest(self) -> str:
+        """See `AbstractText`."""
+        return "bytes"
+
     def decoder(self) -> AbstractTextDecoder:
         """See `AbstractText`."""
         return ByteDecoder()
@@ -60,13 +77,24 @@ class TokenizerText(AbstractText):
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int]):
         self._tokenizer = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size()
+        # Not the number of tokens: their ids may leave gaps.
+        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
         self.end_ids = tuple(end_ids)
 
     def encode(self, text: str) -> np.ndarray:
         """See `AbstractText`."""
         text = _utf8(text).decode("utf8", "replace")
         return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `AbstractText`; on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(texts)
+        return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
+
+    @property
+    def digest(self) -> str:
+        """See `AbstractText`."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def decoder(self) -> AbstractTextDecoder:
         """See `AbstractText`."""
@@ -124,34 +152,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     found = found if isinstance(found, dict) else {}
     nested = found.get("text_config")
     return {**found, **nested} if isinstance(nested, dict) else found
-
-
-def tokenize_files(
-    paths: Sequence[Path], text: AbstractText, vocab_size: int | None, end_of_document: int | None
-) -> tuple[Stream, int]:
-    """Text files as documents of tokens, each with the id that ends it.
-
-    **Raises:** `ValueError` for token ids, or if no id ends a document.
-    """
-    if vocab_size not in (None, text.vocab_size):
-        raise ValueError(
-            f"`vocab_size` is the tokenizer's, {text.vocab_size}; got {vocab_size}. Leave it out."
-        )
-    end = text.end_id if end_of_document is None else end_of_document
-    if end is None or not 0 <= end < text.vocab_size:
-        raise ValueError(
-            f"`end_of_document` must be given, in [0, {text.vocab_size}): the tokenizer's folder "
-            f"names no id that ends a text; got {end}."
-        )
-    files = find_files(paths)
-    for file in files:
-        if file.suffix in TOKEN_SUFFIXES:
-            raise ValueError(f"`data` must hold text for a tokenizer; got {file}.")
-    documents = []
-    for file in tqdm(files, "tokenizing", delay=2, unit="file", disable=not is_first()):
-        ids = text.encode(file.read_bytes().decode("utf8", "surrogateescape"))
-        documents.append(TokenArray(np.append(ids, np.int32(end))))
-    return Stream(documents), text.vocab_size
 
 
 def keep_tokenizer(path: Path, folder: Path) -> None:

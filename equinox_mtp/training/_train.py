@@ -143,6 +143,7 @@ def prepare(config: TrainConfig) -> Run:
         vocab_size=config.vocab_size,
         end_of_document=config.end_of_document,
         text=text,
+        text_field=config.text_field,
     )
     train_corpus, held_out_corpus = corpus.split(config.seed)
     if config.seq_len > train_corpus.num_tokens:
