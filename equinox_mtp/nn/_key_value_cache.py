@@ -67,9 +67,12 @@ class KeyValueCache(eqx.Module):
 
         To what is cached of the positions before the first of them, and among each other: they are
         not in the cache yet. The softmax is in float32. A position before the row's first sees
-        nothing, and gets a mean. `scale` and `window` are those of `causal_attention`.
+        nothing, and gets a mean. `scale` and `window` are those of `causal_attention`. There may be
+        0 positions, for which the result is empty.
         """
         batch, seq, heads, head_dim = query.shape
+        if seq == 0:
+            return query
         kv_heads, max_length = self.value.shape[1:3]
         scale = 1 / math.sqrt(head_dim) if scale is None else scale
         groups, dtype = heads // kv_heads, accumulation_dtype(query)

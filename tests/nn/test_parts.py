@@ -188,6 +188,18 @@ def test_prefill_is_the_first_cached_step(name: str) -> None:
     assert_close(cache.key, outcomes[0][1].key[..., : SEQ - 2])
 
 
+@pytest.mark.parametrize("name", ["all", "window-of-one"])
+def test_cached_steps_of_no_positions(name: str) -> None:
+    module = make_attention(**CASES[name])
+    x = jax.random.normal(jax.random.key(0), (BATCH, 3, EMBED))
+    positions = jnp.tile(jnp.arange(3), (BATCH, 1))
+    _, cache = module.prefill(x, module.init_cache(BATCH, SEQ, jnp.float32), position_ids=positions)
+    for run in (module.decode, module.prefill):
+        out, after = run(x[:, :0], cache, position_ids=positions[:, :0])
+        assert out.shape == (BATCH, 0, EMBED)
+        assert eqx.tree_equal(after, cache)
+
+
 def test_attention_in_bfloat16_and_its_gradient() -> None:
     module = make_attention(bias=True, norm_epsilon=0.1, window=4)
     x = jax.random.normal(jax.random.key(0), (BATCH, SEQ, EMBED))
