@@ -63,7 +63,10 @@ class TrainConfig:
         may_differ=True,
     )
     text_field: str = option(
-        "text", DATA, "Of .jsonl lines, or the .parquet column: holds the text.", may_change=True
+        "text",
+        DATA,
+        "The field of .jsonl lines, or the .parquet column, that holds the text.",
+        may_change=True,
     )
     tokenizer: Path | None = option(
         None,
