@@ -1,5 +1,6 @@
 """Attention by tiles and its gradient, against the formula in float64."""
 
+import importlib
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -446,6 +447,34 @@ def test_choice(changes: dict[str, Any], cpu: str, cuda: str, tpu: str) -> None:
         assert chosen == expected, platform
     # A GPU without cuDNN.
     assert attention.attention_implementation(PLAIN, "rocm") == "tiled"
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (91200, "cudnn"),
+        (RuntimeError("cuDNN is not detected."), "tiled"),
+        (NotImplementedError("Compute capability 10.3 requires cuDNN version >= 9.11."), "tiled"),
+    ],
+    ids=str,
+)
+def test_choice_without_cudnn(
+    monkeypatch: pytest.MonkeyPatch, version: int | Exception, expected: str
+) -> None:
+    """On a CUDA machine tiles take the place of a library that is missing or too old."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    def find() -> int:
+        if isinstance(version, Exception):
+            raise version
+        return version
+
+    choice = importlib.import_module("equinox_mtp.attention._choice")
+    monkeypatch.setattr(choice, "_current_platform", lambda: "cuda")
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", find)
+    assert attention.attention_implementation(PLAIN) == expected
+    # A platform that is named need not be here.
+    assert attention.attention_implementation(PLAIN, "cuda") == "cudnn"
 
 
 def lowered(platform: str, implementation: Any, **options: Any) -> str:
