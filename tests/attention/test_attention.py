@@ -511,6 +511,22 @@ def test_lowered_for_tpus(options: dict[str, Any]) -> None:
     assert text.count("tpu_custom_call") == 3
 
 
+def test_queries_are_scaled_in_float32_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes no scale: its queries are rounded once, to their own dtype."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    monkeypatch.setattr(
+        splash_attention,
+        "make_splash_mha_single_device",
+        lambda *_, **__: lambda query, key, value, segment_ids: query,
+    )
+    query = jax.random.normal(jax.random.key(0), (1, 128, 2, 48), jnp.bfloat16)
+    ids = jnp.arange(128)[None]
+    scaled = nn.causal_attention(query, query, query, position_ids=ids, implementation="splash")
+    expected = (np.asarray(query, np.float32) / np.float32(math.sqrt(48))).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(scaled), expected)
+
+
 def test_lowered_by_tiles() -> None:
     assert "custom_call @" not in lowered("cuda", "tiled")
 
