@@ -178,6 +178,14 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
         """`decode` for the first positions of all rows, 0 … seq-1, and an empty cache.
 
         The same result. A layer may take less time for it, as nothing that is cached precedes.
+
+        **Arguments:**
+
+        - `hidden_states`: of the first positions.
+        - `cache`: of `init_cache`.
+        - `position_ids`: 0 … seq-1 in every row.
+
+        **Returns:** the layer's output, and the cache.
         """
         return self.decode(hidden_states, cache, position_ids=position_ids)
 
@@ -226,7 +234,16 @@ class AbstractCachedDecoder(AbstractDecoder):
         *,
         position_ids: Integer[Array, "batch seq"],
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
-        """`decode` for the first tokens of all rows; see `AbstractCachedDecoderLayer.prefill`."""
+        """`decode` for the first tokens of all rows; see `AbstractCachedDecoderLayer.prefill`.
+
+        **Arguments:**
+
+        - `input_ids`: the first tokens; what pads a row at its end is run like tokens.
+        - `cache`: of `init_cache`.
+        - `position_ids`: 0 … seq-1 in every row.
+
+        **Returns:** hidden states before the final norm, and the cache.
+        """
         return self.decode(input_ids, cache, position_ids=position_ids)
 
     def for_decoding(self) -> "AbstractCachedDecoder":

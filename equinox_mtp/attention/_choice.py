@@ -1,7 +1,9 @@
 """Which implementation attends, from the platform and what it is asked for."""
 
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_backend
 
@@ -62,12 +64,17 @@ def attention_implementation(
     **Arguments:**
 
     - `call`: what is asked for.
-    - `platform`: `"cpu"`, `"cuda"`, `"tpu"` or another; `None` for the one that JAX runs on.
+    - `platform`: `"cpu"`, `"cuda"`, `"tpu"` or another; `None` for the one that JAX runs on, where
+        `"cudnn"` is chosen only if JAX finds the library, in a version that fits.
+
+    **Returns:** the implementation.
     """  # noqa: E501
+    is_here = platform is None
     platform = _current_platform() if platform is None else platform
     if call.split:
         return "tiled"
-    if platform == "cuda" and why_not("cudnn", call) is None:
+    fits_cudnn = platform == "cuda" and why_not("cudnn", call) is None
+    if fits_cudnn and not (is_here and _lacks_cudnn(call)):
         return "cudnn"
     if platform == "tpu" and why_not("splash", call) is None:
         return "splash"
@@ -114,6 +121,17 @@ def tile_size(seq: int) -> int:
     num_tiles = max(1, -(-seq // largest_tile()))
     size = -(-seq // num_tiles)
     return max(1, size if num_tiles == 1 else -(-size // 8) * 8)
+
+
+def _lacks_cudnn(call: AttentionCall) -> bool:
+    """Whether JAX refuses cuDNN's kernel here: without the library, or with one that is too old."""
+    shape = jax.ShapeDtypeStruct((1, call.seq, 1, call.head_dim), call.dtype)
+    kernel = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    try:
+        jax.eval_shape(kernel, shape, shape, shape)
+    except RuntimeError:  # and `NotImplementedError`, for a GPU that wants a newer one
+        return True
+    return False
 
 
 def _current_platform() -> str:

@@ -102,10 +102,8 @@ def causal_attention_by_position(
 
     A position sees the positions of its document that `position_ids` does not put after it.
 
-    They must tell the order of the text: all different within a document, and less than 2^30.
-    Arguments, result and errors are those of `causal_attention`. Tiles are skipped by their least
-    and greatest position: the order of `sharding.zigzag_order` costs no more than the text's own,
-    if its chunks are no shorter than a tile.
+    Tiles are skipped by their least and greatest position: the order of `sharding.zigzag_order`
+    costs no more than the text's own, if its chunks are no shorter than a tile.
 
     >>> query, key = jnp.zeros((1, 3, 1, 2)), jnp.zeros((1, 3, 1, 2))
     >>> value = jnp.broadcast_to(jnp.asarray([4.0, 2.0, 0.0])[:, None, None], (1, 3, 1, 2))
@@ -113,6 +111,16 @@ def causal_attention_by_position(
     >>> out = emtp.nn.causal_attention_by_position(query, key, value, position_ids=position_ids)
     >>> print(out[0, :, 0, 0])
     [2. 1. 0.]
+
+    **Arguments:** those of `causal_attention`, but for one.
+
+    - `position_ids`: `[batch seq]`, where each position stands in the text of its document. They
+        are all different within a document, and less than 2^30.
+
+    **Returns:** the attended values, in the dtype of `query`, and in the order of the row.
+
+    **Raises:** `ValueError` as `causal_attention` does; also for the implementations `"cudnn"` and
+    `"splash"`, which need rows in order.
     """
     options = _Options(scale, window, soft_cap, implementation, in_order=False)
     return _attention(options, query, key, value, position_ids.astype(jnp.int32), segment_ids)

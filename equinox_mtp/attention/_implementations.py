@@ -84,7 +84,9 @@ def splash_attention(
         residual_checkpoint_name=ATTENDED,
     )
     segment_ids = places.segment_ids
-    rows = (jnp.swapaxes(x, 1, 2) for x in (query * softmax.scale, key, value))
+    # Scaled in float32: in bfloat16 the scale itself would be rounded, too.
+    scaled = (query.astype(accumulation_dtype(query)) * softmax.scale).astype(query.dtype)
+    rows = (jnp.swapaxes(x, 1, 2) for x in (scaled, key, value))
     segments = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
     attended: Any = jax.vmap(kernel)(*rows, segment_ids=segments)
     return jnp.swapaxes(attended, 1, 2)

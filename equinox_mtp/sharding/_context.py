@@ -55,12 +55,19 @@ def current_head_sharding() -> HeadSharding | None:
 def current_spec(axis_words: str) -> P | None:
     """How the rules in force lay an array with these axis words on the mesh that is set.
 
-    `None` where `current_head_sharding` is.
-
     >>> with jax.set_mesh(mesh), emtp.sharding.use_rules():
     ...     spec = emtp.sharding.current_spec("batch seq heads head_dim")
     >>> spec == jax.P(("data", "fsdp"), None, None, None)
     True
+
+    **Arguments:**
+
+    - `axis_words`: one for each axis of the array, with spaces between them; those that no rule
+        names are not split.
+
+    **Returns:** the partition spec; `None` where `current_head_sharding` gives `None`.
+
+    **Raises:** `ValueError` if the mesh and the rules do not know each other's axes.
     """
     rules, mesh = _RULES.value, jax.sharding.get_abstract_mesh()
     if rules is None or mesh.empty or mesh.manual_axes:

@@ -164,6 +164,12 @@ def mesh_axis_names(axes: MeshAxes) -> tuple[str, ...]:
 
     >>> emtp.sharding.mesh_axis_names("data"), emtp.sharding.mesh_axis_names(None)
     (('data',), ())
+
+    **Arguments:**
+
+    - `axes`: the name of a mesh axis, a tuple of names, or `None`.
+
+    **Returns:** the names, outermost first; an empty tuple for `None`.
     """
     if axes is None:
         return ()

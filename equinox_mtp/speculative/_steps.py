@@ -74,12 +74,22 @@ def prefill(
 ) -> DecodingState:
     """Runs prompts, and commits the first new token of each row.
 
-    `eos_id` is a token that ends a row, or several; -1 if none does.
-
     >>> prompts, lengths = jnp.asarray([[5, 6], [9, 0]], jnp.int32), jnp.asarray([2, 1], jnp.int32)
     >>> state = prefill(decoding, prompts, lengths, shape, sampler, eos_id=no_eos, key=key)
     >>> print(state.lengths)
     [3 2]
+
+    **Arguments:**
+
+    - `model`: laid out by `DecodingModel.of`.
+    - `prompt_ids`: one prompt a row, padded at its end with anything.
+    - `prompt_lengths`: how many tokens of a row are its prompt; at least 1.
+    - `shape`: how many drafts and new tokens there may be.
+    - `sampler`: chooses the first new token.
+    - `eos_id`: a token that ends a row, or several; -1 if none does.
+    - `key`: for the draw; the state keeps another one for the next step.
+
+    **Returns:** the state from which the first `step` starts.
     """
     decoder = model.decoder
     batch, prompt = prompt_ids.shape

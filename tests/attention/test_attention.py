@@ -1,5 +1,6 @@
 """Attention by tiles and its gradient, against the formula in float64."""
 
+import importlib
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -448,6 +449,34 @@ def test_choice(changes: dict[str, Any], cpu: str, cuda: str, tpu: str) -> None:
     assert attention.attention_implementation(PLAIN, "rocm") == "tiled"
 
 
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (91200, "cudnn"),
+        (RuntimeError("cuDNN is not detected."), "tiled"),
+        (NotImplementedError("Compute capability 10.3 requires cuDNN version >= 9.11."), "tiled"),
+    ],
+    ids=str,
+)
+def test_choice_without_cudnn(
+    monkeypatch: pytest.MonkeyPatch, version: int | Exception, expected: str
+) -> None:
+    """On a CUDA machine tiles take the place of a library that is missing or too old."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    def find() -> int:
+        if isinstance(version, Exception):
+            raise version
+        return version
+
+    choice = importlib.import_module("equinox_mtp.attention._choice")
+    monkeypatch.setattr(choice, "_current_platform", lambda: "cuda")
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", find)
+    assert attention.attention_implementation(PLAIN) == expected
+    # A platform that is named need not be here.
+    assert attention.attention_implementation(PLAIN, "cuda") == "cudnn"
+
+
 def lowered(platform: str, implementation: Any, **options: Any) -> str:
     """The text of attention and its gradient for a platform that need not be there."""
     shape = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
@@ -480,6 +509,22 @@ def test_lowered_for_tpus(options: dict[str, Any]) -> None:
     text = lowered("tpu", "splash", **options)
     # Forward, and the gradients of queries, and of keys and values.
     assert text.count("tpu_custom_call") == 3
+
+
+def test_queries_are_scaled_in_float32_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes no scale: its queries are rounded once, to their own dtype."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    monkeypatch.setattr(
+        splash_attention,
+        "make_splash_mha_single_device",
+        lambda *_, **__: lambda query, key, value, segment_ids: query,
+    )
+    query = jax.random.normal(jax.random.key(0), (1, 128, 2, 48), jnp.bfloat16)
+    ids = jnp.arange(128)[None]
+    scaled = nn.causal_attention(query, query, query, position_ids=ids, implementation="splash")
+    expected = (np.asarray(query, np.float32) / np.float32(math.sqrt(48))).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(scaled), expected)
 
 
 def test_lowered_by_tiles() -> None:
