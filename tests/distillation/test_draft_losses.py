@@ -247,7 +247,7 @@ def test_measure_acceptance_of_sampling(model: emtp.MTPModel) -> None:
     """At a temperature, as the oracle has it; none without one; batches join."""
     tokens = np.random.default_rng(0).integers(0, VOCAB, SEGMENTS.shape)
     measure = eqx.filter_jit(emtp.speculative.measure_acceptance)
-    sampled = measure(model, tokens, segment_ids=SEGMENTS, temperature=1.0)
+    sampled: Any = measure(model, tokens, segment_ids=SEGMENTS, temperature=1.0)
     batch = emtp.make_batch(tokens, segment_ids=SEGMENTS)
     found = alphas(*distributions(model, batch))
     for k in range(1, DEPTHS + 1):
