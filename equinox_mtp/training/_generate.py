@@ -106,16 +106,19 @@ def _continue_text(
     # Padded, so that prompts of about the same length share a compiled program.
     padded = np.zeros((1, -(-len(prompt) // _PADDED_TO) * _PADDED_TO), np.int32)
     padded[0, : len(prompt)] = prompt
-    steps = stream(
-        model,
-        padded,
-        np.asarray([len(prompt)]),
-        max_new_tokens=config.max_new_tokens,
-        num_drafts=config.drafts,
-        sampler=Sampler(config.temperature, config.top_k, config.top_p),
-        eos_id=text.end_ids,
-        key=jax.random.key(config.seed),
-    )
+    try:
+        steps = stream(
+            model,
+            padded,
+            np.asarray([len(prompt)]),
+            max_new_tokens=config.max_new_tokens,
+            num_drafts=config.drafts,
+            sampler=Sampler(config.temperature, config.top_k, config.top_p),
+            eos_id=text.end_ids,
+            key=jax.random.key(config.seed),
+        )
+    except ValueError as error:  # of arguments, one of which has another name here
+        raise ValueError(str(error).replace("`num_drafts`", "`drafts`")) from None
     wanted = len(prompt) + config.max_new_tokens
     if wanted > longest:
         screen.write(
