@@ -48,11 +48,12 @@ class GenerateConfig:
     checkpoint: Path | None = None
     """A checkpoint, or the folder of a run: its last one."""
     model: Path | None = None
-    """In its place the folder of a released model: config.json, *.safetensors, tokenizer.json."""
+    """The folder of a released model, in place of a checkpoint: config.json, *.safetensors,
+    tokenizer.json."""
     drafts: int | None = None
     """Drafts per step; 0 decodes plainly. Default: the model's depths."""
     temperature: float = 0.0
-    """Of the draws; 0 takes the best token."""
+    """The temperature of the draws; 0 takes the best token."""
     top_k: int | None = None
     """Draw from the k best tokens only."""
     top_p: float | None = None
@@ -60,7 +61,7 @@ class GenerateConfig:
     max_new_tokens: int = 160
     """How many tokens to add, at most."""
     seed: int = 0
-    """Of the draws."""
+    """The seed of the draws."""
     compare: bool = False
     """Also measure the speed-up over plain decoding, both greedy."""
 
