@@ -79,8 +79,7 @@ def _package_of(frame: FrameType) -> str:
 _PROBLEM = re.compile(
     r"whilst checking the (?P<what>parameters|return value) of (?P<name>[^\n]*?)\.\n"
     r"(?:The problem arose whilst typechecking parameter '(?P<argument>\w+)'\.\n)?"
-    r"(?:Actual value: (?P<value>.*?)\n)?"
-    r"(?:Expected type: (?P<type>.*?)\.?\n)?",
+    r"(?:Actual value: (?P<value>.*?)\nExpected type: (?P<type>.*?)\.?\n)?",
     re.DOTALL,
 )
 
@@ -103,20 +102,26 @@ def _first_lines(message: str, name: str) -> str | None:
     )
 
 
+_MODULES = (
+    r"\bjaxlib\._jax\.",
+    r"\bjax\._src\.(\w+\.)*",
+    r"\bequinox_mtp\.",
+    r"\b_\w+\.",
+    r"\b(jaxtyping|collections\.abc|typing)\.",
+)
+"""Modules without which annotations are shown: private ones, and those that go without saying."""
+
+
 def _plain_type(text: str) -> str:
-    """As annotations name it: `Integer[Array, 'batch seq']`, or NumPy's."""
-    for written, meant in (
-        ("jaxlib._jax.Array", "Array"),
-        ("jaxtyping.", ""),
-        ("equinox_mtp.", ""),
-        ("<class '", ""),
-        ("'>", ""),
-    ):
-        text = text.replace(written, meant)
-    union = re.fullmatch(r"typing\.Union\[(.*)\]", text)
-    if union:
-        text = re.sub(r"(\]|\w), (?=[A-Za-z])", r"\1 or ", union[1])
-    return text
+    """As annotations name it: `Integer[Array, 'batch seq']`, `'pooled' or 'mean_of_depths'`."""
+    for written in (r"<class '", r"'>", *_MODULES):
+        text = re.sub(written, "", text)
+    if optional := re.fullmatch(r"Optional\[(.*)\]", text):
+        text = f"{optional[1]} | None"
+    if union := re.fullmatch(r"Union\[(.*)\]", text):
+        text = re.sub(r"(\]|\w), (?=[A-Za-z])", r"\1 | ", union[1])
+    text = re.sub(r"Literal\[([^]]*)\]", lambda found: found[1].replace(", ", " | "), text)
+    return text.replace(" | ", " or ").replace("NoneType", "None")
 
 
 def _public_name(name: str) -> str:

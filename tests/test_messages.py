@@ -71,6 +71,29 @@ VALUES = {
     "`MTPTargets` must have fields of one shape": "emtp.MTPTargets(ids[None], ids[None], ids, ids)",
     "`objective` must reduce": "model(ids, ids, objective=lambda losses: losses.losses)",
 }
+# The first lines, in full: nobody should have to read annotations as Python writes them.
+LINES = {
+    "emtp.nn.causal_attention(*qkv, position_ids=ids, implementation='flash')": (
+        "`implementation` must be 'dense' or 'tiled' or 'cudnn' or 'splash' or None; got 'flash'."
+    ),
+    "emtp.calculate_mtp_loss(emtp.MTPLosses(jnp.ones(1), jnp.ones(1)), reduction='sum')": (
+        "`reduction` must be 'pooled' or 'mean_of_depths'; got 'sum'."
+    ),
+    "emtp.calculate_mtp_loss(model)": (
+        "`losses` must be MTPLosses; got "
+        "MTPModel( decoder=TransformerDecoder( embedding=f32[11,8], layers=TransformerDe…."
+    ),
+    "emtp.pretrained.load('x', preset='paper', num_depths=1.5)": (
+        "`num_depths` must be int or None; got 1.5."
+    ),
+    "emtp.sharding.use_rules('data')": (
+        "`rules` must be sharding.ShardingRules or None; got 'data'."
+    ),
+    "emtp.pretrained.load('x', mesh=4)": "`mesh` must be Mesh or None; got 4.",
+    "emtp.pretrained.load('x', families=4)": (
+        "`families` must be Sequence[pretrained.Family]; got 4."
+    ),
+}
 
 SCRIPT = """
     import json, sys
@@ -82,6 +105,7 @@ SCRIPT = """
         sizes = dict(vocab_size=11, embed_size=8, num_layers=2, num_heads=2)
         return emtp.nn.TransformerConfig(**(sizes | fields))
 
+    qkv = [jnp.ones((2, 4, 2, 8))] * 3
     key, config, ids = jax.random.key(0), emtp.MTPConfig(1), jnp.ones((2, 4), jnp.int32)
     decoder = emtp.nn.TransformerDecoder(transformer(), key=key)
     make_layer = partial(emtp.nn.TransformerDecoderLayer, transformer())
@@ -102,7 +126,7 @@ SCRIPT = """
 
 @pytest.fixture(scope="module")
 def messages() -> dict[str, str]:
-    calls = [*CALLS.values(), *VALUES.values()]
+    calls = [*CALLS.values(), *VALUES.values(), *LINES]
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT)],
@@ -135,3 +159,9 @@ def test_a_wrong_value_is_an_error_of_the_library_itself(
     assert kind == "ValueError", message
     assert message.startswith(beginning), message
     assert len(message) < 400
+
+
+@pytest.mark.parametrize("call", LINES)
+def test_types_are_in_plain_words(call: str, messages: dict[str, str]) -> None:
+    _, _, message = messages[call].partition(": ")
+    assert message.splitlines()[0] == LINES[call]

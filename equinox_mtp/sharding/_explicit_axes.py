@@ -11,8 +11,8 @@ from jaxtyping import Array
 from .._types import checked
 
 _CLOSURE_NOTE = (
-    "On a mesh of explicit axes `head` must not close over arrays: make it an `equinox.Module` "
-    "that holds them, or a `LinearHead`."
+    "On a mesh of explicit axes a function must not close over arrays: make it an `equinox.Module` "
+    "that holds them, or pass them as arguments. An output head may be a `LinearHead`."
 )
 
 

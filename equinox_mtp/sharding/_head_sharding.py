@@ -134,9 +134,8 @@ class HeadSharding:
             devices = math.prod(mesh.shape[axis] for axis in axes)
             if sizes.get(word, 0) % devices:
                 raise ValueError(
-                    f"`{word}` must be a multiple of the {devices} devices over which "
-                    f"`HeadSharding` splits it, {' · '.join(map(repr, axes))}; got {sizes[word]}. "
-                    f"{mend}"
+                    f"`{word}` must be a multiple of the {devices} devices over which the mesh "
+                    f"splits it, by {' · '.join(map(repr, axes))}; got {sizes[word]}. {mend}"
                 )
 
     def _check_axes(self, mesh: Mesh | AbstractMesh, whose: str) -> None:

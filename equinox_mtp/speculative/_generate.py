@@ -11,10 +11,11 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int32, Integer, PRNGKeyArray
 
-from .._checks import check_ids, check_integer
+from .._checks import check_integer
 from .._model import MTPModel
 from .._types import HostOrDeviceArray, at_hand, checked
 from ..cross_entropy import head_vocab_size
+from ._arguments import EndIds, check_end_ids, check_prompts
 from ._model import DecodingModel, check_cached_steps
 from ._sampling import GREEDY, Sampler
 from ._state import DecodingState, Generation
@@ -31,7 +32,7 @@ def generate(
     num_drafts: int | np.integer | None = None,
     recursion: Recursion = "by_depth",
     sampler: Sampler = GREEDY,
-    eos_id: int | np.integer | Sequence[Any] | None = None,
+    eos_id: EndIds = None,
     key: PRNGKeyArray | None = None,
 ) -> Generation:
     """Continues prompts, with the prediction depths as a draft model (DeepSeek-V3, arXiv
@@ -63,8 +64,8 @@ def generate(
         repeated layer is trained; `"extended"` from its own last output on, as vLLM drafts, which
         costs a single position for each such draft.
     - `sampler`: greedy, or `Sampler(temperature, top_k, top_p)`; for drafts and model alike.
-    - `eos_id`: ends a row; it is the row's last token then. Of several, as `[2, 7]`, the first that
-        comes does.
+    - `eos_id`: ends a row; it is the row's last token then. Of several, as `[2, 7]` or an array of
+        them, the first that comes does.
     - `key`: for draws; needed unless `sampler` is greedy.
 
     **Returns:** `Generation`.
@@ -121,7 +122,7 @@ def stream(
     num_drafts: int | np.integer | None = None,
     recursion: Recursion = "by_depth",
     sampler: Sampler = GREEDY,
-    eos_id: int | np.integer | Sequence[Any] | None = None,
+    eos_id: EndIds = None,
     key: PRNGKeyArray | None = None,
 ) -> Iterator[StreamedStep]:
     """`generate`, step by step: yields the tokens that each step has committed.
@@ -206,7 +207,7 @@ def _request(
 ) -> _Request:
     check_cached_steps(model)
     vocab_size = head_vocab_size(model.decoder.output_head())
-    prompts, lengths = _prompts(prompt_ids, prompt_lengths, vocab_size)
+    prompts, lengths = check_prompts(prompt_ids, prompt_lengths, vocab_size)
     num_depths = model.block.config.num_depths
     drafts = check_integer("num_drafts", num_depths if num_drafts is None else num_drafts)
     if drafts > 0 and num_depths == 0:
@@ -223,64 +224,8 @@ def _request(
                 f"{sampler.temperature}. Pass `jax.random.key(0)`, for instance."
             )
         key = jax.random.key(0)
-    eos = _end_ids(eos_id, vocab_size)
+    eos = check_end_ids(eos_id, vocab_size)
     return _Request(DecodingShape(drafts, new, recursion), prompts, lengths, sampler, eos, key)
-
-
-def _end_ids(eos_id: Any, vocab_size: int | None) -> Array:
-    """One id, or an axis of several; -1 for none."""
-    at_most = 2**31 - 1 if vocab_size is None else vocab_size - 1
-    several = eos_id if isinstance(eos_id, Sequence) else () if eos_id is None else (eos_id,)
-    ids = [check_integer("eos_id", x, at_least=0, at_most=at_most) for x in several]
-    return jnp.asarray(ids if len(ids) > 1 else ids[0] if ids else -1, jnp.int32)
-
-
-def _prompts(prompt_ids: Any, prompt_lengths: Any, vocab_size: int | None) -> tuple[Array, Array]:
-    """Checked, as int32."""
-    rows = _integers("prompt_ids", prompt_ids, 2)
-    batch, prompt = rows.shape
-    if prompt < 1:
-        raise ValueError(
-            "`prompt_ids` must have at least one token a row; got rows of none. Begin with a token "
-            "such as the end of a document."
-        )
-    if prompt_lengths is None:
-        prompt_lengths = np.full(batch, prompt, np.int32)
-    lengths = _integers("prompt_lengths", prompt_lengths, 1)
-    if lengths.shape != (batch,):
-        raise ValueError(
-            f"`prompt_lengths` must be one a row of `prompt_ids`, {batch}; got {lengths.shape[0]}."
-        )
-    if isinstance(lengths, np.ndarray):
-        low, high = int(np.min(lengths, initial=prompt)), int(np.max(lengths, initial=1))
-        if low < 1 or high > prompt:
-            raise ValueError(
-                f"`prompt_lengths` must lie in 1 … {prompt}, the length of the rows; got {low} … "
-                f"{high}."
-            )
-        is_prompt = np.arange(prompt) < lengths[:, None]
-        if isinstance(rows, np.ndarray):
-            check_ids("prompt_ids", rows[is_prompt], vocab_size)
-            rows = np.where(is_prompt, rows, 0)
-    return jnp.asarray(rows, jnp.int32), jnp.asarray(lengths, jnp.int32)
-
-
-def _integers(name: str, values: Any, num_axes: int) -> Any:
-    """An array of NumPy if its values can be read, and of JAX otherwise."""
-    try:
-        array = at_hand(values)
-    except ValueError:  # rows that differ in length
-        raise ValueError(
-            f"`{name}` must have rows of one length. Pad them at their ends, and give "
-            "`prompt_lengths`."
-        ) from None
-    if array.ndim != num_axes:
-        raise ValueError(f"`{name}` must have {num_axes} axes; got the shape {array.shape}.")
-    if array.size == 0 and not np.issubdtype(array.dtype, np.integer):
-        return array.astype(np.int32)  # an empty list is one of floats
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"`{name}` must be integers; got {array.dtype}.")
-    return array
 
 
 def _check_finite(last_ids: Any, num_generated: Any) -> None:

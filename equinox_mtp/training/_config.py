@@ -79,14 +79,14 @@ class TrainConfig:
     vocab_size: int | None = integer(
         None,
         DATA,
-        "For token ids: the size of the vocabulary. Text is bytes and has 257.",
+        "For token ids: the size of the vocabulary. Text is read as bytes, which have 257 ids.",
         at_least=1,
     )
     end_of_document: int | None = integer(
         None,
         DATA,
-        "For token ids, and for a tokenizer that names none: the id that ends a document. Bytes "
-        "have 256.",
+        "For token ids, and for a tokenizer that names none: the id that ends a document. For "
+        "bytes it is 256.",
     )
     seq_len: int = integer(256, DATA, "Tokens in a row.", at_least=1, is_common=True)
 
@@ -144,7 +144,7 @@ class TrainConfig:
         get_args(Objective),
     )
     mtp_scaling: tuple[float, float] = option(
-        (0.3, 0.1), DEPTHS, "λ before and after mtp-scaling-switch."
+        (0.3, 0.1), DEPTHS, "The weight λ of the depths, before and after mtp-scaling-switch."
     )
     mtp_scaling_switch: float = number(
         0.67,
@@ -175,7 +175,7 @@ class TrainConfig:
     warmup_steps: int = integer(
         30, OPTIMISATION, "Steps of linear warm-up; a cosine down to a tenth follows."
     )
-    weight_decay: float = number(0.1, OPTIMISATION, "Of everything but the scales of norms.")
+    weight_decay: float = number(0.1, OPTIMISATION, "Decay of all weights but norms' scales.")
     max_grad_norm: float = number(
         1.0, OPTIMISATION, "The gradient is clipped to this global norm.", at_least=SMALLEST_RATE
     )
@@ -183,7 +183,7 @@ class TrainConfig:
     seed: int = integer(
         0,
         OPTIMISATION,
-        "Of the initial values, the split of documents and their order.",
+        "The seed of the initial values, the split of documents and their order.",
         at_most=2**32 - 1,
     )
 
@@ -205,17 +205,17 @@ class TrainConfig:
     coordinator: str | None = option(
         None,
         DEVICES,
-        "Elsewhere: HOST:PORT of process 0, the same for all.",
+        "HOST:PORT of process 0, the same for all; needed where JAX does not find the processes.",
         may_change=True,
         may_differ=True,
     )
     num_processes: int | None = integer(
-        None, DEVICES, "Elsewhere: how many processes there are.", at_least=1, may_change=True
+        None, DEVICES, "The number of processes, with coordinator.", at_least=1, may_change=True
     )
     process_id: int | None = integer(
         None,
         DEVICES,
-        "Elsewhere: which of them this one is, from 0.",
+        "The number of this process, from 0, with coordinator.",
         may_change=True,
         may_differ=True,
     )
@@ -249,7 +249,7 @@ class TrainConfig:
     eval_rows: int = integer(
         64,
         OUTPUT,
-        "Held-out rows in an evaluation; the last one reads four times as many.",
+        "Held-out rows in an evaluation; the run's last evaluation reads four times as many.",
         at_least=1,
         may_change=True,
     )

@@ -50,13 +50,14 @@ class GenerateConfig:
     checkpoint: Path | None = None
     """A checkpoint, or the folder of a run: its last one."""
     model: Path | None = None
-    """In its place the folder of a released model: config.json, *.safetensors, tokenizer.json."""
+    """The folder of a released model, in place of a checkpoint: config.json, *.safetensors,
+    tokenizer.json."""
     heads: Path | None = None
-    """With a model: the run, or its checkpoint, that trained prediction depths over it."""
+    """The run, or its checkpoint, that trained prediction depths over the model."""
     drafts: int | None = None
     """Drafts per step; 0 decodes plainly. Default: the model's depths."""
     temperature: float = 0.0
-    """Of the draws; 0 takes the best token."""
+    """The temperature of the draws; 0 takes the best token."""
     top_k: int | None = None
     """Draw from the k best tokens only."""
     top_p: float | None = None
@@ -64,7 +65,7 @@ class GenerateConfig:
     max_new_tokens: int = 160
     """How many tokens to add, at most."""
     seed: int = 0
-    """Of the draws."""
+    """The seed of the draws."""
     compare: bool = False
     """Also measure the speed-up over plain decoding, both greedy."""
 
@@ -115,16 +116,19 @@ def _continue_text(
     # Padded, so that prompts of about the same length share a compiled program.
     padded = np.zeros((1, -(-len(prompt) // _PADDED_TO) * _PADDED_TO), np.int32)
     padded[0, : len(prompt)] = prompt
-    steps = stream(
-        model,
-        padded,
-        np.asarray([len(prompt)]),
-        max_new_tokens=config.max_new_tokens,
-        num_drafts=config.drafts,
-        sampler=Sampler(config.temperature, config.top_k, config.top_p),
-        eos_id=text.end_ids,
-        key=jax.random.key(config.seed),
-    )
+    try:
+        steps = stream(
+            model,
+            padded,
+            np.asarray([len(prompt)]),
+            max_new_tokens=config.max_new_tokens,
+            num_drafts=config.drafts,
+            sampler=Sampler(config.temperature, config.top_k, config.top_p),
+            eos_id=text.end_ids,
+            key=jax.random.key(config.seed),
+        )
+    except ValueError as error:  # of arguments, one of which has another name here
+        raise ValueError(str(error).replace("`num_drafts`", "`drafts`")) from None
     wanted = len(prompt) + config.max_new_tokens
     if wanted > longest:
         screen.write(

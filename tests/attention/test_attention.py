@@ -412,7 +412,11 @@ def test_rows_that_do_not_divide() -> None:
     with (
         jax.set_mesh(mesh),
         sharding.use_rules(),
-        pytest.raises(ValueError, match="`seq` must be a multiple of the 4 devices"),
+        pytest.raises(
+            ValueError,
+            match="^`seq` must be a multiple of the 4 devices over which the mesh splits it, by "
+            r"'context'; got 130\. Pad",
+        ),
     ):
         call(Case())(*rows, places)
 

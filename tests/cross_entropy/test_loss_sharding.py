@@ -32,6 +32,7 @@ from equinox_mtp import (
     summed_linear_cross_entropy,
 )
 from equinox_mtp.nn import RMSNorm
+from equinox_mtp.sharding import with_auto_axes
 
 NUM_DEVICES = 8
 # Nine positions for each of eight devices, and rows of the head that fill no whole tiles: there is
@@ -383,6 +384,18 @@ def test_a_closure_over_explicit_arrays_is_explained() -> None:
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="context mesh") as raised:
         linear_cross_entropy(case.hidden_states, lambda x: x @ case.weight.T, case.target_ids)
     assert "make it an `equinox.Module`" in raised.value.__notes__[-1]
+    assert "`LinearHead`" in raised.value.__notes__[-1]
+
+
+def test_so_is_one_in_a_function_of_the_users() -> None:
+    mesh = mesh_of(PLACEMENTS["data"], EXPLICIT)
+    case = place(make_case(), PLACEMENTS["data"], mesh)
+    product = with_auto_axes(lambda x: x @ case.weight.T, lambda spec: spec, case.target_ids)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="context mesh") as raised:
+        product(case.hidden_states)
+    note = raised.value.__notes__[-1]
+    assert note.startswith("On a mesh of explicit axes a function must not close over arrays")
+    assert "pass them as arguments" in note
 
 
 # Inside a `shard_map`

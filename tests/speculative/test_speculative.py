@@ -763,7 +763,10 @@ def test_steps_reuse_the_memory_of_the_state() -> None:
         ({"prompt_ids": [[1, 2], [3]]}, "`prompt_ids` must have rows of one length"),
         ({"prompt_ids": [1, 2]}, "`prompt_ids` must have 2 axes"),
         ({"prompt_ids": [[1.0, 2.0]] * 3}, "`prompt_ids` must be integers"),
-        ({"prompt_ids": "text"}, "`prompt_ids` must have 2 axes"),
+        ({"prompt_ids": "text"}, "`prompt_ids` must be .* got text. Encode it first"),
+        ({"prompt_ids": ["abc"]}, "`prompt_ids` must be .* got text. Encode it first"),
+        ({"prompt_ids": [[1, 2], "abc"]}, "`prompt_ids` must be .* got text. Encode it first"),
+        ({"prompt_ids": [["a", "b"]]}, "`prompt_ids` must be .* got text. Encode it first"),
         ({"eos_id": VOCAB}, "`eos_id` must be at least 0 and at most 4"),
         ({"eos_id": 2**32}, "`eos_id` must be at least 0 and at most 4"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
@@ -772,6 +775,8 @@ def test_steps_reuse_the_memory_of_the_state() -> None:
         ({"prompt_ids": np.zeros((3, 0), int)}, "`prompt_ids` must have at least one token"),
         ({"sampler": Sampler(1.0)}, "`key` must be given if `sampler` draws tokens"),
         ({"eos_id": -1}, "`eos_id` must be at least 0"),
+        ({"eos_id": np.asarray([1, VOCAB])}, "`eos_id` must be at least 0 and at most 4; got 5"),
+        ({"eos_id": jnp.asarray([[1]])}, r"`eos_id` must be an integer .*; got \[1\]"),
         ({"eos_id": [1, VOCAB]}, "`eos_id` must be at least 0 and at most 4; got 5"),
         ({"eos_id": "ab"}, "`eos_id` must be an integer at least 0 and at most 4; got 'a'"),
     ],
@@ -802,6 +807,19 @@ def test_arguments_that_make_no_sense(
 def test_samplers_that_make_no_sense(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(**arguments)
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+def test_end_tokens_in_arrays(as_array: Any) -> None:
+    model, (prompt_ids, lengths) = make_model(1), prompts()
+    run = quick_jit(partial(generate, model, prompt_ids, lengths, max_new_tokens=NEW))
+    for end_ids in (2, [1, 3]):
+        expected = generate(model, prompt_ids, lengths, max_new_tokens=NEW, eos_id=end_ids)
+        ends = as_array(end_ids)
+        actual = generate(model, prompt_ids, lengths, max_new_tokens=NEW, eos_id=ends)
+        assert eqx.tree_equal(actual, expected)
+        # Traced, too.
+        np.testing.assert_array_equal(run(eos_id=ends).tokens, expected.tokens)
 
 
 def test_plain_lists_and_numpy_scalars_are_taken() -> None:
