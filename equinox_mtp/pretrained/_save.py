@@ -51,6 +51,10 @@ def save(
     >>> sorted(path.name for path in Path("out").iterdir())
     ['config.json', 'model.safetensors']
 
+    `"speculators"` writes the absolute path of `source` into `config.json`, at
+    `speculators_config.verifier.name_or_path`, as the model that the head is for (`"."` without a
+    `source`). Put the model's name on the Hub there before you give the folder to others.
+
     The folder gets its name when all is in it. What a layout says in another way is rewritten
     exactly: the halves of the projection change places, a shared norm is copied, biases of 0 are
     added.

@@ -85,7 +85,9 @@ def test_a_head_alone(tmp_path: Path) -> None:
     assert {n: theirs[n] for n in ours.keys() & theirs.keys()} == {
         n: ours[n] for n in ours.keys() & theirs.keys()
     }
-    written["speculators_config"]["verifier"]["name_or_path"] = "qwen3"
+    verifier = written["speculators_config"]["verifier"]
+    assert verifier["name_or_path"] == str((FOLDER / "qwen3").resolve())
+    verifier["name_or_path"] = "qwen3"
     assert written == stored
     # The folder of the model is found by its path.
     again, _ = pretrained.load(tmp_path / "head", tokenizer=False)
