@@ -206,3 +206,7 @@ class Family:
     mtp: MTPTable | None = None
     needs_biases: bool = False
     ignored: Collection[str] = ("rotary_emb.inv_freq",)
+
+    def __repr__(self) -> str:
+        # Without the tables: families are default values of arguments.
+        return f"Family({self.name!r})"

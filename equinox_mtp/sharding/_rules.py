@@ -49,6 +49,12 @@ class ShardingRules:
         object.__setattr__(self, "axes", dict(self.axes))
         object.__setattr__(self, "parameters", dict(self.parameters))
 
+    def __repr__(self) -> str:
+        # Short where it is the default value of an argument.
+        if self == DEFAULT_RULES:
+            return "DEFAULT_RULES"
+        return f"ShardingRules(axes={self.axes!r}, parameters={self.parameters!r})"
+
     def __hash__(self) -> int:
         return hash((frozenset(self.axes.items()), frozenset(self.parameters.items())))
 
@@ -130,7 +136,8 @@ DEFAULT_RULES = ShardingRules(
 """Those of this library's own modules.
 
 Rows are split over `data` and `fsdp`, positions over `context`; parameters over `fsdp` along their
-features, and over `tensor` along heads, feed-forward features and token ids.
+features, and over `tensor` along heads, feed-forward features and token ids. The tables are
+`DEFAULT_RULES.axes` and `DEFAULT_RULES.parameters`.
 """
 
 

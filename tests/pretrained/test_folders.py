@@ -1,5 +1,6 @@
 """Folders that are not right: one line names the file and the tensor, before anything is read."""
 
+import inspect
 import json
 import os
 import shutil
@@ -320,6 +321,18 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pretrained.load(FOLDER / "qwen3", tokenizer=False, **arguments)
+
+
+@pytest.mark.parametrize("function", [pretrained.load, pretrained.save])
+def test_help_shows_no_tables(function: Any) -> None:
+    parameters = inspect.signature(function).parameters
+    families = "(Family('llama'), Family('qwen2'), Family('qwen3'), Family('mimo'))"
+    assert repr(parameters["families"].default) == families
+    if "rules" in parameters:
+        rules = parameters["rules"].default
+        assert repr(rules) == "DEFAULT_RULES"
+        # Other rules show what they are.
+        assert "'vocab': None" in repr(rules.replace(vocab=None))
 
 
 def test_folders_that_are_not_there(tmp_path: Path) -> None:
