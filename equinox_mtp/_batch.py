@@ -1,6 +1,8 @@
 """One batch of rows of text, with everything that a model reads of it."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -76,9 +78,9 @@ class Batch(eqx.Module):
 
 @checked
 def make_batch(
-    tokens: Integer[HostOrDeviceArray, "batch tokens"],
+    tokens: Integer[HostOrDeviceArray, "batch tokens"] | Sequence[Any],
     *,
-    segment_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
+    segment_ids: Integer[HostOrDeviceArray, "batch tokens"] | Sequence[Any] | None = None,
 ) -> Batch:
     """Makes a batch of rows of `seq + 1` tokens.
 
@@ -93,23 +95,23 @@ def make_batch(
 
     **Arguments:**
 
-    - `tokens`: `[batch, seq + 1]`.
-    - `segment_ids`: which document each of these tokens belongs to; 0 is padding. With `None` every
-        row is one document.
+    - `tokens`: `[batch, seq + 1]`; an array, or lists of equal length.
+    - `segment_ids`: which document each of these tokens belongs to; 0 is padding. An array or lists
+        of the same shape. With `None` every row is one document.
 
-    **Returns:** `Batch`; of NumPy arrays, if the arguments are.
+    **Returns:** `Batch`; of NumPy arrays, if the arguments are, or lists.
 
-    **Raises:** `ValueError` if a row has fewer than two tokens, or ids on the host do not fit 32
-    bits.
+    **Raises:** `ValueError` if a row has fewer than two tokens, lists differ in length, or ids on
+    the host do not fit 32 bits.
     """
-    if tokens.shape[1] < 2:
+    rows: Any = check_ids("tokens", tokens)
+    if rows.ndim != 2 or rows.shape[1] < 2:
         raise ValueError(
             f"`tokens` must have at least two tokens a row, an input and its target; got shape "
-            f"{tokens.shape}. Make rows of `seq + 1` tokens."
+            f"{rows.shape}. Make rows of `seq + 1` tokens."
         )
-    tokens = check_ids("tokens", tokens)
-    input_ids, target_ids = tokens[:, :-1], tokens[:, 1:]
-    on_host = isinstance(tokens, np.ndarray)
+    input_ids, target_ids = rows[:, :-1], rows[:, 1:]
+    on_host = isinstance(rows, np.ndarray)
     if segment_ids is None:
         xp = np if on_host else jnp
         return Batch(
@@ -118,7 +120,11 @@ def make_batch(
             target_mask=xp.ones(input_ids.shape, bool),
             position_ids=default_position_ids(input_ids),
         )
-    segments = check_ids("segment_ids", segment_ids)
+    segments: Any = check_ids("segment_ids", segment_ids)
+    if segments.shape != rows.shape:
+        raise ValueError(
+            f"`segment_ids` must have the shape of `tokens`, {rows.shape}; got {segments.shape}."
+        )
     is_next_same = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] != 0)
     return Batch(
         input_ids,

@@ -89,11 +89,17 @@ def check_ids(name: str, ids: Any, vocab_size: int | None = None, where: Any = N
     `None`, lie in the vocabulary. Arrays of JAX stay as they are: to read them would wait for the
     device, and they may be traced.
 
-    **Raises:** `ValueError` for ids that do not; `TypeError` if they are no integers.
+    **Raises:** `ValueError` for ids that do not, or rows of several lengths; `TypeError` if they
+    are no integers.
     """
     if isinstance(ids, jax.Array):
         return ids
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        raise ValueError(
+            f"`{name}` must have rows of one length; got lists of several. Pad them at their ends."
+        ) from None
     if array.size == 0 and not isinstance(ids, np.ndarray):
         array = array.astype(np.int32)
     if not np.issubdtype(array.dtype, np.integer):

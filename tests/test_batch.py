@@ -141,6 +141,23 @@ def test_a_batch_on_a_mesh() -> None:
     assert batch.position_ids.sharding.shard_shape((2, 8)) == (1, 2)
 
 
+def test_lists_are_taken_as_arrays() -> None:
+    tokens, segments = make_rows()
+    expected = make_batch(tokens, segment_ids=segments)
+    actual = make_batch(tokens.tolist(), segment_ids=segments.tolist())
+    assert eqx.tree_equal(actual, expected)
+    assert actual.input_ids.dtype == np.int32
+    for arguments, error, message in (
+        (([[1, 2, 3], [4, 5]],), ValueError, "`tokens` must have rows of one length"),
+        (([1, 2, 3],), ValueError, r"`tokens` must have .* two tokens a row.* got shape \(3,\)"),
+        (([[1.0, 2.0]],), TypeError, "`tokens` must be an array of integers"),
+        (([["a", "b"]],), TypeError, "`tokens` must be an array of integers"),
+        (([[1, 2, 3]], [[1, 1]]), ValueError, r"`segment_ids` .* \(1, 3\); got \(1, 2\)"),
+    ):
+        with pytest.raises(error, match=message):
+            make_batch(arguments[0], segment_ids=(*arguments, None)[1])
+
+
 def test_what_does_not_fit() -> None:
     tokens, segments = make_rows()
     batch, model = make_batch(tokens, segment_ids=segments), make_model()

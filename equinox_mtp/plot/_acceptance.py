@@ -1,12 +1,15 @@
 """How often drafts are accepted: by depth, and over training."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, Integer
 from matplotlib.axes import Axes
 
 from .._acceptance import MTPAcceptanceRate
 from .._types import HostOrDeviceArray, checked
-from ._figure import axes_or_new, depth_color, finish_curves
+from ._figure import ARRAYS, as_array, axes_or_new, depth_color, finish_curves
 
 _COLORS = {"independent": "#9ecae1", "joint": "#2171b5", "conditional": "#fdae6b"}
 
@@ -52,8 +55,8 @@ def acceptance(rate: MTPAcceptanceRate, *, ax: Axes | None = None) -> Axes:
 
 @checked
 def joint_acceptance(
-    steps: Integer[HostOrDeviceArray, "steps"],
-    joint: Float[HostOrDeviceArray, "steps depth"],
+    steps: Integer[HostOrDeviceArray, "steps"] | Sequence[Any],
+    joint: Float[HostOrDeviceArray, "steps depth"] | Sequence[Any],
     *,
     ax: Axes | None = None,
 ) -> Axes:
@@ -61,7 +64,7 @@ def joint_acceptance(
 
         plot.joint_acceptance(steps, joint)
 
-    **Arguments:**
+    **Arguments:** arrays, or lists of numbers.
 
     - `steps`: when each rate was measured.
     - `joint`: `MTPAcceptanceRate.joint` of each step, in [0, 1].
@@ -69,6 +72,8 @@ def joint_acceptance(
 
     **Returns:** the axes.
     """
+    if not (isinstance(steps, ARRAYS) and isinstance(joint, ARRAYS)):
+        return joint_acceptance(as_array("steps", steps), as_array("joint", joint, float), ax=ax)
     ax = axes_or_new(ax, 6.0, 3.5)
     marker = "o" if len(steps) <= 30 else ""
     for k, curve in enumerate(100 * np.asarray(joint).T, start=1):

@@ -1,10 +1,30 @@
 """What all pictures share: a figure where none is given, and one colour for each depth."""
 
+from typing import Any
+
+import jax
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 
 MAIN_MODEL_COLOR = "0.2"
 """A dark grey: the colours are for the depths."""
+
+ARRAYS = (jax.Array, np.ndarray)
+
+
+def as_array(name: str, values: Any, dtype: type | None = None) -> np.ndarray:
+    """Numbers in lists as an array.
+
+    **Raises:** `ValueError` if they are no numbers, or in lists of several lengths.
+    """
+    try:
+        return np.asarray(values, dtype)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"`{name}` must be an array, or lists of numbers of one length. Make one by "
+            "`jnp.asarray`."
+        ) from None
 
 
 def axes_or_new(ax: Axes | None, width: float, height: float) -> Axes:

@@ -199,6 +199,19 @@ def test_losses_has_a_curve_for_the_main_model_and_for_each_depth() -> None:
     assert_rejects("main_losses", plot.losses, steps, main[1:], depths)
 
 
+def test_curves_of_lists() -> None:
+    steps, main, depths = [1, 5], [3, 2.0], [[4.0, 5.0], [3.0, 4.0]]
+    drawn = curves(plot.losses(steps, main, depths))
+    np.testing.assert_array_equal(drawn[0][2], [[1, 3], [5, 2]])
+    np.testing.assert_array_equal(drawn[2][2], [[1, 5], [5, 4]])
+    drawn = curves(plot.joint_acceptance(steps, [[0.5, 0.25], [1, 1]]))
+    np.testing.assert_array_equal(drawn[1][2], [[1, 25], [5, 100]])
+    assert_rejects("main_losses", plot.losses, steps, main[1:], depths)
+    for ragged in ([[4.0, 5.0], [3.0]], ["a", "b"]):
+        with pytest.raises(ValueError, match=r"^`depth_losses` must be an array.*`jnp.asarray`"):
+            plot.losses(steps, main, ragged)
+
+
 def test_joint_acceptance_is_in_percent() -> None:
     joint = np.array([[0.5, 0.25], [0.75, 0.5]])
     losses = plot.losses(np.array([1, 2]), np.array([1.0, 1.0]), joint)
