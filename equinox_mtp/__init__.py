@@ -15,7 +15,7 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 7 | `speculative`, `linen`, `pretrained`, `plot` | draft, verify, commit; MaxText's constructors and names; released models in and out; pictures |
 | 6 | `distillation` | the depths against the main model: draft heads trained for acceptance |
 | 5 | `_model` | `MTPModel(decoder, block)` |
-| 4 | `_batch`, `_block` | what a model reads; all depths, over a decoder that is passed in |
+| 4 | `_batch`, `_depths`, `_block` | what a model reads; all depths, over a decoder that is passed in |
 | 3 | `nn`, `_layer` | the reference decoder; one depth |
 | 2 | `cross_entropy`, `attention` | the loss of an output head, without logits; attention, without their square |
 | 1 | `_shift`, `_alignment`, `_losses`, `_acceptance`, `_expected_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization`, `stacking` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files; layers that are alike as one |

@@ -5,7 +5,7 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32, Integer
+from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
 
 from ._losses import add_counts, check_same_depths
 from ._shift import roll_and_mask
@@ -71,12 +71,7 @@ class MTPAcceptanceRate(eqx.Module):
     joint_reached: Integer[HostOrDeviceArray, "depth"]
 
     def __check_init__(self) -> None:
-        shapes = {field.name: getattr(self, field.name).shape for field in dataclasses.fields(self)}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(
-                "`MTPAcceptanceRate` must have fields of the same depths; got "
-                f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())}."
-            )
+        check_one_a_depth(self)
 
     def __add__(self, other: "MTPAcceptanceRate") -> "MTPAcceptanceRate":
         check_same_depths(self.scored, other.scored, "MTPAcceptanceRate")
@@ -85,7 +80,7 @@ class MTPAcceptanceRate(eqx.Module):
     @property
     def independent(self) -> Float32[Array, "depth"]:
         """P(depth k accepted), in [0, 1]; 0 where nothing is scored."""
-        return _rate(self.accepted, self.scored)
+        return rate_of(self.accepted, self.scored)
 
     @property
     def percent(self) -> Float32[Array, "depth"]:
@@ -95,12 +90,12 @@ class MTPAcceptanceRate(eqx.Module):
     @property
     def joint(self) -> Float32[Array, "depth"]:
         """P(depths 1 … k all accepted), in [0, 1]; 0 where nothing is scored."""
-        return _rate(self.joint_accepted, self.joint_scored)
+        return rate_of(self.joint_accepted, self.joint_scored)
 
     @property
     def conditional(self) -> Float32[Array, "depth"]:
         """P(depth k accepted | depths 1 … k-1 accepted), in [0, 1]; 0 where never reached."""
-        return _rate(self.joint_accepted, self.joint_reached)
+        return rate_of(self.joint_accepted, self.joint_reached)
 
     @property
     def expected_accepted_length(self) -> Float32[Array, ""]:
@@ -167,9 +162,22 @@ def calculate_mtp_acceptance_rate(
     )
 
 
-def _rate(
-    numerator: Integer[HostOrDeviceArray, "depth"], denominator: Integer[HostOrDeviceArray, "depth"]
+def check_one_a_depth(module: eqx.Module) -> None:
+    """**Raises:** `ValueError` if the fields of a module are not of the same depths."""
+    names = [field.name for field in dataclasses.fields(module)]
+    shapes = {name: getattr(module, name).shape for name in names}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"`{type(module).__name__}` must have fields of the same depths; got "
+            f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())}."
+        )
+
+
+def rate_of(
+    numerator: Integer[HostOrDeviceArray, "depth"] | Float[HostOrDeviceArray, "depth"],
+    denominator: Integer[HostOrDeviceArray, "depth"] | Float[HostOrDeviceArray, "depth"],
 ) -> Array:
+    """A share, of each depth; 0 where the denominator is."""
     # By way of `asarray`: counts of 64 bits, on the host, must not be cut to 32.
     denominator = jnp.maximum(jnp.asarray(denominator, jnp.float32), 1)
     return jnp.asarray(numerator, jnp.float32) / denominator

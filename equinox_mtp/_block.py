@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from ._acceptance import MTPAcceptance
@@ -14,7 +13,8 @@ from ._alignment import MTPTargets, default_position_ids
 from ._checks import check_integer
 from ._config import MTPConfig
 from ._decoder import AbstractDecoder
-from ._layer import MultiTokenPredictionLayer, enter_first_depth
+from ._depths import DepthStates, run_depths, stop_gradient
+from ._layer import MultiTokenPredictionLayer
 from ._losses import MTPLosses, Objective, calculate_mtp_loss, loss_weights
 from ._types import MakeLayer, Scalar, checked, module_of
 from .cross_entropy import summed_cross_entropy_by_depth
@@ -41,21 +41,6 @@ class MTPOutput(eqx.Module):
     losses: MTPLosses
     acceptance: MTPAcceptance | None
     hidden_states: Float[Array, "depth batch seq embed"]
-    auxiliary: PyTree[Any]
-
-
-class DepthStates(eqx.Module):
-    """Each depth's hidden states; made by `MultiTokenPredictionBlock.depth_states`.
-
-    **Fields:**
-
-    - `hidden_states`: each MTP layer's raw output, before any norm.
-    - `normed`: after the output norm, as the output head reads them.
-    - `auxiliary`: what the transformer layers returned alongside hidden states, or `None`.
-    """
-
-    hidden_states: Float[Array, "depth batch seq embed"]
-    normed: Float[Array, "depth batch seq embed"]
     auxiliary: PyTree[Any]
 
 
@@ -241,7 +226,7 @@ class MultiTokenPredictionBlock(eqx.Module):
 
     def head_decoder(self, decoder: AbstractDecoder) -> AbstractDecoder:
         """The decoder that lends final norm and head: without gradient if `config` says so."""
-        return _stop_gradient(decoder) if self.config.stop_gradient_head else decoder
+        return stop_gradient(decoder) if self.config.stop_gradient_head else decoder
 
     @checked
     def depth_states(
@@ -282,7 +267,9 @@ class MultiTokenPredictionBlock(eqx.Module):
         if position_ids is None:
             rows = main_hidden_state[..., 0]
             position_ids = jnp.asarray(default_position_ids(rows, segment_ids))
-        outputs = self._run_layers(
+        return run_depths(
+            self.config,
+            self.layers,
             decoder,
             self.head_decoder(decoder),
             main_hidden_state,
@@ -292,64 +279,10 @@ class MultiTokenPredictionBlock(eqx.Module):
             key=key,
             inference=inference,
         )
-        return DepthStates(*outputs)
-
-    def _run_layers(
-        self,
-        decoder: AbstractDecoder,
-        head_decoder: AbstractDecoder,
-        hidden_states: Array,
-        targets: MTPTargets,
-        *,
-        position_ids: Array,
-        **arguments: Any,
-    ) -> tuple[Array, Array, Any]:
-        """Each depth's hidden states before and after the output norm, and auxiliary outputs."""
-        config, layers = self.config, self.layers
-        assert layers is not None
-        key = arguments.pop("key")
-        dtype = hidden_states.dtype
-        if config.repeated_layer:
-            scanned, constant = None, self.layer(1)
-        else:
-            scanned, constant = eqx.partition(layers, eqx.is_array)
-        embedder = _stop_gradient(decoder) if config.stop_gradient_embedding else decoder
-
-        # All at once, though it takes one more `[batch seq embed]` a depth: in the scan the
-        # embedding's gradient would be summed over devices for every depth.
-        embeddings = jax.vmap(embedder.embed)(targets.input_ids, targets.position_ids)
-
-        def run_depth(hidden_states: Array, inputs: tuple[Any, Array, Array | None, Array | None]):
-            scanned, embedding, token_mask, layer_key = inputs
-            layer = constant if scanned is None else eqx.combine(scanned, constant)
-            hidden_states, auxiliary = layer(
-                hidden_states,
-                embedding,
-                position_ids=position_ids,
-                token_mask=token_mask,
-                key=layer_key,
-                **arguments,
-            )
-            normed, carried = layer.normed_and_carried(hidden_states, head_decoder.final_norm)
-            _check_dtype(carried, dtype)
-            return carried, (hidden_states, normed, auxiliary)
-
-        hidden_states = enter_first_depth(config, hidden_states, head_decoder.final_norm)
-        if config.stop_gradient_hidden:
-            hidden_states = lax.stop_gradient(hidden_states)
-        keys = None if key is None else jax.random.split(key, config.num_depths)
-        # In a scan nothing is merged across iterations: `prevent_cse` would only cost.
-        run_depth = jax.checkpoint(run_depth, policy=config.checkpoint_policy, prevent_cse=False)
-        inputs = (scanned, embeddings, targets.token_mask, keys)
-        return lax.scan(run_depth, hidden_states, inputs)[1]
 
 
 def _num_layers(config: MTPConfig) -> int:
     return 1 if config.repeated_layer else config.num_depths
-
-
-def _stop_gradient(decoder: AbstractDecoder) -> AbstractDecoder:
-    return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, decoder)
 
 
 def _check_targets(targets: MTPTargets, num_depths: int, main_hidden_state: Array) -> None:
@@ -368,15 +301,6 @@ def _check_embed_size(layers: MultiTokenPredictionLayer, main_hidden_state: Arra
         raise ValueError(
             f"`main_hidden_state` must have the {embed_size} features that the block was made with "
             f"as `embed_size`; got {main_hidden_state.shape[-1]}."
-        )
-
-
-def _check_dtype(carried: Array, dtype: Any) -> None:
-    if carried.dtype != dtype:
-        raise ValueError(
-            f"`main_hidden_state` is {dtype}, and the MTP layer made "
-            f"{carried.dtype} of it and of the decoder's embeddings; they must agree, so that "
-            "depths can be chained. Cast `main_hidden_state` or what `embed` returns."
         )
 
 

@@ -1,6 +1,5 @@
 """How often sampled drafts would be accepted, as expected values."""
 
-import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
+from ._acceptance import check_one_a_depth, rate_of
 from ._losses import add_counts, check_same_depths
 from ._types import HostOrDeviceArray, checked
 
@@ -37,12 +37,7 @@ class ExpectedAcceptance(eqx.Module):
     joint_scored: Float[HostOrDeviceArray, "depth"]
 
     def __check_init__(self) -> None:
-        shapes = {field.name: getattr(self, field.name).shape for field in dataclasses.fields(self)}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(
-                "`ExpectedAcceptance` must have fields of the same depths; got "
-                f"{', '.join(f'{name} {shape}' for name, shape in shapes.items())}."
-            )
+        check_one_a_depth(self)
 
     def __add__(self, other: "ExpectedAcceptance") -> "ExpectedAcceptance":
         check_same_depths(self.scored, other.scored, "ExpectedAcceptance")
@@ -51,12 +46,12 @@ class ExpectedAcceptance(eqx.Module):
     @property
     def independent(self) -> Float32[Array, "depth"]:
         """P(a draft of depth k is accepted), in [0, 1]; 0 where nothing is scored."""
-        return _rate(self.accepted, self.scored)
+        return rate_of(self.accepted, self.scored)
 
     @property
     def joint(self) -> Float32[Array, "depth"]:
         """P(the drafts of depths 1 … k are all accepted), in [0, 1]; 0 where nothing is scored."""
-        return _rate(self.joint_accepted, self.joint_scored)
+        return rate_of(self.joint_accepted, self.joint_scored)
 
     @property
     def expected_accepted_length(self) -> Float32[Array, ""]:
@@ -92,8 +87,3 @@ def calculate_expected_acceptance(
         joint_accepted=total(jnp.cumprod(acceptance, axis=0), joint_mask),
         joint_scored=total(1, joint_mask),
     )
-
-
-def _rate(numerator: Any, denominator: Any) -> Array:
-    denominator = jnp.maximum(jnp.asarray(denominator, jnp.float32), 1)
-    return jnp.asarray(numerator, jnp.float32) / denominator

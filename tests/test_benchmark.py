@@ -239,3 +239,22 @@ def test_shares_of_an_accelerator_are_of_its_own_rate(tmp_path: Path) -> None:
         assert row["share"] == pytest.approx(flops / (row["ms"] / 1e3) / rate)
         assert f"| {row['what']} | {row['compile_s']:.1f} | {row['ms']:.2f} " in printed
     assert tables.read_text().strip() == printed.strip()
+
+
+def test_draft_heads(tmp_path: Path) -> None:
+    arguments = ["--preset", "tiny", "--starts", "random", "trunk", "--objectives", "hybrid"]
+    report, printed = report_of("draft_heads.py", arguments, tmp_path)
+    rows = report["rows"]
+    assert [(row["start"], row["objective"], row["steps"]) for row in rows] == [
+        ("jointly", "cross_entropy", 4),
+        ("random", "-", 0),
+        ("random", "hybrid", 3),
+        ("trunk", "-", 0),
+        ("trunk", "hybrid", 3),
+    ]
+    for row in rows:
+        for kind in ("greedy", "sampled"):
+            assert all(0 <= rate <= 1 for rate in row[kind])
+            assert 1 <= row[f"{kind}_length"] <= 3
+    assert rows[1]["sampled"] != rows[2]["sampled"]
+    assert "| jointly | cross_entropy | 4 | 0 |" in printed

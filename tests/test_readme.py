@@ -193,3 +193,13 @@ def test_shim_example_is_the_functional_loss(tmp_path: Path) -> None:
     losses = jax.tree.leaves(names["outputs"]["mtp_losses"])
     assert all(np.isfinite(x).all() for x in losses)
     assert 0 < float(names["mtp_loss"]) < 0.2 * np.log(257)
+
+
+def test_distillation_example_trains_the_depths_alone(tmp_path: Path) -> None:
+    names = run_blocks(PACKAGES / "distillation" / "README.md", tmp_path)[-1]
+    trained, before = names["model"], names["decoder"]
+    for x, y in zip(jax.tree.leaves(trained.decoder), jax.tree.leaves(before), strict=True):
+        assert x is y
+    moved = eqx.filter(trained.block, eqx.is_array), eqx.filter(names["block"], eqx.is_array)
+    assert any(bool(jnp.any(x != y)) for x, y in zip(*map(jax.tree.leaves, moved), strict=True))
+    assert 1 <= float(names["acceptance"].expected_accepted_length) <= 3

@@ -26,7 +26,8 @@ from ._partitioning import on_devices
 from ._tile_sizes import unscaled_dtype
 from ._token_losses import head_words, in_dtypes_of
 from ._token_tiles import scan_tiles
-from ._vocab_tiles import gradient_over_devices, zero_gradient
+from ._vocab_tiles import gradient_over_devices, scale_into_range, zero_gradient
+from ._weighted_losses import common_factor
 
 TEACHER = "batch seq embed"
 TOKENS = "batch seq depth"
@@ -86,7 +87,7 @@ def _backward(divergence: str, residuals: Any, cotangents: TokenDivergences) -> 
     if kept is None:
         head_gradient = recompute()
     else:
-        factor, is_as_expected = _common_factor(cotangent, given.weights)
+        factor, is_as_expected = common_factor(cotangent, given.weights)
         head_gradient = lax.cond(
             is_as_expected, lambda: jax.tree.map(lambda x: x * factor, kept), recompute
         )
@@ -102,14 +103,6 @@ def _is_primal(x: Any) -> bool:
 
 def _value(x: Any) -> Any:
     return x.value if _is_primal(x) else x
-
-
-def _common_factor(actual: Array, expected: Array) -> tuple[Array, Array]:
-    """The factor between two arrays, and whether there is one, up to rounding."""
-    square = jnp.sum(jnp.square(expected))
-    factor = jnp.sum(actual * expected) / jnp.where(square == 0, 1.0, square)
-    tolerance = 8 * jnp.finfo(actual.dtype).eps * jnp.max(jnp.abs(actual))
-    return factor, jnp.all(jnp.abs(actual - factor * expected) <= tolerance)
 
 
 def _visit_tiles(
@@ -151,8 +144,9 @@ def _local_tiles(
             if hidden:
                 hidden_gradient = _hidden_gradient(given.head, hidden_states, cotangent)
             if head:
-                weighted = cotangent * weights[..., None]
-                gradient = _add_head_gradient(gradient, given.head, hidden_states, weighted)
+                gradient = _add_head_gradient(
+                    gradient, given.head, hidden_states, cotangent, weights
+                )
             return gradient, (outputs, hidden_gradient)
 
         depth_first = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), tuple(of_student))
@@ -196,7 +190,8 @@ def _evaluate(
 
 def _hidden_gradient(head: LinearHead, hidden_states: Array, cotangent: Array) -> Array:
     """The product of a cotangent and the head, in the dtype of the forward pass's product."""
-    scale = _scale(hidden_states)
+    # Derivatives by logits are 1 at most.
+    scale = scale_into_range(hidden_states.dtype, jnp.ones((), cotangent.dtype))
     low = (cotangent * scale).astype(hidden_states.dtype)
     gradient = jnp.einsum(
         "bsv,ve->bse",
@@ -210,9 +205,14 @@ def _hidden_gradient(head: LinearHead, hidden_states: Array, cotangent: Array) -
 
 
 def _add_head_gradient(
-    gradient: LinearHead, head: LinearHead, hidden_states: Array, cotangent: Array
+    gradient: LinearHead,
+    head: LinearHead,
+    hidden_states: Array,
+    cotangent: Array,
+    weights: Array,
 ) -> LinearHead:
-    scale = _scale(hidden_states)
+    scale = scale_into_range(hidden_states.dtype, weights)
+    cotangent = jnp.where(weights[..., None] == 0, 0.0, cotangent * weights[..., None])
     low = (cotangent * scale).astype(hidden_states.dtype)
     weight = jnp.einsum(
         "bsv,bse->ve",
@@ -222,9 +222,3 @@ def _add_head_gradient(
     )
     bias = None if head.bias is None else jnp.sum(cotangent, axis=(0, 1))
     return jax.tree.map(jnp.add, gradient, head.with_arrays(weight / scale, bias))
-
-
-def _scale(hidden_states: Array) -> float:
-    """What brings derivatives by logits, 1 at most, well into the range of float16."""
-    has_range = unscaled_dtype(hidden_states.dtype) == hidden_states.dtype
-    return 1.0 if has_range else 4096.0

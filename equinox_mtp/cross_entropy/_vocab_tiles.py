@@ -229,7 +229,7 @@ def backward_over_vocabulary(
     gradient of the head.
     """
     max_logit, log_sum = normalizer
-    scale = _scale_into_range(hidden_states.dtype, softmax_weight, target_weight)
+    scale = scale_into_range(hidden_states.dtype, softmax_weight, target_weight)
     softmax_weight, target_weight = softmax_weight * scale, target_weight * scale
 
     def softmax_and_logits(tile: _Tile, kept: TileResiduals | None) -> tuple[Array, Array | None]:
@@ -271,7 +271,7 @@ def backward_over_vocabulary(
     return hidden_gradient / scale, head_gradient
 
 
-def _scale_into_range(dtype: DTypeLike, *weights: Array) -> Array | float:
+def scale_into_range(dtype: DTypeLike, *weights: Array) -> Array | float:
     """A power of two that brings weights times a softmax into the range of `dtype`.
 
     With the largest weight at 4096, float16 holds the softmax down to 2^-36 of it. Without, a
@@ -280,7 +280,7 @@ def _scale_into_range(dtype: DTypeLike, *weights: Array) -> Array | float:
     """
     if unscaled_dtype(dtype) == dtype:
         return 1.0
-    largest = jnp.maximum(*(jnp.max(jnp.abs(weight), initial=0.0) for weight in weights))
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in weights]))
     largest = lax.stop_gradient(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0))
     limit = min(12, jnp.finfo(dtype).maxexp - 3)
     return jnp.exp2(jnp.minimum(limit - jnp.ceil(jnp.log2(largest)), 120))

@@ -171,7 +171,7 @@ def _weighted_losses_backward(
     by_depth = cotangents.losses
     by_token = by_depth[:, None, None]
     nll, square = _without_unscored(token, weights, z_loss_weight)
-    factor, is_as_expected = _common_factor(by_depth, expected_cotangents)
+    factor, is_as_expected = common_factor(by_depth, expected_cotangents)
 
     def scale(gradients: tuple[Array, LinearHead]) -> tuple[Array, LinearHead]:
         hidden_gradient, head_gradient = gradients
@@ -210,8 +210,8 @@ def _weighted_losses_backward(
 weighted_losses.defvjp(_weighted_losses_forward, _weighted_losses_backward)
 
 
-def _common_factor(actual: Array, expected: Array) -> tuple[Array, Array]:
-    """The factor between two vectors, and whether there is one, up to rounding."""
+def common_factor(actual: Array, expected: Array) -> tuple[Array, Array]:
+    """The factor between two arrays, and whether there is one, up to rounding."""
     square = jnp.sum(jnp.square(expected))
     factor = jnp.sum(actual * expected) / jnp.where(square == 0, 1.0, square)
     tolerance = 8 * jnp.finfo(actual.dtype).eps * jnp.max(jnp.abs(actual))

@@ -18,7 +18,7 @@ from .._shift import roll_and_mask
 from .._types import Scalar, checked
 from ..cross_entropy import Divergence, LinearDivergence, linear_divergence
 
-DraftDivergence: TypeAlias = Divergence | Literal["expected_accepted_length"]
+DraftDivergence: TypeAlias = Literal[Divergence, "expected_accepted_length"]
 
 
 class DraftOutput(eqx.Module):

@@ -16,9 +16,10 @@ from ._command_line import parse_train_options
 from ._config import TrainConfig
 from ._generate import GenerateConfig, generate_text
 from ._interrupt import Interrupted
+from ._prepare import newest_run_folder
 from ._quiet import quiet_failed_saves
 from ._stored_options import read_options
-from ._train import newest_run_folder, train
+from ._train import train
 
 
 def train_command(options: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from equinox_mtp import MTPConfig, Preset
+from equinox_mtp.distillation import DraftDivergence
 from equinox_mtp.nn import TransformerConfig
 
 from ._options import (
@@ -28,16 +29,7 @@ from ._options import (
     shorten,
 )
 
-Objective: TypeAlias = Literal[
-    "cross_entropy",
-    "forward_kl",
-    "reverse_kl",
-    "jensen_shannon",
-    "total_variation",
-    "negative_log_acceptance",
-    "hybrid",
-    "expected_accepted_length",
-]
+Objective: TypeAlias = Literal["cross_entropy", DraftDivergence]
 _SIZES = ("embed_size", "num_layers", "num_heads", "num_kv_heads", "mlp_size", "dropout_rate")
 
 

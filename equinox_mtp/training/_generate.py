@@ -155,18 +155,23 @@ def _continue_text(
         screen.write(f"greedily: {comparison}\n")
 
 
-def load_model(path: Path) -> tuple[emtp.MTPModel, CheckpointInfo]:
+def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel, CheckpointInfo]:
     """The model in a checkpoint, or in a run's last one, on one device.
+
+    A run over a released model takes that from the folder it was trained with, or from `model`.
 
     **Raises:** `FileNotFoundError` if there is none; `ValueError` if it is damaged.
     """
-    return _load_checkpoint(_newest(path), None)
-
-
-def _load_checkpoint(checkpoint: Path, model: Path | None) -> tuple[emtp.MTPModel, CheckpointInfo]:
-    """A checkpoint's model; one over a released model takes it from `model`, if that is given."""
+    checkpoint = _newest(path)
     info = load_info(checkpoint)
-    config = info.config if model is None else dataclasses.replace(info.config, model=model)
+    config = info.config
+    if model is not None:
+        if config.model is None:
+            raise ValueError(
+                f"`model`: {path} was not trained over a released model, but is one of its own. "
+                "Leave it out; in `generate` name the run with --checkpoint."
+            )
+        config = dataclasses.replace(config, model=model)
     optimizer = make_optimizer(config)
     if config.model is None:
         like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer)
@@ -285,12 +290,7 @@ def _open_model(folder: Path, heads: Path | None) -> tuple[emtp.MTPModel, Any]:
     """A released model with its own depths, or with those that a run has trained over it."""
     if heads is None:
         return emtp.pretrained.load(folder)
-    checkpoint = _newest(heads)
-    if load_info(checkpoint).config.model is None:
-        raise ValueError(
-            f"`heads`: {heads} is a model of its own. Name it with --checkpoint, without --model."
-        )
-    model, _ = _load_checkpoint(checkpoint, folder)
+    model, _ = load_model(heads, model=folder)
     return model, emtp.pretrained.load_tokenizer(folder)
 
 

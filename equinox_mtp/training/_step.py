@@ -73,7 +73,7 @@ def make_model(
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay and clipping."""
+    """AdamW or Muon, with warm-up, cosine decay and clipping."""
     warmup = min(config.warmup_steps, config.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (warmup + 1),
@@ -82,19 +82,22 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         decay_steps=config.steps,
         end_value=0.1 * config.learning_rate,
     )
-    if config.optimizer == "muon":
-        update = optax.contrib.muon(
-            schedule,
-            adam_b2=0.95,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=emtp.weight_decay_mask,
-            muon_weight_dimension_numbers=emtp.muon_dimension_numbers,
-            # Updates as large as Adam's, so that one rate does for both (arXiv 2502.16982, §2.2).
-            consistent_rms=0.2,
-        )
+    decay = {"weight_decay": config.weight_decay, "mask": emtp.weight_decay_mask}
+    if config.optimizer == "adamw":
+        update = optax.adamw(schedule, b2=0.95, **decay)
     else:
-        update = optax.adamw(
-            schedule, b2=0.95, weight_decay=config.weight_decay, mask=emtp.weight_decay_mask
+        update = optax.chain(
+            optax.contrib.muon(
+                1.0,
+                adam_b2=0.95,
+                muon_weight_dimension_numbers=emtp.muon_dimension_numbers,
+                # Updates as large as Adam's, so that one rate does for both (arXiv 2502.16982).
+                consistent_rms=0.2,
+            ),
+            # Not its own decay: that of the matrices leaves out the others, and theirs the mask.
+            optax.scale(-1.0),
+            optax.add_decayed_weights(**decay),
+            optax.scale_by_learning_rate(schedule),
         )
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
 

@@ -2,35 +2,29 @@
 
 import contextlib
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import optax
 from tqdm.auto import tqdm
 
 import equinox_mtp as emtp
 from equinox_mtp.sharding import use_rules
 
 from ._checkpoint import (
-    CheckpointInfo,
     Checkpoints,
     load_info,
     load_state,
 )
 from ._checkpoint_files import checkpoints, last_undamaged_checkpoint
 from ._compare import Comparison, compare, held_out_prompts
-from ._config import TrainConfig, options, without_devices
-from ._corpus import Corpus, load_corpus
+from ._config import TrainConfig, options
 from ._interrupt import Interrupted, interruptible
 from ._lock import only_run
-from ._packing import PackedRows
-from ._placement import Placement
-from ._processes import all_gather, broadcast, is_first, print_once
-from ._released import check_vocabulary, model_text, released_model, split_model
+from ._prepare import Run, prepare
+from ._processes import broadcast, is_first, print_once
 from ._report import (
     MetricsFile,
     describe,
@@ -44,15 +38,12 @@ from ._sources import holds_tokens
 from ._step import (
     TrainState,
     evaluate,
-    make_optimizer,
     make_state,
     state_of,
     train_step,
 )
 from ._stored_options import write_options
-from ._text import keep_tokenizer, read_text
-
-RUNS = Path("runs")
+from ._text import keep_tokenizer
 
 
 def train(config: TrainConfig) -> Path:
@@ -104,73 +95,6 @@ def train(config: TrainConfig) -> Path:
     seconds = time.perf_counter() - started
     print_once(summary(metrics.of("held_out")[-1], comparisons, seconds, speed, run.out))
     return run.out
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What stays the same in all steps of a run.
-
-    `released` is what trains of a released model, before the first step, and `frozen` what does
-    not; `None` for a model from scratch, and for one that trains as a whole.
-    """
-
-    config: TrainConfig
-    info: CheckpointInfo
-    released: emtp.MTPModel | None
-    frozen: emtp.MTPModel | None
-    optimizer: optax.GradientTransformation
-    placement: Placement
-    corpus: Corpus
-    held_out_corpus: Corpus
-    train_rows: PackedRows
-    held_out_rows: PackedRows
-    out: Path
-
-
-def prepare(config: TrainConfig) -> Run:
-    """Reads the data, and fits everything to it; nothing is compiled or written."""
-    check_agreement(config)
-    text, options = None, without_devices(config)
-    if config.tokenizer is not None:
-        text = read_text(config.tokenizer, config.end_of_document)
-    elif config.model is not None and not holds_tokens(config.data):
-        text = model_text(config.model, config.end_of_document)
-    if text is not None:
-        # `generate` ends a text with it, too; the run keeps the tokenizer alone.
-        options = dataclasses.replace(options, end_of_document=text.end_id)
-    corpus = load_corpus(
-        config.data,
-        vocab_size=config.vocab_size,
-        end_of_document=config.end_of_document,
-        text=text,
-        text_field=config.text_field,
-    )
-    train_corpus, held_out_corpus = corpus.split(config.seed)
-    if config.seq_len > train_corpus.num_tokens:
-        raise ValueError(
-            f"`seq_len` must be at most the {train_corpus.num_tokens} tokens of the training data; "
-            f"got {config.seq_len}. Take shorter rows, or more text."
-        )
-    placement = Placement.of(config, corpus.vocab_size)
-    train_rows = PackedRows(train_corpus, config.seq_len)
-    released, frozen = None, None
-    if config.model is not None:
-        model = released_model(config, placement)
-        check_vocabulary(model, corpus.vocab_size)
-        released, frozen = split_model(model, config)
-    return Run(
-        config=config,
-        info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, options),
-        released=released,
-        frozen=frozen,
-        optimizer=make_optimizer(config),
-        placement=placement,
-        corpus=corpus,
-        held_out_corpus=held_out_corpus,
-        train_rows=train_rows,
-        held_out_rows=PackedRows(held_out_corpus, config.seq_len),
-        out=config.out or new_run_folder(),
-    )
 
 
 def fresh_state(run: Run) -> TrainState:
@@ -280,34 +204,6 @@ def start_or_resume(run: Run, like: TrainState) -> TrainState:
             "it, or start a new run."
         )
     return load_state(checkpoint, run.placement.place(like), is_undamaged=True)
-
-
-def check_agreement(config: TrainConfig) -> None:
-    """**Raises:** in all processes, `ValueError` if one of them has other options."""
-    values = {field.name: str(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    of_first, *others = [json.loads(m) for m in all_gather(json.dumps(values).encode())]
-    for process, of_process in enumerate(others, start=1):
-        for name, value in of_process.items():
-            if value != of_first[name] and not options()[name].may_differ:
-                raise ValueError(
-                    f"`{name}` must be the same in every process; it is {of_first[name]} in the "
-                    f"first, and {value} in process {process}."
-                )
-
-
-def new_run_folder() -> Path:
-    """The next free of runs/0001, runs/0002, …"""
-    last = newest_run_folder()
-    number = broadcast(1 if last is None else int(last.name) + 1)
-    return RUNS / f"{number:04d}"
-
-
-def newest_run_folder(*, with_checkpoint: bool = False) -> Path | None:
-    """The last of runs/0001, runs/0002, …, if there is one."""
-    found = sorted(path for path in RUNS.glob("[0-9]" * 4) if path.is_dir())
-    if with_checkpoint:
-        found = [path for path in found if checkpoints(path / "checkpoints")]
-    return found[-1] if found else None
 
 
 def compare_on_held_out(run: Run, model: emtp.MTPModel) -> list[Comparison]:

@@ -119,7 +119,7 @@ def test_one_depth_is_always_as_expected(quick_pull_back: Any, expected: float) 
 
 @pytest.mark.parametrize(("expected", "actual", "proportional"), CASES)
 def test_proportion(expected: list[float], actual: list[float], proportional: bool) -> None:
-    factor, is_proportional = _weighted_losses._common_factor(
+    factor, is_proportional = _weighted_losses.common_factor(
         jnp.asarray(actual, jnp.float32), jnp.asarray(expected, jnp.float32)
     )
     assert bool(is_proportional) == proportional

@@ -15,6 +15,7 @@ import equinox_mtp as emtp
 from equinox_mtp import pretrained
 from equinox_mtp.__main__ import main
 from equinox_mtp.training import TrainConfig, load_model, train
+from equinox_mtp.training._step import make_model, make_optimizer
 
 FOLDER = Path(__file__).parents[1] / "data" / "checkpoints" / "qwen3"
 
@@ -113,6 +114,28 @@ def test_whole_training_with_an_objective(config: TrainConfig, tmp_path: Path) -
     )
     model, _ = load_model(train(scratch))
     assert emtp.count_parameters(model.decoder) > 0
+
+
+def test_muon_decays_what_adamw_decays() -> None:
+    """Where gradients are zero the update is the decay: matrices of both parts, and no scales."""
+    config = TrainConfig(embed_size=16, num_layers=1, num_heads=2, optimizer="muon", warmup_steps=0)
+    model = make_model(config, 32)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    optimizer = make_optimizer(config)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    mask = emtp.weight_decay_mask(params)
+    rate = config.learning_rate * config.weight_decay
+    leaves = zip(*map(jax.tree.leaves, (updates, params, mask)), strict=True)
+    for update, x, decays in leaves:
+        assert_close(update, -rate * np.asarray(x) * decays, rtol=1e-4, atol=1e-9)
+
+
+def test_a_model_that_has_moved(run: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(FOLDER, tmp_path / "moved")
+    there, _ = load_model(run, model=moved)
+    for x, y in zip(arrays(there), arrays(load_model(run)[0]), strict=True):
+        assert_equal(x, y)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import equinox_mtp as emtp
+import equinox_mtp.training._prepare as prepare_module
 import equinox_mtp.training._train as train_module
 from equinox_mtp.__main__ import main
 from equinox_mtp.training import (
@@ -775,13 +776,13 @@ def test_options_to_resume_default_to_those_of_the_run(
 
 def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert train_module.newest_run_folder() is None
-    assert train_module.new_run_folder() == Path("runs/0001")
+    assert prepare_module.newest_run_folder() is None
+    assert prepare_module.new_run_folder() == Path("runs/0001")
     (tmp_path / "runs" / "0009").mkdir(parents=True)
-    assert train_module.new_run_folder() == Path("runs/0010")
+    assert prepare_module.new_run_folder() == Path("runs/0010")
     info = CheckpointInfo(1, 257, "hash", TINY)
     save_checkpoint(tmp_path / "runs" / "0003" / "checkpoints", {"w": jnp.zeros(1)}, info)
-    assert train_module.newest_run_folder(with_checkpoint=True) == Path("runs/0003")
+    assert prepare_module.newest_run_folder(with_checkpoint=True) == Path("runs/0003")
 
 
 @pytest.mark.parametrize(
