@@ -18,7 +18,7 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 4 | `_batch`, `_depths`, `_block` | what a model reads; all depths, over a decoder that is passed in |
 | 3 | `nn`, `_layer` | the reference decoder; one depth |
 | 2 | `cross_entropy`, `attention` | the loss of an output head, without logits; attention, without their square |
-| 1 | `_shift`, `_alignment`, `_losses`, `_acceptance`, `_expected_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization`, `stacking` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files; layers that are alike as one |
+| 1 | `_shift`, `_alignment`, `_losses`, `_curriculum`, `_acceptance`, `_expected_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization`, `stacking` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files; layers that are alike as one |
 | 0 | `_config`, `_checks`, `_types`, `_platform`, `_annotations`, `_safetensors`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; where JAX runs; the format of files; the API reference |
 
 The examples in all docstrings begin with this model and this batch:
@@ -55,6 +55,7 @@ from ._alignment import MTPTargets, align_targets, inputs_and_targets, scored_ta
 from ._batch import Batch, make_batch
 from ._block import MTPOutput, MultiTokenPredictionBlock
 from ._config import MTPConfig, Preset
+from ._curriculum import curriculum_depth_weights
 from ._decoder import (
     AbstractCachedDecoder,
     AbstractCachedDecoderLayer,
@@ -117,6 +118,7 @@ __all__ = [
     "calculate_mtp_loss",
     "count_parameters",
     "cross_entropy",
+    "curriculum_depth_weights",
     "distillation",
     "exponential_depth_weights",
     "inputs_and_targets",

@@ -61,7 +61,7 @@ class LinearHead(eqx.Module):
             rather than keep the head's gradient from the forward pass: less memory, more time.
         - `token_tile`, `vocab_tile`: on each device logits are computed for this many tokens and
             ids at a time. A summed loss keeps the logits of `token_tile` tokens and all ids, in
-            float32. `None` takes what was measured to be fast: 256 tokens × 2048 ids on a CPU; on
+            float32. `None` takes what was measured to be fast: 256 tokens × 1024 ids on a CPU; on
             an accelerator as many tokens as its ratio of arithmetic to bandwidth asks for, 4096 on
             an H100 (those whose logits take 2 GiB, if fewer) × all ids, or × 32,768 if logits are
             computed again.

@@ -14,6 +14,7 @@ your own. The first step after two prompts of two tokens, from which the example
 >>> verification, main_cache = verify(decoding, state, drafts, sampler, key=key)
 """
 
+from ._frequent_ids import frequent_ids
 from ._generate import StreamedStep, generate, stream
 from ._measure import PositionalAcceptance, measure_acceptance
 from ._model import DecodingModel
@@ -35,6 +36,7 @@ __all__ = [
     "accept_drafts",
     "commit",
     "draft",
+    "frequent_ids",
     "generate",
     "measure_acceptance",
     "prefill",

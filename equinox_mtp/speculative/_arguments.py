@@ -10,9 +10,48 @@ from jaxtyping import Array, Integer
 
 from .._checks import check_ids, check_integer
 from .._types import HostOrDeviceArray, at_hand
+from ..cross_entropy import head_vocab_size
 
 EndIds: TypeAlias = int | np.integer | Sequence[Any] | Integer[HostOrDeviceArray, "*ends"] | None
 """The token that ends a row, or several, or none."""
+
+DraftVocab: TypeAlias = Sequence[Any] | Integer[HostOrDeviceArray, "draft_vocab"] | None
+"""The token ids that may be drafted; `None` for all."""
+
+
+def check_draft_vocab(draft_vocab: Any, head: Any) -> Array | None:
+    """Checked, as int32."""
+    if draft_vocab is None:
+        return None
+    vocab_size = check_rows(head)
+    ids = _integers("draft_vocab", draft_vocab, 1)
+    if ids.size == 0:
+        raise ValueError(
+            "`draft_vocab` must hold at least one token id; got none. Leave it out to draft from "
+            "all ids."
+        )
+    if isinstance(ids, np.ndarray):
+        check_ids("draft_vocab", ids, vocab_size)
+        if len(np.unique(ids)) < ids.size:
+            raise ValueError(
+                f"`draft_vocab` must hold each token id once; got {ids.size} ids, "
+                f"{len(np.unique(ids))} of them different. Pass it through `np.unique`."
+            )
+    return jnp.asarray(ids, jnp.int32)
+
+
+def check_rows(head: Any) -> int:
+    """How many rows an output head has.
+
+    **Raises:** `ValueError` for a head that is neither a matrix nor a `LinearHead`.
+    """
+    vocab_size = head_vocab_size(head)
+    if vocab_size is None:
+        raise ValueError(
+            "`draft_vocab` needs an output head that is a matrix or a `LinearHead`; got a "
+            f"`{type(head).__name__}`. Leave it out to draft from all ids."
+        )
+    return vocab_size
 
 
 def check_end_ids(eos_id: Any, vocab_size: int | None) -> Array:

@@ -15,7 +15,13 @@ from .._checks import check_integer
 from .._model import MTPModel
 from .._types import HostOrDeviceArray, at_hand, checked
 from ..cross_entropy import head_vocab_size
-from ._arguments import EndIds, check_end_ids, check_prompts
+from ._arguments import (
+    DraftVocab,
+    EndIds,
+    check_draft_vocab,
+    check_end_ids,
+    check_prompts,
+)
 from ._model import DecodingModel, check_cached_steps
 from ._sampling import GREEDY, Sampler
 from ._state import DecodingState, Generation
@@ -31,6 +37,7 @@ def generate(
     max_new_tokens: int | np.integer,
     num_drafts: int | np.integer | None = None,
     recursion: Recursion = "by_depth",
+    draft_vocab: DraftVocab = None,
     sampler: Sampler = GREEDY,
     eos_id: EndIds = None,
     key: PRNGKeyArray | None = None,
@@ -63,6 +70,10 @@ def generate(
     - `recursion`: how it is repeated: `"by_depth"` as a further depth over the whole text, as a
         repeated layer is trained; `"extended"` from its own last output on, as vLLM drafts, which
         costs a single position for each such draft.
+    - `draft_vocab`: the token ids that may be drafted, such as the frequent ones of the text
+        (`frequent_ids`); `None` for all. A draft then reads these rows of the output head alone,
+        and costs less; other tokens are never drafted, so fewer drafts are accepted (arXiv
+        2502.14856; 2509.18362, §3.4). For a head that is a matrix or a `LinearHead`.
     - `sampler`: greedy, or `Sampler(temperature, top_k, top_p)`; for drafts and model alike.
     - `eos_id`: ends a row; it is the row's last token then. Of several, as `[2, 7]` or an array of
         them, the first that comes does.
@@ -83,6 +94,7 @@ def generate(
         max_new_tokens,
         num_drafts,
         recursion,
+        draft_vocab,
         sampler,
         eos_id,
         key,
@@ -121,6 +133,7 @@ def stream(
     max_new_tokens: int | np.integer,
     num_drafts: int | np.integer | None = None,
     recursion: Recursion = "by_depth",
+    draft_vocab: DraftVocab = None,
     sampler: Sampler = GREEDY,
     eos_id: EndIds = None,
     key: PRNGKeyArray | None = None,
@@ -141,6 +154,7 @@ def stream(
         max_new_tokens,
         num_drafts,
         recursion,
+        draft_vocab,
         sampler,
         eos_id,
         key,
@@ -151,7 +165,7 @@ def stream(
 def _stream(request: "_Request", model: MTPModel) -> Iterator[StreamedStep]:
     lengths = np.asarray(request.prompt_lengths)
     accepted = np.zeros_like(lengths)
-    decoding = _lay_out(model)
+    decoding = _lay_out(request, model)
     state = _prefill(request, decoding)
     width = request.shape.num_drafts + 1
     while True:
@@ -175,6 +189,7 @@ class _Request(NamedTuple):
     shape: DecodingShape
     prompt_ids: Int32[Array, "batch prompt"]
     prompt_lengths: Int32[Array, "batch"]
+    draft_vocab: Int32[Array, "draft_vocab"] | None
     sampler: Sampler
     eos_id: Int32[Array, ""] | Int32[Array, "ends"]
     key: PRNGKeyArray
@@ -201,6 +216,7 @@ def _request(
     max_new_tokens: Any,
     num_drafts: Any,
     recursion: Recursion,
+    draft_vocab: Any,
     sampler: Sampler,
     eos_id: Any,
     key: PRNGKeyArray | None,
@@ -225,7 +241,9 @@ def _request(
             )
         key = jax.random.key(0)
     eos = check_end_ids(eos_id, vocab_size)
-    return _Request(DecodingShape(drafts, new, recursion), prompts, lengths, sampler, eos, key)
+    vocab = check_draft_vocab(draft_vocab, model.decoder.output_head())
+    shape = DecodingShape(drafts, new, recursion)
+    return _Request(shape, prompts, lengths, vocab, sampler, eos, key)
 
 
 def _check_finite(last_ids: Any, num_generated: Any) -> None:
@@ -244,7 +262,7 @@ def _check_finite(last_ids: Any, num_generated: Any) -> None:
 
 @eqx.filter_jit
 def _run(request: _Request, model: MTPModel) -> Generation:
-    decoding = DecodingModel.of(model)
+    decoding = DecodingModel.of(model, request.draft_vocab)
     state = lax.while_loop(
         lambda state: ~jnp.all(state.done),
         lambda state: request.step(decoding, state),
@@ -263,8 +281,8 @@ def _run(request: _Request, model: MTPModel) -> Generation:
 
 
 @eqx.filter_jit
-def _lay_out(model: MTPModel) -> DecodingModel:
-    return DecodingModel.of(model)
+def _lay_out(request: _Request, model: MTPModel) -> DecodingModel:
+    return DecodingModel.of(model, request.draft_vocab)
 
 
 @eqx.filter_jit

@@ -5,13 +5,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from .._config import MTPConfig
 from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer
 from .._layer import MultiTokenPredictionLayer, enter_first_depth
 from .._model import MTPModel
 from ..cross_entropy import LinearHead
+from ._arguments import check_rows
+from ._sampling import Sampler
 
 
 def check_cached_steps(model: MTPModel) -> None:
@@ -38,15 +40,27 @@ class DecodingModel(eqx.Module):
     >>> decoding = emtp.speculative.DecodingModel.of(model)
     >>> len(decoding.layers), decoding.layer(depth=5) is decoding.layers[-1]
     (2, True)
+
+    **Fields:**
+
+    - `decoder`, `layers`: of the main model and of its depths.
+    - `draft_vocab`, `draft_head`: the token ids that may be drafted, and the rows of the output
+        head for them; `None` for all ids.
+    - `config`: the block's conventions.
     """
 
     decoder: AbstractCachedDecoder
     layers: tuple[MultiTokenPredictionLayer, ...]
+    draft_vocab: Int32[Array, "draft_vocab"] | None
+    draft_head: LinearHead | None
     config: MTPConfig = eqx.field(static=True)
 
     @classmethod
-    def of(cls, model: MTPModel) -> "DecodingModel":
-        """**Raises:** `TypeError` if a part of the model has no cached step."""
+    def of(
+        cls, model: MTPModel, draft_vocab: Int32[Array, "draft_vocab"] | None = None
+    ) -> "DecodingModel":
+        """**Raises:** `TypeError` if a part of the model has no cached step; `ValueError` for a
+        `draft_vocab` over a head that is neither a matrix nor a `LinearHead`."""
         check_cached_steps(model)
         decoder, block = model.decoder, model.block
         assert isinstance(decoder, AbstractCachedDecoder)
@@ -54,7 +68,9 @@ class DecodingModel(eqx.Module):
         one_id = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         dtype = eqx.filter_eval_shape(decoder.embed, one_id, one_id).dtype
         layers = (block.layer(depth).for_decoding(dtype) for depth in range(1, num_layers + 1))
-        return cls(decoder.for_decoding(), tuple(layers), block.config)
+        decoder = decoder.for_decoding()
+        head = None if draft_vocab is None else rows_of_head(decoder.output_head(), draft_vocab)
+        return cls(decoder, tuple(layers), draft_vocab, head, block.config)
 
     def layer(self, depth: int) -> MultiTokenPredictionLayer:
         """That of a draft; beyond the model's depths its last one, again and again.
@@ -75,3 +91,31 @@ class DecodingModel(eqx.Module):
         """The output head, after the norm."""
         head = self.decoder.output_head()
         return (head if callable(head) else LinearHead(head))(normed)
+
+    def choose_drafts(
+        self, normed: Float[Array, "batch embed"], sampler: Sampler, key: PRNGKeyArray
+    ) -> tuple[Int32[Array, "batch"], Float32[Array, "batch vocab"] | None]:
+        """A draft for each row, and the distribution over all ids that it was drawn from.
+
+        The distribution is `None` if greedy.
+        """
+        if self.draft_head is None or self.draft_vocab is None:
+            return sampler.choose(self.logits(normed[:, None])[:, 0], key)
+        place, probabilities = sampler.choose(self.draft_head(normed), key)
+        ids = jnp.where(place < 0, -1, self.draft_vocab[place])
+        if probabilities is None:
+            return ids, None
+        vocab_size = check_rows(self.decoder.output_head())
+        nothing = jnp.zeros((len(normed), vocab_size), probabilities.dtype)
+        return ids, nothing.at[:, self.draft_vocab].set(probabilities)
+
+
+def rows_of_head(head: Any, ids: Int32[Array, "ids"]) -> LinearHead:
+    """The output head of some token ids.
+
+    **Raises:** `ValueError` for a head that is neither a matrix nor a `LinearHead`.
+    """
+    check_rows(head)
+    head = head if isinstance(head, LinearHead) else LinearHead(head)
+    bias = None if head.bias is None else head.bias[ids]
+    return LinearHead(head.weight[ids], bias, soft_cap=head.soft_cap)

@@ -168,8 +168,7 @@ def draft(
         states, normed, caches[cached - 1] = _run_depth(
             model, cached, states, tokens, caches[cached - 1], positions
         )
-        logits = model.logits(normed[:, -1:])[:, 0]
-        draft_ids, probabilities = sampler.choose(logits, keys[depth - 1])
+        draft_ids, probabilities = model.choose_drafts(normed[:, -1], sampler, keys[depth - 1])
         tokens = _scatter_rows(tokens, last + depth, draft_ids[:, None])
         ids.append(draft_ids)
         distributions.append(probabilities)

@@ -61,6 +61,7 @@ def compare(
     *,
     max_new_tokens: int,
     num_drafts: int | None = None,
+    draft_vocab: np.ndarray | None = None,
     eos_id: int | Sequence[int] | None = None,
     rounds: int = 3,
 ) -> Comparison:
@@ -76,7 +77,7 @@ def compare(
     **Arguments:**
 
     - `prompts`: token ids, all of the same length.
-    - `max_new_tokens`, `num_drafts`, `eos_id`: see `generate`.
+    - `max_new_tokens`, `num_drafts`, `draft_vocab`, `eos_id`: see `generate`.
     - `rounds`: how many times each variant is timed.
     """
     drafts = model.block.config.num_depths if num_drafts is None else num_drafts
@@ -88,6 +89,7 @@ def compare(
                 prompt[None],
                 max_new_tokens=max_new_tokens,
                 num_drafts=drafts,
+                draft_vocab=draft_vocab,
                 eos_id=eos_id,
             )
             for prompt in prompts

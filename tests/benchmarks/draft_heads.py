@@ -91,7 +91,7 @@ def train_depths(
 
 @eqx.filter_jit
 def acceptance_of_batch(model: emtp.MTPModel, rows: Any) -> tuple[Any, Any]:
-    batch = aligned_batch(rows, DEPTHS)
+    batch = aligned_batch(rows, model.block.config.num_depths)
     output = model(batch)
     greedy = emtp.calculate_mtp_acceptance_rate(output.mtp.acceptance, output.predictions)
     return greedy, draft_losses(model, batch).acceptance

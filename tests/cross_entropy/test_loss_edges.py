@@ -297,7 +297,7 @@ def test_ratios_of_accelerators() -> None:
 def test_tiles_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, ids, weights = make_case()
     on_cpu = LinearHead(head)
-    assert (on_cpu.tokens_at_a_time, on_cpu.ids_at_a_time) == (256, 2048)
+    assert (on_cpu.tokens_at_a_time, on_cpu.ids_at_a_time) == (256, 1024)
     monkeypatch.setattr(_tile_sizes, "default_platform", lambda: "gpu")
     monkeypatch.setattr(_tile_sizes, "operations_per_byte", lambda: 263.0)
     # The logits of a tile take at most 2 GiB in float32, and a tile at least 1024 tokens.
