@@ -15,6 +15,7 @@ import numpy as np
 import equinox_mtp as emtp
 from equinox_mtp.speculative import Sampler, StreamedStep, stream
 
+from .._checks import check_integer
 from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
 from ._compare import compare, describe_acceptance
 from ._placement import ONE_DEVICE
@@ -30,6 +31,7 @@ from ._text import (
     read_text,
 )
 from ._text_decoders import AbstractTextDecoder
+from ._token_counts import draft_vocabulary
 
 _COLORS = "\033[30;102m", "\033[0m"
 _BRACKETS = "⟦", "⟧"
@@ -56,6 +58,9 @@ class GenerateConfig:
     """The run, or its checkpoint, that trained prediction depths over the model."""
     drafts: int | None = None
     """Drafts per step; 0 decodes plainly. Default: the model's depths."""
+    draft_vocab: int | None = None
+    """Draft only the so many most frequent tokens of the text that the depths were trained on: a
+    draft then reads a part of the output head. Default: all tokens."""
     temperature: float = 0.0
     """The temperature of the draws; 0 takes the best token."""
     top_k: int | None = None
@@ -112,7 +117,7 @@ def _continue_text(
     model: emtp.MTPModel,
     longest: int,
 ) -> None:
-    screen = _Screen(sys.stdout)
+    screen, vocab = _Screen(sys.stdout), _draft_vocabulary(config)
     # Padded, so that prompts of about the same length share a compiled program.
     padded = np.zeros((1, -(-len(prompt) // _PADDED_TO) * _PADDED_TO), np.int32)
     padded[0, : len(prompt)] = prompt
@@ -123,6 +128,7 @@ def _continue_text(
             np.asarray([len(prompt)]),
             max_new_tokens=config.max_new_tokens,
             num_drafts=config.drafts,
+            draft_vocab=vocab,
             sampler=Sampler(config.temperature, config.top_k, config.top_p),
             eos_id=text.end_ids,
             key=jax.random.key(config.seed),
@@ -150,9 +156,24 @@ def _continue_text(
             [prompt],
             max_new_tokens=config.max_new_tokens,
             num_drafts=config.drafts,
+            draft_vocab=vocab,
             eos_id=text.end_ids,
         )
         screen.write(f"greedily: {comparison}\n")
+
+
+def _draft_vocabulary(config: GenerateConfig) -> np.ndarray | None:
+    """The ids that may be drafted; `None` for all."""
+    if config.draft_vocab is None:
+        return None
+    check_integer("draft_vocab", config.draft_vocab, at_least=1)
+    run = config.heads or config.checkpoint
+    if run is None:
+        raise ValueError(
+            "`draft_vocab` goes with depths of a run, which knows what tokens are frequent; got "
+            f"the model {config.model} alone. Name the run with --heads, or leave it out."
+        )
+    return draft_vocabulary(_newest(run).parent.parent, config.draft_vocab)
 
 
 def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel, CheckpointInfo]:

@@ -44,6 +44,7 @@ from ._step import (
 )
 from ._stored_options import write_options
 from ._text import keep_tokenizer
+from ._token_counts import keep_token_counts
 
 
 def train(config: TrainConfig) -> Path:
@@ -68,6 +69,7 @@ def train(config: TrainConfig) -> Path:
         first_step = int(state.step)
         if is_first() and not config.resume:
             write_options(run.out, run.info.config)
+            keep_token_counts(run.corpus, run.out)
             tokenizer = config.tokenizer or config.model
             if tokenizer is not None and not holds_tokens(config.data):
                 keep_tokenizer(tokenizer, run.out)

@@ -22,9 +22,10 @@ from harness import Row, table, write_json
 
 import equinox_mtp as emtp
 from equinox_mtp import speculative, training
-from equinox_mtp.training import Corpus, TrainConfig, compare, held_out_prompts, load_model
+from equinox_mtp.training import TrainConfig, compare, held_out_prompts, load_model
 from equinox_mtp.training._packing import PackedRows
 from equinox_mtp.training._prepare import prepare
+from equinox_mtp.training._token_counts import count_tokens
 
 DEPTHS = 3
 
@@ -58,14 +59,6 @@ def trained(config: TrainConfig) -> tuple[emtp.MTPModel, float]:
     if not (config.out / "checkpoints").is_dir():
         training.train(config)
     return load_model(config.out)[0], time.perf_counter() - started
-
-
-def token_counts(corpus: Corpus) -> np.ndarray:
-    """How often each id occurs."""
-    return sum(
-        (np.bincount(document, minlength=corpus.vocab_size) for document in corpus),
-        np.zeros(corpus.vocab_size, np.int64),
-    )
 
 
 def decoding(
@@ -159,7 +152,7 @@ def main() -> None:
             prompts = held_out_prompts(
                 run.held_out_corpus, num_prompts=arguments.prompts, length=config.seq_len // 4
             )
-            counts = token_counts(run.corpus)
+            counts = count_tokens(run.corpus)
             for size in [None, *arguments.draft_vocab]:
                 vocab = None if size is None else speculative.frequent_ids(counts, size)
                 for row in decoding(model, prompts, vocab, arguments.new_tokens):

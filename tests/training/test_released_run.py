@@ -15,6 +15,7 @@ import equinox_mtp as emtp
 from equinox_mtp import pretrained
 from equinox_mtp.__main__ import main
 from equinox_mtp.training import TrainConfig, load_model, train
+from equinox_mtp.training._prepare import prepare
 from equinox_mtp.training._step import make_model, make_optimizer
 
 FOLDER = Path(__file__).parents[1] / "data" / "checkpoints" / "qwen3"
@@ -97,6 +98,43 @@ def test_generates_with_the_depths(run: Path, capsys: pytest.CaptureFixture[str]
     assert main(["generate", "--checkpoint", str(run), *common]) == 0
     assert capsys.readouterr().out == with_heads
     assert "first draft" in with_heads
+
+
+def test_drafts_of_frequent_tokens(
+    config: TrainConfig, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = prepare(config).corpus
+    counts = sum(np.bincount(document, minlength=corpus.vocab_size) for document in corpus)
+    assert_equal(np.load(run / "token_counts.npy"), counts)
+    common = ["--model", str(FOLDER), "--heads", str(run), "--prompt", "to", "--max-new-tokens"]
+    texts = []
+    for options in ([], ["--draft-vocab", "5", "--compare"]):
+        assert main(["generate", *common, "9", *options]) == 0
+        texts.append(capsys.readouterr().out.replace("⟦", "").replace("⟧", ""))
+    plain, frequent = (text.partition("\n\n")[0] for text in texts)
+    assert plain == frequent
+    assert "100% of the continuations equal" in texts[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--heads", "RUN", "--draft-vocab", "0"], "`draft_vocab` must be at least 1"),
+        (["--draft-vocab", "5"], "`draft_vocab` goes with depths of a run"),
+        (["--heads", "OLD", "--draft-vocab", "5"], "has no token_counts.npy"),
+    ],
+)
+def test_frequent_tokens_that_are_not_known(
+    options: list[str],
+    message: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    old = shutil.copytree(run, tmp_path / "old", ignore=shutil.ignore_patterns("token_counts*"))
+    options = [{"RUN": str(run), "OLD": str(old)}.get(option, option) for option in options]
+    assert main(["generate", "--model", str(FOLDER), "--prompt", "to", *options]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_whole_training_with_an_objective(config: TrainConfig, tmp_path: Path) -> None:
