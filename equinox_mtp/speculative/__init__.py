@@ -19,8 +19,9 @@ from ._generate import StreamedStep, generate, stream
 from ._measure import PositionalAcceptance, measure_acceptance
 from ._model import DecodingModel
 from ._sampling import Sampler, Verdict, accept_drafts
+from ._shape import DecodingShape
 from ._state import DecodingState, Drafts, Generation, Verification
-from ._steps import DecodingShape, commit, draft, prefill, step, verify
+from ._steps import commit, draft, prefill, step, verify
 
 __all__ = [
     "DecodingModel",

@@ -24,8 +24,9 @@ from ._arguments import (
 )
 from ._model import DecodingModel, check_cached_steps
 from ._sampling import GREEDY, Sampler
+from ._shape import DecodingShape, Recursion
 from ._state import DecodingState, Generation
-from ._steps import DecodingShape, Recursion, prefill, step
+from ._steps import prefill, step
 
 
 @checked

@@ -1,64 +1,17 @@
 """The phases of a decoding step: draft, verify, commit. Each is a pure function."""
 
-import dataclasses
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from .._checks import check_choice, check_integer
 from .._decoder import Cache
 from .._types import checked
 from ._model import DecodingModel
 from ._sampling import Sampler, accept_best, accept_drawn, committed_mask
+from ._shape import DecodingShape
 from ._state import DecodingState, Drafts, Verification
-
-_MAX_DRAFTS = 64
-
-Recursion: TypeAlias = Literal["by_depth", "extended"]
-"""How drafts beyond a model's own layers are made; see `generate`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodingShape:
-    """What a compiled decoding step is for; everything else is an array.
-
-    >>> shape = emtp.speculative.DecodingShape(num_drafts=2, max_new_tokens=4)
-    >>> shape.window
-    3
-
-    **Fields:**
-
-    - `num_drafts`, `max_new_tokens`: see `generate`, as for `recursion`.
-
-    **Raises:** `ValueError` unless 0 ≤ `num_drafts` ≤ 64 (a step is compiled with a layer for every
-    draft) and `max_new_tokens` ≥ 1.
-    """
-
-    num_drafts: int
-    max_new_tokens: int
-    recursion: Recursion = "by_depth"
-
-    def __post_init__(self) -> None:
-        check_choice("recursion", self.recursion, get_args(Recursion))
-        check_integer("num_drafts", self.num_drafts, at_least=0, at_most=_MAX_DRAFTS)
-        check_integer("max_new_tokens", self.max_new_tokens, at_least=1, at_most=2**31 - 1)
-
-    @property
-    def window(self) -> int:
-        """Positions before the last token that the draft layers recompute in each step.
-
-        With n the last token's position, a drafts accepted and m ≤ a+1 tokens committed: at depth k
-        the positions after n+a-k saw a refused draft, and the m new ones were not run; that is
-        max(m, `num_drafts`) positions in all.
-        """
-        return self.num_drafts + 1 if self.num_drafts else 0
-
-    def num_depths(self, model: DecodingModel) -> int:
-        """How many drafts are of a depth with a cache of its own; the others extend the last."""
-        num_layers = len(model.layers) if self.recursion == "extended" else self.num_drafts
-        return min(self.num_drafts, num_layers)
 
 
 @checked
@@ -152,6 +105,16 @@ def draft(
     >>> drafts, draft_caches = draft(decoding, state, shape, sampler, key=key)
     >>> drafts.ids.shape
     (2, 2)
+
+    **Arguments:**
+
+    - `model`: laid out by `DecodingModel.of`, with the token ids that may be drafted.
+    - `state`: of `prefill`, or of the step before.
+    - `shape`: as given to `prefill`; with one draft or more.
+    - `sampler`: chooses the drafts.
+    - `key`: for draws.
+
+    **Returns:** the drafts, and the depths' caches with the positions that were run.
     """
     last = state.lengths[:, None] - 1
     positions = last - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
@@ -190,6 +153,16 @@ def verify(
     >>> verification, main_cache = verify(decoding, state, drafts, sampler, key=key)
     >>> bool(jnp.all(verification.num_accepted <= 2))
     True
+
+    **Arguments:**
+
+    - `model`, `state`: as of `draft`.
+    - `drafts`: what `draft` has proposed; `None` for a step of plain decoding.
+    - `sampler`: as given to `draft`, whose distributions it is compared with.
+    - `key`: for draws; another one than that of `draft`.
+
+    **Returns:** how many drafts are accepted and what follows them, and the main model's cache with
+    the positions that were run.
     """
     decoder = model.decoder
     last = state.lengths[:, None] - 1
@@ -230,6 +203,17 @@ def commit(
     >>> after = commit(state, drafts, verification, main_cache, draft_caches, shape, key=key)
     >>> bool(jnp.all(after.lengths == state.lengths + verification.num_accepted + 1))
     True
+
+    **Arguments:**
+
+    - `state`: as it was given to `draft` and `verify`.
+    - `drafts`, `draft_caches`: of `draft`; `None`, and the state's own caches, without drafts.
+    - `verification`, `main_cache`: of `verify`.
+    - `shape`: as given to `prefill`.
+    - `key`: for the next step.
+
+    **Returns:** the state after it. No row gets more than its `end_lengths`, or anything after a
+    token that ends it.
     """
     num_accepted, next_ids = verification.num_accepted, verification.next_ids
     offsets = jnp.arange(shape.num_drafts + 1, dtype=jnp.int32)
@@ -271,6 +255,10 @@ def step(
     >>> after = eqx.filter_jit(emtp.speculative.step)(decoding, state, shape, sampler)
     >>> bool(jnp.all(after.lengths > state.lengths))
     True
+
+    **Arguments:** as of `draft`; keys come from the state.
+
+    **Returns:** the state after it.
     """
     # Nothing is drawn greedily; the keys would be made in each step for nobody.
     is_greedy = sampler.is_greedy
