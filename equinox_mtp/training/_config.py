@@ -20,8 +20,10 @@ from ._options import (
     OPTIMISATION,
     OUTPUT,
     SMALLEST_RATE,
+    USUAL_TEMPERATURE,
     Option,
     check_finite,
+    check_own_texts,
     choice,
     integer,
     number,
@@ -81,6 +83,19 @@ class TrainConfig:
         "bytes it is 256.",
     )
     seq_len: int = integer(256, DATA, "Tokens in a row.", at_least=1, is_common=True)
+    self_generate: int | None = integer(
+        None,
+        DATA,
+        "Train on this many texts that the frozen model writes itself, in place of the training "
+        "data: each continues the first seq-len // 4 tokens of a training document, up to seq-len "
+        "tokens or the model's end. They are kept in the run's folder.",
+        at_least=1,
+    )
+    self_generate_temperature: float = number(
+        USUAL_TEMPERATURE,
+        DATA,
+        "The temperature of the draws of these texts; 0 takes the best token.",
+    )
 
     model: Path | None = option(
         None,
@@ -300,6 +315,7 @@ class TrainConfig:
                 f"`model={self.model}` and `depths={self.depths}`. Name its folder with --model, "
                 "and ask for one depth or more."
             )
+        check_own_texts(self)
         if self.objective != "cross_entropy" and self.depths == 0:
             raise ValueError(
                 f"`objective` {self.objective!r} is of the prediction depths; got `depths=0`. Ask "

@@ -172,6 +172,13 @@ class Placement:
 ONE_DEVICE = Placement(None, DEFAULT_RULES)
 
 
+@contextlib.contextmanager
+def on_no_mesh() -> Iterator[None]:
+    """Neither mesh nor rules: JAX refuses arrays of one device where a mesh is set."""
+    with jax.set_mesh(None), use_rules(None):
+        yield
+
+
 def parse_mesh(text: str) -> dict[str, int]:
     """`"data=2,fsdp=4"` as sizes by name.
 

@@ -16,6 +16,7 @@ from ._packing import PackedRows
 from ._placement import Placement
 from ._processes import all_gather, broadcast
 from ._released import check_vocabulary, model_text, released_model, split_model
+from ._self_generate import check_self_generate
 from ._sources import holds_tokens
 from ._step import make_optimizer
 from ._text import read_text
@@ -38,6 +39,7 @@ class Run:
     optimizer: optax.GradientTransformation
     placement: Placement
     corpus: Corpus
+    train_corpus: Corpus
     held_out_corpus: Corpus
     train_rows: PackedRows
     held_out_rows: PackedRows
@@ -68,6 +70,7 @@ def prepare(config: TrainConfig) -> Run:
             f"`seq_len` must be at most the {train_corpus.num_tokens} tokens of the training data; "
             f"got {config.seq_len}. Take shorter rows, or more text."
         )
+    check_self_generate(config, train_corpus)
     placement = Placement.of(config, corpus.vocab_size)
     train_rows = PackedRows(train_corpus, config.seq_len)
     released, frozen = None, None
@@ -83,6 +86,7 @@ def prepare(config: TrainConfig) -> Run:
         optimizer=make_optimizer(config),
         placement=placement,
         corpus=corpus,
+        train_corpus=train_corpus,
         held_out_corpus=held_out_corpus,
         train_rows=train_rows,
         held_out_rows=PackedRows(held_out_corpus, config.seq_len),

@@ -128,18 +128,25 @@ def read_text(path: Path, end_id: int | None = None) -> TokenizerText:
 
 def end_tokens(tokenizer: Any, folder: Path) -> tuple[int, ...]:
     """The ids that end a text, as a folder's configuration says; by their usual names otherwise."""
-    for name in ("generation_config.json", "config.json"):
-        found = read_settings(folder / name).get("eos_token_id")
-        found = found if isinstance(found, list) else [found]
-        ids = tuple(x for x in found if type(x) is int and x >= 0)
-        if ids:
-            return ids
+    if ids := configured_ends(folder):
+        return ids
     token = read_settings(folder / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     for name in (token, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>"):
         found = tokenizer.token_to_id(name) if isinstance(name, str) else None
         if found is not None:
             return (found,)
+    return ()
+
+
+def configured_ends(folder: Path) -> tuple[int, ...]:
+    """The ids that end a text, as a folder's configuration says; none if it does not."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_settings(folder / name).get("eos_token_id")
+        found = found if isinstance(found, list) else [found]
+        ids = tuple(x for x in found if type(x) is int and x >= 0)
+        if ids:
+            return ids
     return ()
 
 

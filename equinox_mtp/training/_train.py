@@ -11,7 +11,6 @@ import equinox as eqx
 from tqdm.auto import tqdm
 
 import equinox_mtp as emtp
-from equinox_mtp.sharding import use_rules
 
 from ._checkpoint import (
     Checkpoints,
@@ -23,6 +22,8 @@ from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig, options
 from ._interrupt import Interrupted, interruptible
 from ._lock import only_run
+from ._packing import PackedRows
+from ._placement import on_no_mesh
 from ._prepare import Run, prepare
 from ._processes import broadcast, is_first, print_once
 from ._report import (
@@ -34,6 +35,7 @@ from ._report import (
     summary,
     train_record,
 )
+from ._self_generate import OwnTexts, describe_texts
 from ._sources import holds_tokens
 from ._step import (
     TrainState,
@@ -66,7 +68,7 @@ def train(config: TrainConfig) -> Path:
         if not config.resume or broadcast(run.out.is_dir()):
             stack.enter_context(only_run(run.out))
         state = start_or_resume(run, like)
-        first_step = int(state.step)
+        first_step, own_texts = int(state.step), open_own_texts(run, state)
         if is_first() and not config.resume:
             write_options(run.out, run.info.config)
             keep_token_counts(run.corpus, run.out)
@@ -74,6 +76,8 @@ def train(config: TrainConfig) -> Path:
             if tokenizer is not None and not holds_tokens(config.data):
                 keep_tokenizer(tokenizer, run.out)
         print_once(describe_start(run, state))
+        if own_texts is not None:
+            run = with_own_texts(run, state, own_texts)
         metrics = stack.enter_context(
             contextlib.closing(
                 MetricsFile(
@@ -104,6 +108,23 @@ def fresh_state(run: Run) -> TrainState:
     if run.released is not None:
         return state_of(run.released, run.optimizer, run.placement)
     return make_state(run.config, run.info.vocab_size, run.optimizer, run.placement)
+
+
+def open_own_texts(run: Run, state: TrainState) -> OwnTexts | None:
+    """The model's own texts, if they are asked for; none is made before the run is written."""
+    if run.config.self_generate is None:
+        return None
+    model = run.placement.on_one_device(state.combined(run.frozen))
+    return OwnTexts.open(run.config, run.info, run.train_corpus, model, run.out)
+
+
+def with_own_texts(run: Run, state: TrainState, own_texts: OwnTexts) -> Run:
+    """The same run, over the model's own texts."""
+    model = run.placement.on_one_device(state.combined(run.frozen))
+    with on_no_mesh():
+        texts = own_texts.corpus(model)
+    print_once(describe_texts(texts, run.train_corpus, run.config.seq_len))
+    return dataclasses.replace(run, train_rows=PackedRows(texts, run.config.seq_len))
 
 
 def describe_start(run: Run, state: TrainState) -> str:
@@ -220,7 +241,7 @@ def compare_on_held_out(run: Run, model: emtp.MTPModel) -> list[Comparison]:
     if not prompts or not config.depths:
         return []
     model = run.placement.on_one_device(model)
-    with use_rules(None):
+    with on_no_mesh():
         return [
             compare(model, prompts, max_new_tokens=config.seq_len - length, num_drafts=num_drafts)
             for num_drafts in sorted({1, config.depths})
