@@ -36,6 +36,7 @@ from ._report import (
 )
 from ._sources import holds_tokens
 from ._step import (
+    StepInputs,
     TrainState,
     evaluate,
     make_state,
@@ -147,7 +148,7 @@ def run_steps(
             step_started = time.perf_counter()
             rows = run.train_rows.of_step(step - 1, config.batch_size, config.seed)
             batch = run.placement.load(run.train_rows, rows.reshape(config.accumulate, -1))
-            inputs = (batch, config, run.optimizer, run.placement, run.frozen)
+            inputs = StepInputs(batch, config, run.optimizer, run.placement, run.frozen)
             state, step_metrics = train_step(inputs, state)
             record = train_record(step, step_metrics)
             step_seconds.append(time.perf_counter() - step_started)
