@@ -15,7 +15,13 @@ from ._corpus import Corpus, load_corpus
 from ._packing import PackedRows
 from ._placement import Placement
 from ._processes import all_gather, broadcast
-from ._released import check_vocabulary, model_text, released_model, split_model
+from ._released import (
+    check_vocabulary,
+    digest_of_frozen,
+    model_text,
+    released_model,
+    split_model,
+)
 from ._sources import holds_tokens
 from ._step import make_optimizer
 from ._text import read_text
@@ -75,9 +81,10 @@ def prepare(config: TrainConfig) -> Run:
         model = released_model(config, placement)
         check_vocabulary(model, corpus.vocab_size)
         released, frozen = split_model(model, config)
+    digest = digest_of_frozen(frozen)
     return Run(
         config=config,
-        info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, options),
+        info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, options, digest),
         released=released,
         frozen=frozen,
         optimizer=make_optimizer(config),

@@ -25,6 +25,7 @@ from ._interrupt import Interrupted, interruptible
 from ._lock import only_run
 from ._prepare import Run, prepare
 from ._processes import broadcast, is_first, print_once
+from ._released import check_same_model
 from ._report import (
     MetricsFile,
     describe,
@@ -204,6 +205,7 @@ def start_or_resume(run: Run, like: TrainState) -> TrainState:
             f"`data` is not what the run in {run.out} was trained on: its tokens differ. Restore "
             "it, or start a new run."
         )
+    check_same_model(stored, info.model_digest, config.model)
     return load_state(checkpoint, run.placement.place(like), is_undamaged=True)
 
 

@@ -1,10 +1,12 @@
 """Prediction depths that are trained over a released model."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import checkpoints as released
 import equinox as eqx
 import jax
 import numpy as np
@@ -15,9 +17,10 @@ import equinox_mtp as emtp
 from equinox_mtp import pretrained
 from equinox_mtp.__main__ import main
 from equinox_mtp.training import TrainConfig, load_model, train
+from equinox_mtp.training._checkpoint_files import checkpoints, write_digests
 from equinox_mtp.training._step import make_model, make_optimizer
 
-FOLDER = Path(__file__).parents[1] / "data" / "checkpoints" / "qwen3"
+FOLDER = released.FOLDER / "qwen3"
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,39 @@ def test_a_model_that_has_moved(run: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(FOLDER, tmp_path / "moved")
     there, _ = load_model(run, model=moved)
     for x, y in zip(arrays(there), arrays(load_model(run)[0]), strict=True):
+        assert_equal(x, y)
+
+
+def test_another_model_is_refused(
+    run: Path, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, info = load_model(run)
+    assert info.model_digest is not None
+    other = released.one_bit_changed(tmp_path / "other")
+    resumed = dataclasses.replace(config, model=other, resume=True)
+    for function in (lambda: load_model(run, model=other), lambda: train(resumed)):
+        with pytest.raises(ValueError, match="`model` must be the one that the depths") as caught:
+            function()
+        said = str(caught.value)
+        assert f"which was in {FOLDER}; that in {other} has the digest " in said
+        assert info.model_digest[:12] in said
+    command = ["generate", "--model", str(other), "--heads", str(run), "--prompt", "a"]
+    assert main(command) == 1
+    assert capsys.readouterr().err.startswith("error: `model` must be the one that the depths")
+
+
+def test_checkpoints_of_earlier_versions(run: Path, tmp_path: Path) -> None:
+    """They have no digest: any model of these shapes is taken."""
+    old = shutil.copytree(run, tmp_path / "old")
+    for checkpoint in checkpoints(old / "checkpoints"):
+        path = checkpoint / "info" / "metadata"
+        info = json.loads(path.read_text())
+        assert info.pop("model_digest")
+        path.write_text(json.dumps(info))
+        write_digests(checkpoint)
+    model, info = load_model(old, model=released.one_bit_changed(tmp_path / "other"))
+    assert info.model_digest is None
+    for x, y in zip(arrays(model.block), arrays(load_model(run)[0].block), strict=True):
         assert_equal(x, y)
 
 
