@@ -97,6 +97,14 @@ class TrainConfig:
         "Train the prediction depths alone, and leave the main model as it is.",
         (True, False),
     )
+    cache_hidden_states: bool = choice(
+        False,
+        MODEL,
+        "With freeze-model: keep what the main model makes of each row in the run's folder, and "
+        "read it from there in later epochs. Its size is said at the start.",
+        (True, False),
+        may_change=True,
+    )
     embed_size: int = integer(128, MODEL, "Features of a hidden state.", at_least=1, is_common=True)
     num_layers: int = integer(3, MODEL, "Layers of the main model.", at_least=1, is_common=True)
     num_heads: int = integer(4, MODEL, "Query heads of attention.", at_least=1)
@@ -299,6 +307,17 @@ class TrainConfig:
                 "`freeze_model` trains the prediction depths of a released model; got "
                 f"`model={self.model}` and `depths={self.depths}`. Name its folder with --model, "
                 "and ask for one depth or more."
+            )
+        if self.cache_hidden_states and not self.freeze_model:
+            raise ValueError(
+                "`cache_hidden_states` keeps what a frozen model makes of each row; got "
+                "`freeze_model=False`. Freeze it with --freeze-model, or leave this out."
+            )
+        if self.cache_hidden_states and (self.mesh is not None or self.distributed):
+            raise ValueError(
+                "`cache_hidden_states` is for one device; got "
+                f"`mesh={self.mesh}` and `distributed={self.distributed}`. Leave these out, or "
+                "say --no-cache-hidden-states."
             )
         if self.objective != "cross_entropy" and self.depths == 0:
             raise ValueError(

@@ -21,6 +21,7 @@ from ._checkpoint import (
 from ._checkpoint_files import checkpoints, last_undamaged_checkpoint
 from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig, options
+from ._hidden_states import HiddenStateCache, hidden_states_of
 from ._interrupt import Interrupted, interruptible
 from ._lock import only_run
 from ._prepare import Run, prepare
@@ -87,7 +88,8 @@ def train(config: TrainConfig) -> Path:
         writer = stack.enter_context(
             contextlib.closing(Checkpoints(run.out / "checkpoints", last_step=first_step))
         )
-        state, step_seconds = run_steps(run, state, metrics, writer)
+        cache = open_cache(run, stack)
+        state, step_seconds = run_steps(run, state, metrics, writer, cache)
         if not metrics.of("held_out"):
             # The run had ended, and its metrics were lost.
             record_evaluation(run, state, metrics)
@@ -116,7 +118,19 @@ def describe_start(run: Run, state: TrainState) -> str:
         f"{describe_corpus(run.corpus, run.held_out_corpus, run.config.depths)}\n"
         f"{describe_parameters(run, state)}, "
         f"{run.config.depths} prediction depth(s)\n"
+        f"{describe_hidden_states(run)}"
         f"writing to {run.out}{start}"
+    )
+
+
+def describe_hidden_states(run: Run) -> str:
+    """A line on what is kept of them on disk; empty for nothing."""
+    if run.hidden_states is None:
+        return ""
+    epochs = run.config.steps * run.config.batch_size / run.hidden_states.num_rows
+    return (
+        f"hidden states of the main model: {run.hidden_states}, written in the first of "
+        f"{epochs:.3g} epoch(s)\n"
     )
 
 
@@ -135,8 +149,34 @@ def tokens_per_second(config: TrainConfig, step_seconds: list[float]) -> float |
     return config.batch_size * config.seq_len / statistics.median(step_seconds)
 
 
+def open_cache(run: Run, stack: contextlib.ExitStack) -> HiddenStateCache | None:
+    """The main model's hidden states on disk, if they are kept there."""
+    if run.hidden_states is None:
+        return None
+    cache = HiddenStateCache(run.hidden_states_folder, run.hidden_states)
+    if cache.was_of_others:
+        print_once(f"note: {run.hidden_states_folder} was of another model or rows; made anew")
+    return stack.enter_context(contextlib.closing(cache))
+
+
+def step_inputs(run: Run, step: int, cache: HiddenStateCache | None) -> StepInputs:
+    """What a step reads, of which the first has the number 1."""
+    config, frozen = run.config, run.frozen
+    indices = run.train_rows.of_step(step - 1, config.batch_size, config.seed)
+    indices = indices.reshape(config.accumulate, -1)
+    rows, hidden_states = run.placement.load(run.train_rows, indices), None
+    if cache is not None:
+        assert frozen is not None
+        hidden_states = hidden_states_of(cache, frozen.decoder, indices, rows)
+    return StepInputs(rows, config, run.optimizer, run.placement, frozen, hidden_states)
+
+
 def run_steps(
-    run: Run, state: TrainState, metrics: MetricsFile, writer: Checkpoints
+    run: Run,
+    state: TrainState,
+    metrics: MetricsFile,
+    writer: Checkpoints,
+    cache: HiddenStateCache | None,
 ) -> tuple[TrainState, list[float]]:
     """Runs the remaining steps; returns the last state and the seconds of each step.
 
@@ -147,10 +187,7 @@ def run_steps(
     with progress_bar(config.steps, first_step) as bar, interruptible() as interrupted:
         for step in range(first_step + 1, config.steps + 1):
             step_started = time.perf_counter()
-            rows = run.train_rows.of_step(step - 1, config.batch_size, config.seed)
-            batch = run.placement.load(run.train_rows, rows.reshape(config.accumulate, -1))
-            inputs = StepInputs(batch, config, run.optimizer, run.placement, run.frozen)
-            state, step_metrics = train_step(inputs, state)
+            state, step_metrics = train_step(step_inputs(run, step, cache), state)
             record = train_record(step, step_metrics)
             step_seconds.append(time.perf_counter() - step_started)
             speed = tokens_per_second(config, step_seconds[-1:])
@@ -164,6 +201,8 @@ def run_steps(
             if last or stop or step % config.checkpoint_every == 0:
                 saved = dataclasses.replace(run.info, step=step)
                 writer.save(state, saved, held_out_loss=held_out_loss)
+                if cache is not None:
+                    cache.flush()
             if stop and not last:
                 writer.wait()
                 bar.close()
