@@ -49,3 +49,12 @@ def changed(
         tensors(stored)
         save_file(stored, path, metadata={"format": "pt"})
     return target
+
+
+def one_bit_changed(target: Path) -> Path:
+    """The model `qwen3`, with another last bit in one number of one layer."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"].view(np.uint32).flat[-1] ^= 1
+
+    return changed("qwen3", target, tensors=change)

@@ -21,6 +21,18 @@ class Transfer(NamedTuple):
     origin: str
 
 
+class Product(NamedTuple):
+    """A matrix product: its axes, at the end those summed over, and how often it runs."""
+
+    sizes: tuple[int, ...]
+    times: int | None
+
+    @property
+    def flops(self) -> int:
+        """Of all runs; of one, if nothing says how many there are."""
+        return 2 * math.prod(self.sizes) * (self.times or 1)
+
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 _OPERATIONS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|ragged-all-to-all"
@@ -123,6 +135,36 @@ def transfers(program: str) -> list[Transfer]:
             origin = re.search(r'op_name="([^"]*)"', line)
             found.append(Transfer(operation, received, runs, origin[1] if origin else ""))
     return found
+
+
+def products(program: str) -> list[Product]:
+    """All matrix products in a compiled program."""
+    by_name = computations(program)
+    times, found = _times(by_name), []
+    for name, lines in by_name.items():
+        shapes = dict(
+            re.findall(r"(?:^|\n)(?:ROOT )?(%[\w.-]+) = \w+\[([\d,]*)\]", "\n".join(lines))
+        )
+        for line in lines:
+            match = re.search(
+                r"= \w+\[([\d,]*)\]\S* dot\(.*?(%[\w.-]+),.*lhs_contracting_dims=\{([\d,]*)\}", line
+            )
+            if match is None:
+                continue
+            result, left = (_shape(x) for x in (match[1], shapes[match[2]]))
+            summed = tuple(left[axis] for axis in _shape(match[3]))
+            found.append(Product((*result, *summed), times[name]))
+    return found
+
+
+def parameters(program: str) -> set[tuple[int, ...]]:
+    """The shapes of what a compiled program reads."""
+    entry = program[program.index("\nENTRY ") :]
+    return {_shape(x) for x in re.findall(r"= \w+\[([\d,]*)\]\S* parameter\(", entry)}
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(map(int, filter(None, text.split(","))))
 
 
 def num_bytes(types: str) -> int:

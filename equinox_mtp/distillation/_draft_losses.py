@@ -36,7 +36,8 @@ class DraftOutput(eqx.Module):
     - `losses`: per depth, the summed divergences and the number of tokens.
     - `acceptance`: the expected acceptance of sampled drafts, without gradient.
     - `hidden_states`: each MTP layer's raw output, before any norm.
-    - `auxiliary`: what the decoder, and the depths' layers, returned alongside hidden states.
+    - `auxiliary`: what the decoder, and the depths' layers, returned alongside hidden states; of a
+        decoder that did not run `None`.
     """
 
     loss: Float[Array, ""]
@@ -56,6 +57,7 @@ def draft_losses(
     temperature: Scalar = 1.0,
     objective: Objective = calculate_mtp_loss,
     chain_mask: bool = False,
+    hidden_states: Float[Array, "batch seq embed"] | None = None,
     key: PRNGKeyArray | None = None,
     inference: bool | None = None,
 ) -> DraftOutput:
@@ -88,12 +90,14 @@ def draft_losses(
     - `objective`: the reduction of the depths' losses to `loss`, as in `MTPModel`;
         `partial(calculate_mtp_loss, scaling_factor=1.0)` for the depths alone.
     - `chain_mask`: see `align_targets`; ignored if the batch has `targets`.
+    - `hidden_states`: the main model's for this batch, **before** its final norm, if they are known
+        already; the decoder does not run then.
     - `key`, `inference`: for dropout.
 
     **Returns:** `DraftOutput`.
 
     **Raises:** `ValueError` for a temperature that is not positive, a head that is another
-    callable, or a block without depths.
+    callable, a block without depths, or `hidden_states` of other rows than the batch's.
     """
     batch, targets = checked_batch(model, batch, chain_mask)
     decoder, block = model.decoder, model.block
@@ -103,9 +107,11 @@ def draft_losses(
         "inference": inference,
     }
     decoder_key, block_key = (None, None) if key is None else jax.random.split(key)
-    hidden_states, auxiliary = split_auxiliary(
-        decoder(jnp.asarray(batch.input_ids), **context, key=decoder_key)
-    )
+    auxiliary = None
+    if hidden_states is None:
+        output = decoder(jnp.asarray(batch.input_ids), **context, key=decoder_key)
+        hidden_states, auxiliary = split_auxiliary(output)
+    _check_rows(hidden_states, batch)
     main, _ = main_loss(decoder, hidden_states, batch, predictions=False)
     states = block.depth_states(decoder, hidden_states, targets, **context, key=block_key)
     counts = jnp.sum(targets.mask, axis=(1, 2), dtype=jnp.float32)
@@ -130,6 +136,15 @@ def draft_losses(
         hidden_states=states.hidden_states,
         auxiliary=(auxiliary, states.auxiliary),
     )
+
+
+def _check_rows(hidden_states: Array, batch: Batch) -> None:
+    if hidden_states.shape[:2] != batch.input_ids.shape:
+        raise ValueError(
+            f"`hidden_states` must be of the rows and positions of `batch`, "
+            f"{batch.input_ids.shape}; got {hidden_states.shape[:2]}. Pass what `model.decoder` "
+            "makes of the same batch."
+        )
 
 
 def _token_divergences(

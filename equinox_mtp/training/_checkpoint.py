@@ -41,12 +41,17 @@ logging.getLogger("absl").addFilter(
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What is stored beside the weights: enough to build them, and to find the data again."""
+    """What is stored beside the weights: enough to build them, and to find the data again.
+
+    `model_digest` is of the frozen main model that the depths are trained over; `None` where all
+    of a model trains, and in checkpoints of earlier versions.
+    """
 
     step: int
     vocab_size: int
     data_fingerprint: str
     config: TrainConfig
+    model_digest: str | None = None
 
 
 class Checkpoints:

@@ -6,12 +6,13 @@ are flat, as `TrainConfig(steps=100)` is what one types; groups are for the comm
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from equinox_mtp import MTPConfig, Preset
 from equinox_mtp.distillation import DraftDivergence
 from equinox_mtp.nn import TransformerConfig
 
+from ._config_checks import check_agreement, check_paths, checked_scaling
 from ._options import (
     DATA,
     DEPTHS,
@@ -22,13 +23,10 @@ from ._options import (
     SMALLEST_RATE,
     USUAL_TEMPERATURE,
     Option,
-    check_finite,
-    check_own_texts,
     choice,
     integer,
     number,
     option,
-    shorten,
 )
 
 Objective: TypeAlias = Literal["cross_entropy", DraftDivergence]
@@ -112,6 +110,14 @@ class TrainConfig:
         "Train the prediction depths alone, and leave the main model as it is.",
         (True, False),
     )
+    cache_hidden_states: bool = choice(
+        False,
+        MODEL,
+        "With freeze-model: keep what the main model makes of each row in the run's folder, and "
+        "read it from there in later epochs. Its size is said at the start.",
+        (True, False),
+        may_change=True,
+    )
     embed_size: int = integer(128, MODEL, "Features of a hidden state.", at_least=1, is_common=True)
     num_layers: int = integer(3, MODEL, "Layers of the main model.", at_least=1, is_common=True)
     num_heads: int = integer(4, MODEL, "Query heads of attention.", at_least=1)
@@ -149,6 +155,23 @@ class TrainConfig:
         "What a depth minimises: its cross-entropy on the text, or its divergence from the main "
         "model; see distillation.draft_losses.",
         get_args(Objective),
+    )
+    initial_depths: str = choice(
+        "trunk",
+        DEPTHS,
+        "How depths over a released model begin: as copies of its output, or random.",
+        ("trunk", "random"),
+    )
+    depth_decay: float = number(
+        1.0,
+        DEPTHS,
+        "Depth k has the weight depth-decay^(k-1) in the loss; FastMTP takes 0.6.",
+    )
+    curriculum: str = choice(
+        "none",
+        DEPTHS,
+        "Add a depth in each part of the steps, or leave one out; see curriculum_depth_weights.",
+        ("none", "forward", "reverse"),
     )
     mtp_scaling: tuple[float, float] = option(
         (0.3, 0.1), DEPTHS, "The weight λ of the depths, before and after mtp-scaling-switch."
@@ -273,54 +296,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, known in options().items():
             object.__setattr__(self, name, known.check(name, getattr(self, name), _DEFAULTS[name]))
-        object.__setattr__(self, "mtp_scaling", _checked_scaling(self.mtp_scaling))
-        _check_paths(self.data, out=self.out, tokenizer=self.tokenizer, model=self.model)
-        self._check_model()
-        bare = {"coordinator", "num_processes", "process_id"}
-        given = {name for name in bare if getattr(self, name) is not None}
-        if given and (given != bare or not self.distributed):
-            raise ValueError(
-                "`coordinator`, `num_processes` and `process_id` go together, with `distributed`; "
-                f"got {', '.join(sorted(given))}. On a cluster that JAX knows --distributed is "
-                "enough."
-            )
-        if self.num_processes is not None and not (self.process_id or 0) < self.num_processes:
-            raise ValueError(
-                f"`process_id` must be less than `num_processes`, which is {self.num_processes}; "
-                f"got {self.process_id}. The first is 0."
-            )
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"`accumulate` must divide `batch_size`, so that all microbatches are alike; got "
-                f"{self.accumulate} and {self.batch_size}."
-            )
-        if self.seq_len <= self.depths:
-            raise ValueError(
-                f"`seq_len` must be more than `depths`, or the last depth has nothing to predict; "
-                f"got {self.seq_len} and {self.depths}. Take longer rows, or fewer depths."
-            )
-
-    def _check_model(self) -> None:
-        """**Raises:** `ValueError` for options that do not go with the model's source."""
-        if self.model is not None:
-            given = [name for name in _SIZES if getattr(self, name) != _DEFAULTS[name]]
-            if given:
-                raise ValueError(
-                    f"`{given[0]}` is that of the released `model`; got "
-                    f"{getattr(self, given[0])!r}. Leave it out."
-                )
-        if self.freeze_model and (self.model is None or self.depths == 0):
-            raise ValueError(
-                "`freeze_model` trains the prediction depths of a released model; got "
-                f"`model={self.model}` and `depths={self.depths}`. Name its folder with --model, "
-                "and ask for one depth or more."
-            )
-        check_own_texts(self)
-        if self.objective != "cross_entropy" and self.depths == 0:
-            raise ValueError(
-                f"`objective` {self.objective!r} is of the prediction depths; got `depths=0`. Ask "
-                "for one or more."
-            )
+        object.__setattr__(self, "mtp_scaling", checked_scaling(self.mtp_scaling))
+        check_paths(self.data, out=self.out, tokenizer=self.tokenizer, model=self.model)
+        check_agreement(self, {name: _DEFAULTS[name] for name in _SIZES})
 
     def transformer(self, vocab_size: int) -> TransformerConfig:
         """The main model's configuration."""
@@ -354,23 +332,3 @@ def without_devices(config: TrainConfig) -> TrainConfig:
     """The same options but for the devices: a run may go on on others."""
     devices = {name for name, known in options().items() if known.group == DEVICES}
     return dataclasses.replace(config, **{name: _DEFAULTS[name] for name in devices})
-
-
-def _checked_scaling(values: Any) -> tuple[float, float]:
-    if not isinstance(values, tuple) or len(values) != 2:
-        raise ValueError(
-            f"`mtp_scaling` must be a pair of numbers, λ before and after; got {shorten(values)}."
-        )
-    first, then = (check_finite("mtp_scaling", value, at_least=0) for value in values)
-    return first, then
-
-
-def _check_paths(data: Any, **others: Any) -> None:
-    if not isinstance(data, tuple) or not all(isinstance(path, Path) for path in data):
-        raise ValueError(
-            f"`data` must be a tuple of `pathlib.Path`s; got {shorten(data)}. For a single file "
-            "write (Path(name),)."
-        )
-    for name, path in others.items():
-        if not (path is None or isinstance(path, Path)):
-            raise ValueError(f"`{name}` must be a `pathlib.Path`, or `None`; got {shorten(path)}.")

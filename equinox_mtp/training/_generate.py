@@ -19,7 +19,7 @@ from .._checks import check_integer
 from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
 from ._compare import compare, describe_acceptance
 from ._placement import ONE_DEVICE
-from ._released import released_model, split_model
+from ._released import check_same_model, digest_of_frozen, released_model, split_model
 from ._step import make_optimizer, make_state, state_of
 from ._text import (
     TOKENIZER_FILE,
@@ -181,7 +181,8 @@ def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel,
 
     A run over a released model takes that from the folder it was trained with, or from `model`.
 
-    **Raises:** `FileNotFoundError` if there is none; `ValueError` if it is damaged.
+    **Raises:** `FileNotFoundError` if there is none; `ValueError` if it is damaged, or the model is
+    another one than a run has trained depths over.
     """
     checkpoint = _newest(path)
     info = load_info(checkpoint)
@@ -198,6 +199,7 @@ def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel,
         like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer)
         return load_state(checkpoint, like).model, info
     trained, frozen = split_model(released_model(config, ONE_DEVICE), config)
+    check_same_model(info, digest_of_frozen(frozen), config.model)
     like = eqx.filter_eval_shape(state_of, trained, optimizer)
     return load_state(checkpoint, like).combined(frozen), info
 

@@ -78,22 +78,6 @@ def check_finite(
     return check_number(name, value, at_most=at_most)
 
 
-def check_own_texts(config: Any) -> None:
-    """**Raises:** `ValueError` if there is no model to write texts, or no texts to be written."""
-    temperature = config.self_generate_temperature
-    if config.self_generate is None and temperature != USUAL_TEMPERATURE:
-        raise ValueError(
-            f"`self_generate_temperature` is of the texts of `self_generate`; got {temperature:g} "
-            "without it. Say with --self-generate how many there are, or leave it out."
-        )
-    if config.self_generate is not None and not config.freeze_model:
-        raise ValueError(
-            "`self_generate` takes the texts of a released model that stays as it is; got "
-            f"`model={config.model}` and `freeze_model=False`. Name its folder with --model, and "
-            "add --freeze-model."
-        )
-
-
 def shorten(value: Any) -> str:
     """A value in an error message."""
     text = repr(value)

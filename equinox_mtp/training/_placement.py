@@ -72,6 +72,12 @@ class Placement:
                 f"positions later, in the order of the text; got --mesh {config.mesh}, which "
                 "reorders and splits positions. Leave `context` out of it."
             )
+        if positions > 1 and config.model is not None:
+            raise ValueError(
+                "`mesh` must not split positions over `context` with a released `model`, whose "
+                f"attention needs them in the order of the text; got --mesh {config.mesh}. Split "
+                "rows over data and fsdp."
+            )
         if positions > 1 and config.seq_len % (2 * positions):
             raise ValueError(
                 f"`seq_len` must be a multiple of twice the {positions} devices over which --mesh "

@@ -12,14 +12,21 @@ from ._checkpoint import CheckpointInfo
 from ._checkpoint_files import checkpoints
 from ._config import TrainConfig, options, without_devices
 from ._corpus import Corpus, load_corpus
+from ._hidden_states import HiddenStateLayout, check_room, hidden_state_layout
 from ._packing import PackedRows
 from ._placement import Placement
 from ._processes import all_gather, broadcast
-from ._released import check_vocabulary, model_text, released_model, split_model
+from ._released import (
+    check_vocabulary,
+    digest_of_frozen,
+    model_text,
+    released_model,
+    split_model,
+)
 from ._self_generate import check_self_generate
 from ._sources import holds_tokens
 from ._step import make_optimizer
-from ._text import read_text
+from ._text import TokenizerText, read_text
 
 RUNS = Path("runs")
 
@@ -29,7 +36,8 @@ class Run:
     """What stays the same in all steps of a run.
 
     `released` is what trains of a released model, before the first step, and `frozen` what does
-    not; `None` for a model from scratch, and for one that trains as a whole.
+    not; `None` for a model from scratch, and for one that trains as a whole. `hidden_states` are
+    those that are kept on disk; `None` for none.
     """
 
     config: TrainConfig
@@ -43,17 +51,19 @@ class Run:
     held_out_corpus: Corpus
     train_rows: PackedRows
     held_out_rows: PackedRows
+    hidden_states: HiddenStateLayout | None
     out: Path
+
+    @property
+    def hidden_states_folder(self) -> Path:
+        """Where hidden states are kept."""
+        return self.out / "hidden_states"
 
 
 def prepare(config: TrainConfig) -> Run:
     """Reads the data, and fits everything to it; nothing is compiled or written."""
     check_agreement(config)
-    text, options = None, without_devices(config)
-    if config.tokenizer is not None:
-        text = read_text(config.tokenizer, config.end_of_document)
-    elif config.model is not None and not holds_tokens(config.data):
-        text = model_text(config.model, config.end_of_document)
+    text, options = text_of(config), without_devices(config)
     if text is not None:
         # `generate` ends a text with it, too; the run keeps the tokenizer alone.
         options = dataclasses.replace(options, end_of_document=text.end_id)
@@ -78,9 +88,10 @@ def prepare(config: TrainConfig) -> Run:
         model = released_model(config, placement)
         check_vocabulary(model, corpus.vocab_size)
         released, frozen = split_model(model, config)
-    return Run(
+    digest = digest_of_frozen(frozen)
+    run = Run(
         config=config,
-        info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, options),
+        info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, options, digest),
         released=released,
         frozen=frozen,
         optimizer=make_optimizer(config),
@@ -90,8 +101,44 @@ def prepare(config: TrainConfig) -> Run:
         held_out_corpus=held_out_corpus,
         train_rows=train_rows,
         held_out_rows=PackedRows(held_out_corpus, config.seq_len),
+        hidden_states=None,
         out=config.out or new_run_folder(),
     )
+    if config.self_generate is not None:  # their rows are known once they are made
+        return run
+    return with_hidden_states(run, corpus.fingerprint)
+
+
+def text_of(config: TrainConfig) -> TokenizerText | None:
+    """The tokenizer that reads the data; `None` for bytes and for token ids."""
+    if config.tokenizer is not None:
+        return read_text(config.tokenizer, config.end_of_document)
+    if config.model is not None and not holds_tokens(config.data):
+        return model_text(config.model, config.end_of_document)
+    return None
+
+
+def with_hidden_states(run: Run, data_fingerprint: str) -> Run:
+    """The run, with a place on disk for the main model's hidden states, if they are to be kept.
+
+    `data_fingerprint` is of what its rows are made of.
+
+    **Raises:** `OSError` if there is not enough room for them.
+    """
+    if not run.config.cache_hidden_states:
+        return run
+    assert run.frozen is not None
+    assert run.info.model_digest is not None
+    layout = hidden_state_layout(
+        run.frozen.decoder,
+        model=run.info.model_digest,
+        data=data_fingerprint,
+        seed=run.config.seed,
+        num_rows=len(run.train_rows),
+        seq_len=run.config.seq_len,
+    )
+    check_room(run.hidden_states_folder, layout)
+    return dataclasses.replace(run, hidden_states=layout)
 
 
 def check_agreement(config: TrainConfig) -> None:

@@ -7,9 +7,11 @@ import jax
 
 import equinox_mtp as emtp
 from equinox_mtp import pretrained
-from equinox_mtp.distillation import freeze_model
+from equinox_mtp.distillation import freeze_model, start_from_trunk
 
+from ._checkpoint import CheckpointInfo
 from ._config import TrainConfig
+from ._model_digest import model_digest
 from ._placement import Placement
 from ._text import TOKENIZER_FILE, TokenizerText, read_text
 
@@ -17,7 +19,7 @@ from ._text import TOKENIZER_FILE, TokenizerText, read_text
 def released_model(config: TrainConfig, placement: Placement) -> emtp.MTPModel:
     """The model in `config.model`, with fresh prediction depths.
 
-    **Raises:** as `pretrained.load` does.
+    **Raises:** as `pretrained.load` and `start_from_trunk` do.
     """
     assert config.model is not None
     model, _ = pretrained.load(
@@ -29,7 +31,7 @@ def released_model(config: TrainConfig, placement: Placement) -> emtp.MTPModel:
         rules=placement.rules,
         tokenizer=False,
     )
-    return model
+    return start_from_trunk(model) if config.depths and config.initial_depths == "trunk" else model
 
 
 def split_model(
@@ -59,4 +61,22 @@ def check_vocabulary(model: emtp.MTPModel, text_vocab_size: int) -> None:
         raise ValueError(
             f"`tokenizer` must be that of the model, which has {vocab_size} token ids; got one of "
             f"{text_vocab_size}. Leave --tokenizer out to take the model's own."
+        )
+
+
+def digest_of_frozen(frozen: emtp.MTPModel | None) -> str | None:
+    """A digest of the main model that depths are trained over; `None` if all of a model trains."""
+    return None if frozen is None else model_digest(frozen.decoder)
+
+
+def check_same_model(trained_over: CheckpointInfo, digest: str | None, folder: Path | None) -> None:
+    """**Raises:** `ValueError` if depths were trained over another model than that of `folder`."""
+    was = trained_over.model_digest
+    # Earlier versions stored none.
+    if was is not None and was != digest:
+        raise ValueError(
+            f"`model` must be the one that the depths were trained over, of the digest {was:.12}, "
+            f"which was in {trained_over.config.model}; that in {folder} has the digest "
+            f"{digest or 'none':.12}. Name the folder of the former, or train depths over the "
+            "latter."
         )

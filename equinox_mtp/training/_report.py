@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "train": (("main_loss",), ("mtp_losses",)),
+    "train": ((), ("mtp_losses",)),
     "held_out": (
         ("main_loss", "tokens", "expected_accepted_length"),
         (
@@ -30,6 +30,8 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """The numbers of each kind of record, and its lists with one number for each depth."""
+_OPTIONAL = ("main_loss",)
+"""The numbers that a record may lack: a step over a frozen model has no main loss."""
 
 
 class MetricsFile:
@@ -98,6 +100,7 @@ def _parse(line: bytes, depths: int) -> Record | None:
         return None
     numbers, lists = _FIELDS.get(str(record.get("split")), (("",), ()))
     values = [record.get(name) for name in numbers]
+    values += [record[name] for name in _OPTIONAL if name in record]
     for name in lists:
         of_depths = record.get(name)
         if not isinstance(of_depths, list) or len(of_depths) != depths:
@@ -125,7 +128,9 @@ def plot_curves(metrics: MetricsFile, path: Path) -> None:
 
 
 def _column(records: list[Record], name: str) -> np.ndarray:
-    return np.array([record[name] for record in records], int if name == "step" else float)
+    """The numbers of this name; NaN, which no curve shows, where a record has none."""
+    values = [record.get(name, math.nan) for record in records]
+    return np.array(values, int if name == "step" else float)
 
 
 def _by_depth(records: list[Record], name: str) -> np.ndarray:
@@ -177,22 +182,17 @@ def summary(
 
 def train_record(step: int, metrics: StepMetrics) -> Record:
     """One line of metrics; raises `FloatingPointError` if the loss is not finite."""
-    main_loss, mtp_losses = float(metrics.main.mean), metrics.mtp.mean.tolist()
-    grad_norm = float(metrics.grad_norm)
-    if not all(math.isfinite(x) for x in (main_loss, grad_norm, *mtp_losses)):
+    main = {} if metrics.main is None else {"main_loss": float(metrics.main.mean)}
+    mtp_losses, grad_norm = metrics.mtp.mean.tolist(), float(metrics.grad_norm)
+    found = {**main, "mtp_losses": mtp_losses, "grad_norm": grad_norm}
+    if not all(math.isfinite(x) for x in (*main.values(), *mtp_losses, grad_norm)):
+        named = ", ".join(f"{name} {value}" for name, value in found.items())
         raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {step}: main loss {main_loss}, depths "
-            f"{mtp_losses}, gradient norm {grad_norm}. Checkpoints are of earlier, finite steps. "
-            "Try a lower --learning-rate or more --warmup-steps."
+            f"the loss or its gradient is not finite at step {step}: {named}. Checkpoints are of "
+            "earlier, finite steps. Try a lower --learning-rate or more --warmup-steps."
         )
-    return {
-        "split": "train",
-        "step": step,
-        "main_loss": main_loss,
-        "mtp_losses": mtp_losses,
-        "grad_norm": grad_norm,
-        "scaling_factor": float(metrics.scaling_factor),
-    }
+    scaling_factor = float(metrics.scaling_factor)
+    return {"split": "train", "step": step, **found, "scaling_factor": scaling_factor}
 
 
 def held_out_record(step: int, evaluation: Evaluation) -> Record:
@@ -240,5 +240,7 @@ def describe_corpus(corpus: Corpus, held_out: Corpus, depths: int) -> str:
 
 def describe(record: Record) -> str:
     """A few words for the progress bar."""
-    depths = ", ".join(f"{loss:.3f}" for loss in record["mtp_losses"])
-    return f"main {record['main_loss']:.3f}" + (f", depths {depths}" if depths else "")
+    parts = [f"main {record['main_loss']:.3f}"] if "main_loss" in record else []
+    if record["mtp_losses"]:
+        parts.append("depths " + ", ".join(f"{loss:.3f}" for loss in record["mtp_losses"]))
+    return ", ".join(parts)

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from tqdm.auto import tqdm
@@ -100,7 +99,7 @@ class OwnTexts:
         texts = cls(config, documents, end_ids, vocab_size, out / FOLDER)
         names = ("self_generate_temperature", "seed", "seq_len", "batch_size", "accumulate")
         origin = {
-            "model": _digest(model, config),
+            "model": str(info.model_digest)[:_DIGITS],
             "data": info.data_fingerprint[:_DIGITS],
             "documents": len(documents),
             "self_generate": config.self_generate,
@@ -276,13 +275,3 @@ def _write(path: Path, content: bytes) -> None:
             f"`self_generate`: {path} cannot be written: {error.strerror or error}. The texts "
             "before it are as they were; make room, and start again."
         ) from error
-
-
-def _digest(model: emtp.MTPModel, config: TrainConfig) -> str:
-    """Of the main model's configuration and parameters."""
-    assert config.model is not None
-    digest = hashlib.sha256((model_folder(config.model) / "config.json").read_bytes())
-    for x in jax.tree.leaves(eqx.filter(model.decoder, eqx.is_array)):
-        digest.update(f"{x.dtype}{x.shape}".encode())
-        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:_DIGITS]

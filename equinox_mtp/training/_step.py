@@ -3,18 +3,18 @@
 import functools
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, Int32, PyTree
+from jaxtyping import Array, Float, Float32, Int32, PyTree
 
 import equinox_mtp as emtp
-from equinox_mtp.distillation import draft_losses
 
 from ._config import TrainConfig
+from ._losses import depth_losses, model_losses
 from ._packing import PackedRows, Rows
 from ._placement import ONE_DEVICE, Placement
 
@@ -34,10 +34,33 @@ class TrainState(eqx.Module):
         return self.model if frozen is None else eqx.combine(self.model, frozen)
 
 
-class StepMetrics(eqx.Module):
-    """Sums and counts of one step, over all microbatches."""
+class StepInputs(NamedTuple):
+    """What a step reads, and leaves as it is.
 
-    main: emtp.TokenLoss
+    **Fields:**
+
+    - `rows`: of all microbatches, `[microbatch batch …]`.
+    - `frozen`: what does not train of a released model; `None` if all of it does.
+    - `hidden_states`: what `main_hidden_states` makes of the rows, if that is known; the step of a
+        frozen model runs the depths alone then.
+    """
+
+    rows: Rows
+    config: TrainConfig
+    optimizer: optax.GradientTransformation
+    placement: Placement
+    frozen: emtp.MTPModel | None = None
+    hidden_states: Float[Array, "microbatch batch seq embed"] | None = None
+
+
+class StepMetrics(eqx.Module):
+    """Sums and counts of one step, over all microbatches.
+
+    Over a frozen model `main` is `None`: that loss has no gradient, and would cost a pass over the
+    vocabulary. Evaluations have it.
+    """
+
+    main: emtp.TokenLoss | None
     mtp: emtp.MTPLosses
     grad_norm: Float32[Array, ""]
     scaling_factor: Float32[Array, ""]
@@ -143,49 +166,43 @@ def count_targets(batches: emtp.Batch) -> tuple[Float32[Array, ""], Float32[Arra
 
 
 @eqx.filter_jit(donate="all-except-first")
-def train_step(
-    inputs: tuple[Rows, TrainConfig, optax.GradientTransformation, Placement, emtp.MTPModel | None],
-    state: TrainState,
-) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step over rows `[microbatch batch …]`.
+def train_step(inputs: StepInputs, state: TrainState) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step.
 
     The gradient is that of the whole batch, however many microbatches it is split into: every
     microbatch's sums are divided by the counts of all.
     """
-    rows, config, optimizer, placement, frozen = inputs
-    first, then = config.mtp_scaling
-    is_first = state.step < scaling_switch_step(config)
-    scaling_factor = jnp.where(is_first, first, then).astype(jnp.float32)
-    if frozen is not None:
-        # There is no other loss to weigh against.
-        scaling_factor = jnp.ones((), jnp.float32)
+    rows, config, optimizer, placement, frozen, hidden_states = inputs
     # Which token a depth predicts follows from the text; only then may positions be reordered.
     batches = placement.reorder(jax.vmap(partial(aligned_batch, num_depths=config.depths))(rows))
     main_count, mtp_counts = count_targets(batches)
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
+    scaling_factor = scaling_factor_at(state.step, config)
     objective = partial(
-        emtp.calculate_mtp_loss, scaling_factor=scaling_factor, total_weights=mtp_counts
+        emtp.calculate_mtp_loss,
+        scaling_factor=scaling_factor,
+        depth_weights=depth_weights_at(state.step, config),
+        total_weights=mtp_counts,
     )
 
-    def loss_fn(model: emtp.MTPModel, batch: emtp.Batch, key: Array):
-        model = model if frozen is None else eqx.combine(model, frozen)
-        main, mtp_loss, mtp_losses = model_losses(model, batch, config, objective, key)
-        loss = mtp_loss if frozen is not None else mtp_loss + main.loss / jnp.maximum(main_count, 1)
-        return loss, (main, mtp_losses)
+    def loss_fn(model: emtp.MTPModel, batch: emtp.Batch, key: Array, hidden_states: Array | None):
+        if frozen is not None:
+            model = eqx.combine(model, frozen)
+            loss, mtp = depth_losses(model, batch, config, objective, key, hidden_states)
+            return loss, (None, mtp)
+        main, mtp_loss, mtp = model_losses(model, batch, config, objective, key)
+        return mtp_loss + main.loss / jnp.maximum(main_count, 1), (main, mtp)
 
-    def run_microbatch(total: PyTree[Any], inputs: tuple[emtp.Batch, Array]):
+    def run_microbatch(total: PyTree[Any], inputs: tuple[Any, ...]):
         (_, losses), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(state.model, *inputs)
-        return jax.tree.map(jnp.add, total, (losses, grads)), None
+        return jax.tree.map(jnp.add, total, grads), losses
 
     params = eqx.filter(state.model, eqx.is_inexact_array)
-    none = emtp.MTPLosses(jnp.zeros(config.depths), jnp.zeros(config.depths))
-    zeros = (
-        (emtp.TokenLoss(jnp.zeros(()), jnp.zeros(())), none),
-        jax.tree.map(jnp.zeros_like, params),
-    )
     keys = jax.random.split(step_key, config.accumulate)
-    ((main, mtp), grads), _ = jax.lax.scan(run_microbatch, zeros, (batches, keys))
+    microbatches = (batches, keys, hidden_states)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, losses = jax.lax.scan(run_microbatch, zeros, microbatches)
+    main, mtp = jax.tree.map(partial(jnp.sum, axis=0), losses)
 
     updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
     model = eqx.apply_updates(state.model, updates)
@@ -193,17 +210,21 @@ def train_step(
     return placement.constrain(TrainState(model, optimizer_state, state.step + 1)), metrics
 
 
-def model_losses(
-    model: emtp.MTPModel, batch: emtp.Batch, config: TrainConfig, objective: Any, key: Array
-) -> tuple[emtp.TokenLoss, Array, emtp.MTPLosses]:
-    """The main model's loss, what the depths minimise, and its parts."""
-    if config.objective == "cross_entropy":
-        output = model(batch, objective=objective, predictions=False, key=key, inference=False)
-        return output.main, output.mtp.loss, output.mtp.losses
-    drafts = draft_losses(
-        model, batch, divergence=config.objective, objective=objective, key=key, inference=False
-    )
-    return drafts.main, drafts.loss, drafts.losses
+def scaling_factor_at(step: Int32[Array, ""], config: TrainConfig) -> Float32[Array, ""]:
+    """The depths' λ; 1 over a frozen model, which has no other loss to weigh them against."""
+    if config.freeze_model:
+        return jnp.ones((), jnp.float32)
+    first, then = config.mtp_scaling
+    return jnp.where(step < scaling_switch_step(config), first, then).astype(jnp.float32)
+
+
+def depth_weights_at(step: Int32[Array, ""], config: TrainConfig) -> Float32[Array, "depth"]:
+    """By depth, and by the curriculum at a step, if there is one."""
+    weights = emtp.exponential_depth_weights(config.depths, config.depth_decay)
+    if config.curriculum == "none":
+        return weights
+    order: Any = config.curriculum
+    return weights * emtp.curriculum_depth_weights(config.depths, step / config.steps, order)
 
 
 @eqx.filter_jit

@@ -20,12 +20,14 @@ from ._checkpoint import (
 from ._checkpoint_files import checkpoints, last_undamaged_checkpoint
 from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig, options
+from ._hidden_states import HiddenStateCache, hidden_states_of
 from ._interrupt import Interrupted, interruptible
 from ._lock import only_run
 from ._packing import PackedRows
 from ._placement import on_no_mesh
-from ._prepare import Run, prepare
+from ._prepare import Run, prepare, with_hidden_states
 from ._processes import broadcast, is_first, print_once
+from ._released import check_same_model
 from ._report import (
     MetricsFile,
     describe,
@@ -38,6 +40,7 @@ from ._report import (
 from ._self_generate import OwnTexts, describe_texts
 from ._sources import holds_tokens
 from ._step import (
+    StepInputs,
     TrainState,
     evaluate,
     make_state,
@@ -91,7 +94,8 @@ def train(config: TrainConfig) -> Path:
         writer = stack.enter_context(
             contextlib.closing(Checkpoints(run.out / "checkpoints", last_step=first_step))
         )
-        state, step_seconds = run_steps(run, state, metrics, writer)
+        cache = open_cache(run, stack)
+        state, step_seconds = run_steps(run, state, metrics, writer, cache)
         if not metrics.of("held_out"):
             # The run had ended, and its metrics were lost.
             record_evaluation(run, state, metrics)
@@ -124,7 +128,11 @@ def with_own_texts(run: Run, state: TrainState, own_texts: OwnTexts) -> Run:
     with on_no_mesh():
         texts = own_texts.corpus(model)
     print_once(describe_texts(texts, run.train_corpus, run.config.seq_len))
-    return dataclasses.replace(run, train_rows=PackedRows(texts, run.config.seq_len))
+    run = dataclasses.replace(run, train_rows=PackedRows(texts, run.config.seq_len))
+    run = with_hidden_states(run, texts.fingerprint)
+    if run.hidden_states is not None:
+        print_once(describe_hidden_states(run))
+    return run
 
 
 def describe_start(run: Run, state: TrainState) -> str:
@@ -133,11 +141,22 @@ def describe_start(run: Run, state: TrainState) -> str:
     start = f", from step {first_step} on" if first_step else ""
     if first_step == steps:
         start = f": the run has ended, at step {first_step} of {steps}"
+    kept = "" if run.hidden_states is None else f"{describe_hidden_states(run)}\n"
     return (
         f"{describe_corpus(run.corpus, run.held_out_corpus, run.config.depths)}\n"
         f"{describe_parameters(run, state)}, "
         f"{run.config.depths} prediction depth(s)\n"
-        f"writing to {run.out}{start}"
+        f"{kept}writing to {run.out}{start}"
+    )
+
+
+def describe_hidden_states(run: Run) -> str:
+    """What is kept of them on disk."""
+    assert run.hidden_states is not None
+    epochs = run.config.steps * run.config.batch_size / run.hidden_states.num_rows
+    return (
+        f"hidden states of the main model: {run.hidden_states}, written in the first of "
+        f"{epochs:.3g} epoch(s)"
     )
 
 
@@ -156,8 +175,34 @@ def tokens_per_second(config: TrainConfig, step_seconds: list[float]) -> float |
     return config.batch_size * config.seq_len / statistics.median(step_seconds)
 
 
+def open_cache(run: Run, stack: contextlib.ExitStack) -> HiddenStateCache | None:
+    """The main model's hidden states on disk, if they are kept there."""
+    if run.hidden_states is None:
+        return None
+    cache = HiddenStateCache(run.hidden_states_folder, run.hidden_states)
+    if cache.was_of_others:
+        print_once(f"note: {run.hidden_states_folder} was of another model or rows; made anew")
+    return stack.enter_context(contextlib.closing(cache))
+
+
+def step_inputs(run: Run, step: int, cache: HiddenStateCache | None) -> StepInputs:
+    """What a step reads, of which the first has the number 1."""
+    config, frozen = run.config, run.frozen
+    indices = run.train_rows.of_step(step - 1, config.batch_size, config.seed)
+    indices = indices.reshape(config.accumulate, -1)
+    rows, hidden_states = run.placement.load(run.train_rows, indices), None
+    if cache is not None:
+        assert frozen is not None
+        hidden_states = hidden_states_of(cache, frozen.decoder, indices, rows)
+    return StepInputs(rows, config, run.optimizer, run.placement, frozen, hidden_states)
+
+
 def run_steps(
-    run: Run, state: TrainState, metrics: MetricsFile, writer: Checkpoints
+    run: Run,
+    state: TrainState,
+    metrics: MetricsFile,
+    writer: Checkpoints,
+    cache: HiddenStateCache | None,
 ) -> tuple[TrainState, list[float]]:
     """Runs the remaining steps; returns the last state and the seconds of each step.
 
@@ -168,10 +213,7 @@ def run_steps(
     with progress_bar(config.steps, first_step) as bar, interruptible() as interrupted:
         for step in range(first_step + 1, config.steps + 1):
             step_started = time.perf_counter()
-            rows = run.train_rows.of_step(step - 1, config.batch_size, config.seed)
-            batch = run.placement.load(run.train_rows, rows.reshape(config.accumulate, -1))
-            inputs = (batch, config, run.optimizer, run.placement, run.frozen)
-            state, step_metrics = train_step(inputs, state)
+            state, step_metrics = train_step(step_inputs(run, step, cache), state)
             record = train_record(step, step_metrics)
             step_seconds.append(time.perf_counter() - step_started)
             speed = tokens_per_second(config, step_seconds[-1:])
@@ -185,6 +227,8 @@ def run_steps(
             if last or stop or step % config.checkpoint_every == 0:
                 saved = dataclasses.replace(run.info, step=step)
                 writer.save(state, saved, held_out_loss=held_out_loss)
+                if cache is not None:
+                    cache.flush()
             if stop and not last:
                 writer.wait()
                 bar.close()
@@ -226,6 +270,7 @@ def start_or_resume(run: Run, like: TrainState) -> TrainState:
             f"`data` is not what the run in {run.out} was trained on: its tokens differ. Restore "
             "it, or start a new run."
         )
+    check_same_model(stored, info.model_digest, config.model)
     return load_state(checkpoint, run.placement.place(like), is_undamaged=True)
 
 

@@ -234,6 +234,22 @@ def test_bad_input(model: emtp.MTPModel, batch: emtp.Batch, getkey: Any) -> None
         draft_losses(without, batch)
 
 
+def test_known_hidden_states(model: Any, batch: emtp.Batch) -> None:
+    """The decoder does not run: its layers may be anything."""
+    on_device = jax.tree.map(jnp.asarray, batch)
+    context = {"position_ids": on_device.position_ids, "segment_ids": on_device.segment_ids}
+    hidden_states: Any = eqx.filter_jit(model.decoder)(on_device.input_ids, **context)
+    numbers, rest = eqx.partition(model.decoder.layers, eqx.is_inexact_array)
+    spoilt = eqx.combine(jax.tree.map(lambda x: x * jnp.nan, numbers), rest)
+    without = eqx.tree_at(lambda m: m.decoder.layers, model, spoilt)
+    expected = run_draft_losses(model, batch)
+    output = run_draft_losses(without, batch, hidden_states=hidden_states)
+    for x, y in zip(jax.tree.leaves(output), jax.tree.leaves(expected), strict=True):
+        assert_close(x, y)
+    with pytest.raises(ValueError, match=r"`hidden_states` must be of the rows .*\(2, 10\); got"):
+        draft_losses(model, batch, hidden_states=hidden_states[:1])
+
+
 def test_output_joins_batches(model: emtp.MTPModel, batch: emtp.Batch) -> None:
     output: DraftOutput = run_draft_losses(model, batch)
     twice = output.acceptance + output.acceptance

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, assert_equal
 
 import equinox_mtp as emtp
 from equinox_mtp.distillation import start_from_trunk
@@ -30,9 +30,9 @@ def make_model(config: emtp.MTPConfig, key: Any, **changes: Any) -> emtp.MTPMode
     return emtp.MTPModel(eqx.tree_at(lambda d: d.norm, decoder, norm), block)
 
 
-@pytest.mark.parametrize("preset", ["deepseek_v3", "fast_mtp", "maxtext"])
-def test_depth_is_the_last_layer_of_the_sum(preset: Any, getkey: Any) -> None:
-    """Its output, from the decoder's own parts."""
+@pytest.mark.parametrize("preset", ["deepseek_v3", "fast_mtp", "maxtext", "megatron"])
+def test_depths_begin_as_the_main_models_output(preset: Any, getkey: Any) -> None:
+    """The norm of half an embedding and a hidden state, in float64."""
     model = make_model(emtp.MTPConfig.preset(preset, 2), getkey())
     batch = emtp.make_batch(np.random.default_rng(0).integers(0, VOCAB, (2, 9)))
     started = start_from_trunk(model)
@@ -40,20 +40,45 @@ def test_depth_is_the_last_layer_of_the_sum(preset: Any, getkey: Any) -> None:
     assert started.decoder is decoder
     ids, positions = jnp.asarray(batch.input_ids), jnp.asarray(batch.position_ids)
     hidden = decoder(ids, position_ids=positions)
+    scale = np.asarray(decoder.norm.scale, np.float64)
 
-    def normalised(x: jax.Array) -> np.ndarray:
+    def rms(x: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
+
+    def normalised(x: Any) -> np.ndarray:
         wide = np.asarray(x, np.float64)
-        return wide / np.sqrt(np.mean(np.square(wide), axis=-1, keepdims=True) + 1e-5)
+        return wide / rms(wide)
 
     embedding = jnp.asarray(np.random.default_rng(1).standard_normal(hidden.shape), jnp.float32)
-    given = normalised(hidden) + 0.5 * normalised(embedding)
-    expected = decoder.layer(1)(jnp.asarray(given, jnp.float32), position_ids=positions)
-    for depth in (1, 2):
+    config = model.block.config
+    placements = [config.input_hidden_state, config.carried_hidden_state]
+    for depth, placement in enumerate(placements, start=1):
+        if config.repeated_layer:
+            placement = placements[0]
         layer = started.block.layer(depth)
-        raw, _ = layer(hidden, embedding, position_ids=positions)
-        assert_close(raw, expected, rtol=1e-4, atol=1e-4)
+        given = hidden if placement == "before_norm" else decoder.final_norm(hidden)
+        of_hidden = normalised(hidden)
+        if placement == "after_norm":
+            of_hidden = of_hidden * rms(scale) / rms(scale * of_hidden)
+        total = 0.5 * normalised(embedding) + of_hidden
+        raw, _ = layer(given, embedding, position_ids=positions)
+        assert_close(raw, 0.1 * total, rtol=1e-3, atol=1e-4)
         normed, _ = layer.normed_and_carried(raw, decoder.final_norm)
-        assert_close(normed, decoder.final_norm(raw))
+        assert_close(normed, scale * normalised(total), rtol=2e-3, atol=1e-3)
+
+
+def test_the_layer_is_the_last_one_without_its_outputs(getkey: Any) -> None:
+    model = make_model(emtp.MTPConfig(1), getkey())
+    decoder: Any = model.decoder
+    last, layer = decoder.layer(1), start_from_trunk(model).block.layer(1).transformer_layer
+    zero = {"attention.out_kernel", "feed_forward.down.kernel"}
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(eqx.filter(layer, eqx.is_array)),
+        jax.tree.leaves(eqx.filter(last, eqx.is_array)),
+        strict=True,
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        assert_equal(x, np.zeros_like(y) if name in zero else y)
 
 
 def test_number_of_layers_and_dtypes(getkey: Any) -> None:

@@ -1,12 +1,15 @@
 """Prediction depths that are trained over a released model."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import checkpoints as released
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, assert_equal
@@ -14,11 +17,15 @@ from helpers import assert_close, assert_equal
 import equinox_mtp as emtp
 from equinox_mtp import pretrained
 from equinox_mtp.__main__ import main
+from equinox_mtp.distillation import start_from_trunk
 from equinox_mtp.training import TrainConfig, load_model, train
+from equinox_mtp.training._checkpoint_files import checkpoints, write_digests
+from equinox_mtp.training._placement import ONE_DEVICE
 from equinox_mtp.training._prepare import prepare
-from equinox_mtp.training._step import make_model, make_optimizer
+from equinox_mtp.training._released import released_model
+from equinox_mtp.training._step import depth_weights_at, make_model, make_optimizer
 
-FOLDER = Path(__file__).parents[1] / "data" / "checkpoints" / "qwen3"
+FOLDER = released.FOLDER / "qwen3"
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +183,39 @@ def test_a_model_that_has_moved(run: Path, tmp_path: Path) -> None:
         assert_equal(x, y)
 
 
+def test_another_model_is_refused(
+    run: Path, config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, info = load_model(run)
+    assert info.model_digest is not None
+    other = released.one_bit_changed(tmp_path / "other")
+    resumed = dataclasses.replace(config, model=other, resume=True)
+    for function in (lambda: load_model(run, model=other), lambda: train(resumed)):
+        with pytest.raises(ValueError, match="`model` must be the one that the depths") as caught:
+            function()
+        said = str(caught.value)
+        assert f"which was in {FOLDER}; that in {other} has the digest " in said
+        assert info.model_digest[:12] in said
+    command = ["generate", "--model", str(other), "--heads", str(run), "--prompt", "a"]
+    assert main(command) == 1
+    assert capsys.readouterr().err.startswith("error: `model` must be the one that the depths")
+
+
+def test_checkpoints_of_earlier_versions(run: Path, tmp_path: Path) -> None:
+    """They have no digest: any model of these shapes is taken."""
+    old = shutil.copytree(run, tmp_path / "old")
+    for checkpoint in checkpoints(old / "checkpoints"):
+        path = checkpoint / "info" / "metadata"
+        info = json.loads(path.read_text())
+        assert info.pop("model_digest")
+        path.write_text(json.dumps(info))
+        write_digests(checkpoint)
+    model, info = load_model(old, model=released.one_bit_changed(tmp_path / "other"))
+    assert info.model_digest is None
+    for x, y in zip(arrays(model.block), arrays(load_model(run)[0].block), strict=True):
+        assert_equal(x, y)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -185,6 +225,8 @@ def test_a_model_that_has_moved(run: Path, tmp_path: Path) -> None:
             "`freeze_model` trains the prediction depths",
         ),
         ({"embed_size": 64}, "`embed_size` is that of the released `model`"),
+        ({"curriculum": "reverse"}, "`curriculum` 'reverse' leaves the main model to train alone"),
+        ({"initial_depths": "zeros"}, "`initial_depths` must be 'trunk' or 'random'"),
     ],
 )
 def test_bad_options(config: TrainConfig, changes: dict[str, Any], message: str) -> None:
@@ -196,7 +238,32 @@ def test_positions_must_not_be_split(config: TrainConfig, tmp_path: Path) -> Non
     split = dataclasses.replace(config, mesh="data=2,context=4", out=tmp_path / "split")
     with pytest.raises(ValueError, match="`objective` 'total_variation' compares"):
         train(split)
+    # Attention of a released model goes by the order of the row.
+    with pytest.raises(ValueError, match="`mesh` must not split positions over `context`"):
+        train(dataclasses.replace(split, objective="cross_entropy"))
     assert not (tmp_path / "split").exists()
+
+
+def test_depths_begin_as_copies_of_the_main_models_output(config: TrainConfig) -> None:
+    """But for half an embedding: at once they agree with it more often than random ones."""
+    started, random = (
+        released_model(dataclasses.replace(config, initial_depths=start), ONE_DEVICE)
+        for start in ("trunk", "random")
+    )
+    for x, y in zip(arrays(started.decoder), arrays(random.decoder), strict=True):
+        assert_equal(x, y)
+    wanted = start_from_trunk(random)
+    for x, y in zip(arrays(started.block), arrays(wanted.block), strict=True):
+        assert_equal(x, y)
+
+
+def test_depths_that_decay_and_a_curriculum(config: TrainConfig) -> None:
+    decay = dataclasses.replace(config, depth_decay=0.5)
+    weights = depth_weights_at(jnp.int32(0), decay)
+    assert_close(weights, [2 / 3, 1 / 3])
+    both = dataclasses.replace(decay, model=None, freeze_model=False, curriculum="forward", steps=9)
+    for step, wanted in ((0, [0, 0]), (4, [2 / 3, 0]), (8, [2 / 3, 1 / 3])):
+        assert_close(depth_weights_at(jnp.int32(step), both), wanted)
 
 
 def test_heads_need_a_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,13 @@ from equinox_mtp.training._lock import only_run
 from equinox_mtp.training._options import GROUPS
 from equinox_mtp.training._placement import ONE_DEVICE
 from equinox_mtp.training._report import MetricsFile, describe_corpus
-from equinox_mtp.training._step import make_optimizer, make_state, scaling_switch_step, train_step
+from equinox_mtp.training._step import (
+    StepInputs,
+    make_optimizer,
+    make_state,
+    scaling_switch_step,
+    train_step,
+)
 from equinox_mtp.training._stored_options import read_options
 
 TINY = TrainConfig(
@@ -325,8 +331,9 @@ def test_accumulation_is_exact(text: Path) -> None:
         optimizer = make_optimizer(config)
         state = make_state(config, corpus.vocab_size, optimizer)
         split = jax.tree.map(lambda x, n=accumulate: x.reshape(n, -1, x.shape[1]), batch)
-        state, _ = train_step((split, config, optimizer, ONE_DEVICE, None), state)
-        state, metrics = train_step((split, config, optimizer, ONE_DEVICE, None), state)
+        inputs = StepInputs(split, config, optimizer, ONE_DEVICE)
+        state, _ = train_step(inputs, state)
+        state, metrics = train_step(inputs, state)
         params.append((eqx.filter(state.model, eqx.is_array), metrics))
     for other in params[1:]:
         # AdamW divides small gradients by their own size: rounding shows up enlarged.

@@ -1,0 +1,71 @@
+"""What a step minimises: of a whole model, or of the depths over a frozen one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import equinox_mtp as emtp
+from equinox_mtp.distillation import draft_losses
+
+from .._decoder import split_auxiliary
+from ._config import TrainConfig
+
+
+def model_losses(
+    model: emtp.MTPModel, batch: emtp.Batch, config: TrainConfig, objective: Any, key: Array
+) -> tuple[emtp.TokenLoss, Array, emtp.MTPLosses]:
+    """The main model's loss, what the depths minimise, and its parts."""
+    if config.objective == "cross_entropy":
+        output = model(batch, objective=objective, predictions=False, key=key, inference=False)
+        return output.main, output.mtp.loss, output.mtp.losses
+    drafts = draft_losses(
+        model, batch, divergence=config.objective, objective=objective, key=key, inference=False
+    )
+    return drafts.main, drafts.loss, drafts.losses
+
+
+def depth_losses(
+    model: emtp.MTPModel,
+    batch: emtp.Batch,
+    config: TrainConfig,
+    objective: Any,
+    key: Array,
+    hidden_states: Array | None = None,
+) -> tuple[Array, emtp.MTPLosses]:
+    """What the depths minimise over a frozen main model, and its parts.
+
+    Without `hidden_states` the main model runs first; it has no dropout.
+    """
+    if hidden_states is None:
+        hidden_states = main_hidden_states(model.decoder, batch)
+    options: dict[str, Any] = {"objective": objective, "key": key, "inference": False}
+    if config.objective == "cross_entropy":
+        assert batch.targets is not None
+        mtp = model.block(
+            model.decoder,
+            hidden_states,
+            batch.targets,
+            predictions=False,
+            **_context(batch),
+            **options,
+        )
+        return mtp.loss, mtp.losses
+    drafts = draft_losses(
+        model, batch, divergence=config.objective, hidden_states=hidden_states, **options
+    )
+    return drafts.loss, drafts.losses
+
+
+def main_hidden_states(
+    decoder: emtp.AbstractDecoder, batch: emtp.Batch
+) -> Float[Array, "batch seq embed"]:
+    """What the depths read of a frozen main model."""
+    output = decoder(jnp.asarray(batch.input_ids), inference=True, **_context(batch))
+    return split_auxiliary(output)[0]
+
+
+def _context(batch: emtp.Batch) -> dict[str, Any]:
+    context = {"position_ids": batch.position_ids, "segment_ids": batch.segment_ids}
+    return jax.tree.map(jnp.asarray, context)
