@@ -1,4 +1,4 @@
-"""`python -m equinox_mtp train` and `… generate`."""
+"""`python -m equinox_mtp train`, `… generate` and `… export`."""
 
 import importlib.metadata
 import os
@@ -10,6 +10,7 @@ _USAGE = """usage: python -m equinox_mtp COMMAND [options]
 
   train      train a small language model with Multi-Token Prediction
   generate   continue a text with a trained or a released model, drafting by its prediction depths
+  export     write a trained model as a folder for transformers, vLLM or SGLang
 
 `python -m equinox_mtp COMMAND --help` lists the options, and `--version` tells the version.
 """
@@ -40,11 +41,11 @@ def _run(arguments: Sequence[str]) -> int:
             print("not installed")
         return 0
     command, *options = arguments
-    if command not in ("train", "generate"):
+    if command not in ("train", "generate", "export"):
         print(f"there is no command {command!r}\n\n{_USAGE}", file=sys.stderr)
         return 2
     try:
-        from .training import generate_command, train_command
+        from .training import export_command, generate_command, train_command
     except ModuleNotFoundError as error:
         print(
             f"error: the command `{command}` needs {error.name}. Install the extra `train`, in the "
@@ -53,7 +54,8 @@ def _run(arguments: Sequence[str]) -> int:
         )
         return 1
     try:
-        (train_command if command == "train" else generate_command)(options)
+        commands = {"train": train_command, "generate": generate_command, "export": export_command}
+        commands[command](options)
     except BrokenPipeError:
         raise
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:

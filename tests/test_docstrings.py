@@ -84,4 +84,5 @@ def test_functions_and_classes_have_an_example() -> None:
     # The commands: README's and the notebooks run them.
     commands = {"CheckpointInfo", "GenerateConfig", "Interrupted", "generate_command"}
     commands |= {"generate_text", "load_model", "train", "train_command"}
+    commands |= {"ExportConfig", "export_command", "export_run"}
     assert without == {f"equinox_mtp.training.{name}" for name in commands}

@@ -22,7 +22,8 @@ MAX_CELL_LINES = 45
 
 def test_all_notebooks_are_found() -> None:
     assert [path.stem for path in NOTEBOOKS] == [
-        *("linen_migration", "quickstart", "released_models", "sharding", "speculative_decoding")
+        *("draft_heads", "linen_migration", "quickstart", "released_models", "sharding"),
+        "speculative_decoding",
     ]
 
 

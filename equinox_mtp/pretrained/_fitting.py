@@ -44,12 +44,13 @@ def fit_depths(
             raise ValueError(
                 f"`layout` {layout!r} has `{name}={getattr(wanted, name)!r}`, and `model` was made "
                 f"with {getattr(config, name)!r}: its readers would draft otherwise. Set it in "
-                "`MTPConfig` before training."
+                "`MTPConfig` before training; the preset 'fast_mtp' has 'after_norm'."
             )
     if may_repeat and config.num_depths > 1 and not config.repeated_layer:
         raise ValueError(
             f"`layout` {layout!r} holds one layer, which is repeated; `model` has "
-            f"{config.num_depths} different ones. Train with `repeated_layer=True`."
+            f"{config.num_depths} different ones. Train with `repeated_layer=True`, as the preset "
+            "'fast_mtp' has it."
         )
     if wanted.output_norm == "own" and layers.output_norm is None:
         norm = getattr(model.decoder, "norm", None)

@@ -10,10 +10,11 @@ The examples of this package begin with these:
 """
 
 from ._checkpoint import CheckpointInfo
-from ._commands import generate_command, train_command
+from ._commands import export_command, generate_command, train_command
 from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig
 from ._corpus import Corpus, load_corpus
+from ._export import ExportConfig, export_run
 from ._generate import GenerateConfig, generate_text, load_model
 from ._interrupt import Interrupted
 from ._packing import PackedRows, Rows
@@ -25,12 +26,15 @@ __all__ = [
     "CheckpointInfo",
     "Comparison",
     "Corpus",
+    "ExportConfig",
     "GenerateConfig",
     "Interrupted",
     "PackedRows",
     "Rows",
     "TrainConfig",
     "compare",
+    "export_command",
+    "export_run",
     "generate_command",
     "generate_text",
     "held_out_prompts",

@@ -14,6 +14,7 @@ import tyro
 from ._checkpoint import info_of_run
 from ._command_line import parse_train_options
 from ._config import TrainConfig
+from ._export import ExportConfig, export_run
 from ._generate import GenerateConfig, generate_text
 from ._interrupt import Interrupted
 from ._prepare import newest_run_folder
@@ -89,6 +90,13 @@ def generate_command(options: Sequence[str]) -> None:
     generate_text(tyro.cli(GenerateConfig, prog=prog, args=options))
 
 
+def export_command(options: Sequence[str]) -> None:
+    """`python -m equinox_mtp export` with these options."""
+    _check_not_empty(options)
+    prog = "python -m equinox_mtp export"
+    export_run(tyro.cli(ExportConfig, prog=prog, args=options))
+
+
 def _check_not_empty(options: Sequence[str]) -> None:
     """An empty name of a folder would be the current one: the value of a variable that is not set.
 
@@ -97,7 +105,7 @@ def _check_not_empty(options: Sequence[str]) -> None:
     for before, option in itertools.pairwise(["", *options]):
         name, equals, value = option.partition("=")
         if not option or (name.startswith("--") and equals and not value):
-            named = name.removeprefix("--") or before.removeprefix("--")
+            named = name.removeprefix("--") or before.removeprefix("--") or "run"
             raise ValueError(f"`{named}` must not be empty. Give a value, or leave the option out.")
 
 

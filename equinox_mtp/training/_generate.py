@@ -173,7 +173,7 @@ def _draft_vocabulary(config: GenerateConfig) -> np.ndarray | None:
             "`draft_vocab` goes with depths of a run, which knows what tokens are frequent; got "
             f"the model {config.model} alone. Name the run with --heads, or leave it out."
         )
-    return draft_vocabulary(_newest(run).parent.parent, config.draft_vocab)
+    return draft_vocabulary(newest_checkpoint(run).parent.parent, config.draft_vocab)
 
 
 def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel, CheckpointInfo]:
@@ -181,10 +181,10 @@ def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel,
 
     A run over a released model takes that from the folder it was trained with, or from `model`.
 
-    **Raises:** `FileNotFoundError` if there is none; `ValueError` if it is damaged, or the model is
-    another one than a run has trained depths over.
+    **Raises:** `FileNotFoundError` if there is none, or no folder of the released model;
+    `ValueError` if it is damaged, or the model is another one than a run has trained depths over.
     """
-    checkpoint = _newest(path)
+    checkpoint = newest_checkpoint(path)
     info = load_info(checkpoint)
     config = info.config
     if model is not None:
@@ -194,6 +194,12 @@ def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel,
                 "Leave it out; in `generate` name the run with --checkpoint."
             )
         config = dataclasses.replace(config, model=model)
+    if config.model is not None and not config.model.is_dir():
+        raise FileNotFoundError(
+            f"`model`: {path} was trained over a released model, and there is no folder "
+            f"{config.model}. Say where it is: `model=`, or --model FOLDER (in `generate` with "
+            "--heads, not --checkpoint)."
+        )
     optimizer = make_optimizer(config)
     if config.model is None:
         like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer)
@@ -297,8 +303,11 @@ class _Counts:
         return f"{text}; not counting the prompt's, {described}"
 
 
-def _newest(path: Path) -> Path:
-    """The checkpoint that a path names, or the last one of the run."""
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path names, or the last one of the run.
+
+    **Raises:** `FileNotFoundError` if there is none.
+    """
     itself = [path] if path in checkpoints(path.parent) else []
     found = checkpoints(path / "checkpoints") or checkpoints(path) or itself
     if not found:
@@ -335,7 +344,7 @@ def _open(config: GenerateConfig) -> tuple[emtp.MTPModel, AbstractText, int]:
         text = TokenizerText(tokenizer, ends)
         return model, text, longest if isinstance(longest, int) else 2**31
     assert config.checkpoint is not None
-    checkpoint = _newest(config.checkpoint)
+    checkpoint = newest_checkpoint(config.checkpoint)
     tokenizer_file = checkpoint.parent.parent / TOKENIZER_FILE
     info = load_info(checkpoint)
     text, vocab_size = ByteText(), info.vocab_size
