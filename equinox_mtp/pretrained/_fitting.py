@@ -37,8 +37,9 @@ def fit_depths(
             f"`layout` {layout!r} is of prediction depths, and `model` has none. Load it with "
             "`num_depths=`, or take the layout of the folder it came from."
         )
-    # With a single depth nothing is carried on while training.
-    carries = config.num_depths > 1 and not may_repeat
+    # With a single depth nothing is carried on while training. Readers that repeat the layer of a
+    # family's own depth differ in what they carry, as in what enters it.
+    carries = config.num_depths > 1 and not (may_repeat and any_input)
     for name, matters in (("input_hidden_state", not any_input), ("carried_hidden_state", carries)):
         if matters and getattr(config, name) != getattr(wanted, name):
             raise ValueError(

@@ -1,5 +1,6 @@
 """Models written in released layouts: bit for bit, or refused."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -284,7 +285,17 @@ def test_what_a_layout_cannot_hold(tmp_path: Path) -> None:
     fresh = load("llama3", num_depths=2, key=KEY)
     refused("no place for prediction depths", tmp_path, fresh, layout="llama")
     refused("`carried_hidden_state='after_norm'`", tmp_path, fresh, layout="transformers")
-    refused("holds one layer, which is repeated", tmp_path, fresh, layout="speculators")
+    decoder: Any = fresh.decoder
+    for changes, message in (
+        ({"carried_hidden_state": "before_norm"}, "`carried_hidden_state='after_norm'`"),
+        ({"repeated_layer": False}, "holds one layer, which is repeated"),
+    ):
+        config = dataclasses.replace(MTPConfig.preset("fast_mtp", 2), **changes)
+        block = emtp.MultiTokenPredictionBlock(
+            config, lambda key: decoder.layer(0), embed_size=64, key=KEY
+        )
+        model = emtp.MTPModel(decoder, block)
+        refused(message, tmp_path, model, layout="speculators")
     paper = load("llama3", num_depths=1, preset="paper", key=KEY)
     refused("`input_hidden_state='after_norm'`", tmp_path, paper, layout="transformers")
     one = load("llama3", num_depths=1, preset="megatron", key=KEY)
