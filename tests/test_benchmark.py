@@ -258,3 +258,28 @@ def test_draft_heads(tmp_path: Path) -> None:
             assert 1 <= row[f"{kind}_length"] <= 3
     assert rows[1]["sampled"] != rows[2]["sampled"]
     assert "| jointly | cross_entropy | 4 | 0 |" in printed
+
+
+@pytest.mark.slow
+def test_released_heads(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for index in range(4):
+        (texts / f"{index}.txt").write_text("to be or not to be, " * (20 + index))
+    folder = Path(__file__).parent / "data" / "checkpoints" / "qwen3"
+    sizes = {"steps": 2, "batch-size": 2, "seq-len": 24, "held-out-rows": 2, "prompts": 1}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    options += ["--draft-vocab", "40", "--new-tokens", "6", "--objectives", "hybrid"]
+    arguments = [str(folder), "--data", str(texts), *options]
+    report, printed = report_of("released_heads.py", arguments, tmp_path)
+    (row,) = report["acceptance"]
+    assert (row["objective"], row["tokens"]) == ("hybrid", 2 * 2 * 24)
+    for kind in ("greedy", "sampled"):
+        assert len(row[kind]) == 3
+        assert 1 <= row[f"{kind}_length"] <= 4
+    drafted = [(row["draft_vocab"], row["num_drafts"]) for row in report["decoding"]]
+    vocab_size = drafted[-1][0]  # so many ids occur, if fewer than were asked for
+    assert vocab_size <= 40
+    assert drafted == [(x, k) for x in (None, vocab_size) for k in (1, 2, 3)]
+    assert all(row["same"] == 1 for row in report["decoding"])
+    assert f"| hybrid | {vocab_size} | 3 |" in printed

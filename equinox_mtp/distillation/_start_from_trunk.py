@@ -33,7 +33,9 @@ def start_from_trunk(model: MTPModel) -> MTPModel:
 
     Over the model of the default training run 27 % of the greedy drafts of such depths are
     accepted at the start, and less than 7 % of random ones'; after 50 steps on the hybrid objective
-    64.7 % and 59.9 %. After 120 steps they are equal.
+    64.7 % and 59.9 %. Over a model that is sure of its tokens they begin sure of wrong ones:
+    over SmolLM2-135M the hybrid losses were 53 nats at first and 9 after 7 steps of a rate of 2e-4,
+    and 14 and 7 with random depths and 1e-3. Measure both before you choose.
 
     >>> started = emtp.distillation.start_from_trunk(model)
     >>> kernel = started.block.layer(1).projection_layer.kernel

@@ -157,10 +157,11 @@ class TrainConfig:
         get_args(Objective),
     )
     initial_depths: str = choice(
-        "trunk",
+        "random",
         DEPTHS,
-        "How depths over a released model begin: as copies of its output, or random.",
-        ("trunk", "random"),
+        "How depths over a released model begin: random, or as copies of its output; see "
+        "distillation.start_from_trunk.",
+        ("random", "trunk"),
     )
     depth_decay: float = number(
         1.0,

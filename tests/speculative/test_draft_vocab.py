@@ -1,6 +1,7 @@
 """Drafts from a part of the vocabulary: other drafts, the same text."""
 
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -25,7 +26,7 @@ quick_generate = quick_jit(generate)
 def make_model(head: str = "matrix") -> emtp.MTPModel:
     """Two depths; the head is a matrix, or has a bias and a soft-cap."""
     config = nn.TransformerConfig(vocab_size=VOCAB, embed_size=SIZE, num_layers=1, num_heads=2)
-    decoder = build(lambda key: nn.TransformerDecoder(config, key=key), 1)
+    decoder: Any = build(lambda key: nn.TransformerDecoder(config, key=key), 1)
     block = build(
         lambda key: emtp.MultiTokenPredictionBlock(
             emtp.MTPConfig.preset("deepseek_v3", 2),
@@ -106,10 +107,10 @@ def test_drafts_are_those_of_masked_logits(head, sampler):
             return jnp.where(allowed, self.head(hidden_states), -jnp.inf)
 
     whole = DecodingModel.of(model)
-    output_head = whole.decoder.output_head()
-    masked = Masked(
-        output_head if isinstance(output_head, emtp.LinearHead) else emtp.LinearHead(output_head)
-    )
+    output_head: Any = whole.decoder.output_head()
+    if not isinstance(output_head, emtp.LinearHead):
+        output_head = emtp.LinearHead(output_head)
+    masked = Masked(output_head)
     oracle = eqx.tree_at(
         lambda x: (x.draft_vocab, x.draft_head),
         whole,
@@ -149,10 +150,12 @@ def test_sampled_tokens_have_the_models_distribution():
         key=jax.random.key(4),
     )
 
-    def next_probabilities(tokens):
+    decoder: Any = model.decoder
+
+    def next_probabilities(tokens: Array) -> np.ndarray:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden_states = model.decoder(tokens, position_ids=positions)
-        logits = model.decoder.output_head()(model.decoder.final_norm(hidden_states))
+        hidden_states = decoder(tokens, position_ids=positions)
+        logits = decoder.output_head()(decoder.final_norm(hidden_states))
         return np.asarray(jax.nn.softmax(logits[:, -1]), np.float64)
 
     first = next_probabilities(jnp.asarray(prompt))[0]
@@ -206,7 +209,8 @@ def test_a_vocabulary_that_cannot_be(draft_vocab, message):
 
 def test_a_head_without_rows():
     model = make_model("linear")
-    model = emtp.MTPModel(CallableHead(model.decoder.decoder, model.decoder.bias), model.block)
+    decoder: Any = model.decoder
+    model = emtp.MTPModel(CallableHead(decoder.decoder, decoder.bias), model.block)
     with pytest.raises(ValueError, match="`draft_vocab` needs an output head that is a matrix"):
         generate(model, PROMPTS, max_new_tokens=2, draft_vocab=[1])
 

@@ -732,9 +732,7 @@ def test_steps_reuse_the_memory_of_the_state() -> None:
         model, prompt_ids, lengths, sizes, sampler, eos_id=jnp.int32(-1), key=jax.random.key(0)
     )
     caches = jax.tree.leaves((state.main_cache, state.draft_caches))
-    request = _Request(
-        sizes, prompt_ids, lengths, sampler, eos_id=jnp.int32(-1), key=jax.random.key(0)
-    )
+    request = _Request(sizes, prompt_ids, lengths, None, sampler, jnp.int32(-1), jax.random.key(0))
     arguments = ((request, model), state)
     run_step: Any = _step
     memory = run_step.lower(*arguments).compile().compiled.memory_analysis()

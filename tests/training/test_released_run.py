@@ -226,7 +226,7 @@ def test_checkpoints_of_earlier_versions(run: Path, tmp_path: Path) -> None:
         ),
         ({"embed_size": 64}, "`embed_size` is that of the released `model`"),
         ({"curriculum": "reverse"}, "`curriculum` 'reverse' leaves the main model to train alone"),
-        ({"initial_depths": "zeros"}, "`initial_depths` must be 'trunk' or 'random'"),
+        ({"initial_depths": "zeros"}, "`initial_depths` must be 'random' or 'trunk'"),
     ],
 )
 def test_bad_options(config: TrainConfig, changes: dict[str, Any], message: str) -> None:
