@@ -146,6 +146,8 @@ def main() -> None:
 
     def measure(model: emtp.MTPModel, **known: Any) -> None:
         rows.append({**known, **acceptance(model, held_out, preset.held_out_rows)})
+        # A run that is cut off leaves what it has measured.
+        write_json(arguments.json, {"preset": arguments.preset, "rows": rows})
 
     with tempfile.TemporaryDirectory() as temporary:
         model, _ = trained(preset.model, (arguments.runs or Path(temporary)) / "default")
@@ -158,7 +160,6 @@ def main() -> None:
             done = train_depths(fresh, train_rows, objective, preset.steps, seed)
             measure(done, start=start, objective=objective, steps=preset.steps, seed=seed)
     print_table(rows)
-    write_json(arguments.json, {"preset": arguments.preset, "rows": rows})
 
 
 if __name__ == "__main__":
