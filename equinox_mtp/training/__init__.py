@@ -15,8 +15,9 @@ from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig
 from ._corpus import Corpus, load_corpus
 from ._export import ExportConfig, export_run
-from ._generate import GenerateConfig, generate_text, load_model
+from ._generate import GenerateConfig, generate_text
 from ._interrupt import Interrupted
+from ._load_model import load_model
 from ._packing import PackedRows, Rows
 from ._sources import TEXT_END
 from ._train import train

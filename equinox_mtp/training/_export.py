@@ -13,7 +13,7 @@ from equinox_mtp import pretrained
 
 from ._checkpoint import load_info
 from ._config import TrainConfig
-from ._generate import load_model, newest_checkpoint
+from ._load_model import load_model, newest_checkpoint
 from ._text import TOKENIZER_FILE, keep_tokenizer
 
 _TRANSFORMERS = "transformers 5.24 or newer: generate(use_mtp=True)"

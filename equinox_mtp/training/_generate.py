@@ -1,26 +1,21 @@
 """Text from a checkpoint, drafted by the prediction depths and verified by the model."""
 
 import dataclasses
-import os
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 
 import equinox_mtp as emtp
-from equinox_mtp.speculative import Sampler, StreamedStep, stream
+from equinox_mtp.speculative import Sampler, stream
 
 from .._checks import check_integer
-from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
-from ._compare import compare, describe_acceptance
-from ._placement import ONE_DEVICE
-from ._released import check_same_model, digest_of_frozen, released_model, split_model
-from ._step import make_optimizer, make_state, state_of
+from ._checkpoint import load_info
+from ._compare import compare
+from ._load_model import load_model, newest_checkpoint
+from ._screen import Counts, Screen, marked_text
 from ._text import (
     TOKENIZER_FILE,
     AbstractText,
@@ -30,12 +25,8 @@ from ._text import (
     read_settings,
     read_text,
 )
-from ._text_decoders import AbstractTextDecoder
 from ._token_counts import draft_vocabulary
 
-_COLORS = "\033[30;102m", "\033[0m"
-_BRACKETS = "⟦", "⟧"
-_PLAIN_BRACKETS = "[[", "]]"
 _PADDED_TO = 64
 
 
@@ -117,7 +108,7 @@ def _continue_text(
     model: emtp.MTPModel,
     longest: int,
 ) -> None:
-    screen, vocab = _Screen(sys.stdout), _draft_vocabulary(config)
+    screen, vocab = Screen(sys.stdout), _draft_vocabulary(config)
     # Padded, so that prompts of about the same length share a compiled program.
     padded = np.zeros((1, -(-len(prompt) // _PADDED_TO) * _PADDED_TO), np.int32)
     padded[0, : len(prompt)] = prompt
@@ -146,7 +137,7 @@ def _continue_text(
     screen.write(
         screen.shown(shown if isinstance(text, TokenizerText) else shown + decoder.finish())
     )
-    counts = _Counts()
+    counts = Counts()
     for part in marked_text(counts.of(steps), *screen.marks, screen.shown, decoder):
         screen.write(part)
     screen.write(f"\n\n{counts}\n")
@@ -174,148 +165,6 @@ def _draft_vocabulary(config: GenerateConfig) -> np.ndarray | None:
             f"the model {config.model} alone. Name the run with --heads, or leave it out."
         )
     return draft_vocabulary(newest_checkpoint(run).parent.parent, config.draft_vocab)
-
-
-def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel, CheckpointInfo]:
-    """The model in a checkpoint, or in a run's last one, on one device.
-
-    A run over a released model takes that from the folder it was trained with, or from `model`.
-
-    **Raises:** `FileNotFoundError` if there is none, or no folder of the released model;
-    `ValueError` if it is damaged, or the model is another one than a run has trained depths over.
-    """
-    checkpoint = newest_checkpoint(path)
-    info = load_info(checkpoint)
-    config = info.config
-    if model is not None:
-        if config.model is None:
-            raise ValueError(
-                f"`model`: {path} was not trained over a released model, but is one of its own. "
-                "Leave it out; in `generate` name the run with --checkpoint."
-            )
-        config = dataclasses.replace(config, model=model)
-    if config.model is not None and not config.model.is_dir():
-        raise FileNotFoundError(
-            f"`model`: {path} was trained over a released model, and there is no folder "
-            f"{config.model}. Say where it is: `model=`, or --model FOLDER (in `generate` with "
-            "--heads, not --checkpoint)."
-        )
-    optimizer = make_optimizer(config)
-    if config.model is None:
-        like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer)
-        return load_state(checkpoint, like).model, info
-    trained, frozen = split_model(released_model(config, ONE_DEVICE), config)
-    check_same_model(info, digest_of_frozen(frozen), config.model)
-    like = eqx.filter_eval_shape(state_of, trained, optimizer)
-    return load_state(checkpoint, like).combined(frozen), info
-
-
-def marked_text(
-    steps: Iterable[StreamedStep],
-    begin: str,
-    end: str,
-    shown: Callable[[str], str] = str,
-    decoder: AbstractTextDecoder | None = None,
-) -> Iterator[str]:
-    """The text of a single row, step by step, with marks around accepted drafts.
-
-    A character that is cut at the end is U+FFFD. `shown` is applied to the text, not to the marks.
-    """
-    decoder = ByteText().decoder() if decoder is None else decoder
-    for new_ids, num_new, num_accepted in steps:
-        ids = new_ids[0, : num_new[0]].tolist()
-        drafted = shown(decoder.feed(ids[: num_accepted[0]]))
-        rest = shown(decoder.feed(ids[num_accepted[0] :]))
-        yield (f"{begin}{drafted}{end}" if drafted else "") + rest
-    cut = decoder.finish()
-    if cut:
-        yield shown(cut)
-
-
-class _Screen:
-    """An output stream to which any text can be written safely."""
-
-    def __init__(self, out: Any) -> None:
-        self.out = out
-        self.is_terminal = out.isatty()
-        self.encoding = getattr(out, "encoding", None) or "utf8"
-
-    @property
-    def marks(self) -> tuple[str, str]:
-        """What begins and ends an accepted draft."""
-        if self.is_terminal and "NO_COLOR" not in os.environ:
-            return _COLORS
-        can_show = self._encodable("".join(_BRACKETS)) == "".join(_BRACKETS)
-        return _BRACKETS if can_show else _PLAIN_BRACKETS
-
-    def shown(self, text: str) -> str:
-        """Text of a prompt or a model, with the terminal's control characters escaped."""
-        if self.is_terminal:
-            text = "".join(_escaped(c) if _is_control(c) else c for c in text)
-        return self._encodable(text)
-
-    def write(self, text: str) -> None:
-        """Writes it at once."""
-        self.out.write(text)
-        self.out.flush()
-
-    def _encodable(self, text: str) -> str:
-        return text.encode(self.encoding, "backslashreplace").decode(self.encoding)
-
-
-_TURNS = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
-
-
-def _is_control(character: str) -> bool:
-    # Those that turn the direction of writing can make a text look like another.
-    turns = unicodedata.bidirectional(character) in _TURNS
-    return (unicodedata.category(character) == "Cc" and character not in "\n\t") or turns
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-
-
-class _Counts:
-    """Counts the steps of a single row that pass through."""
-
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self.num_drafts = 0
-        self.accepted: list[int] = []
-
-    def of(self, steps: Iterable[StreamedStep]) -> Iterator[StreamedStep]:
-        for index, step in enumerate(steps):
-            self.num_tokens += int(step.num_new[0])
-            self.num_drafts = step.new_ids.shape[1] - 1
-            if index:  # the first token is of the prompt's pass
-                self.accepted.append(int(step.num_accepted[0]))
-            yield step
-
-    def __str__(self) -> str:
-        num_steps = len(self.accepted)
-        text = f"{self.num_tokens} tokens in {1 + num_steps} forward passes"
-        if not num_steps:
-            return text
-        rates = [sum(n > k for n in self.accepted) / num_steps for k in range(self.num_drafts)]
-        described = describe_acceptance((self.num_tokens - 1) / num_steps, rates)
-        return f"{text}; not counting the prompt's, {described}"
-
-
-def newest_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path names, or the last one of the run.
-
-    **Raises:** `FileNotFoundError` if there is none.
-    """
-    itself = [path] if path in checkpoints(path.parent) else []
-    found = checkpoints(path / "checkpoints") or checkpoints(path) or itself
-    if not found:
-        raise FileNotFoundError(
-            f"`checkpoint`: there is none in {path}. Give the folder of a run of `train`, such as "
-            "runs/0001, or of one of its checkpoints."
-        )
-    return found[-1]
 
 
 def _open_model(folder: Path, heads: Path | None) -> tuple[emtp.MTPModel, Any]:

@@ -26,7 +26,7 @@ from equinox_mtp.training import (
 )
 from equinox_mtp.training._checkpoint import load_info, save_checkpoint
 from equinox_mtp.training._checkpoint_files import last_checkpoint
-from equinox_mtp.training._generate import _Counts, marked_text
+from equinox_mtp.training._screen import Counts, marked_text
 
 PROMPT = "def f(x):\n"
 NEW = 12
@@ -256,7 +256,7 @@ def test_too_little_memory_is_one_line(
 
 def test_counts_of_the_command_are_of_what_was_committed() -> None:
     """Five drafts, of which the third is the last token of the row."""
-    counts = _Counts()
+    counts = Counts()
     ids = np.asarray([[7, 7, TEXT_END, 7, 7, 7]])
     steps = [
         StreamedStep(ids, np.asarray([1]), np.asarray([0])),
@@ -267,7 +267,7 @@ def test_counts_of_the_command_are_of_what_was_committed() -> None:
         "4 tokens in 2 forward passes; not counting the prompt's, 3.00 tokens per forward pass; "
         "accepted: first draft 100%, first 2 100%, first 3 100%, first 4 0%, first 5 0%"
     )
-    alone = _Counts()
+    alone = Counts()
     assert list(alone.of(steps[:1])) == steps[:1]
     assert str(alone) == "1 tokens in 1 forward passes"
 
