@@ -66,10 +66,14 @@ def start_from_trunk(model: MTPModel) -> MTPModel:
         )
     config = model.block.config
     count = 1 if config.repeated_layer else config.num_depths
-    placements = [config.input_hidden_state, *[config.carried_hidden_state] * (count - 1)]
     depths = [
-        _started(model.block.layer(depth), decoder, _without_output(last), placement)
-        for depth, placement in enumerate(placements, start=1)
+        _started(
+            model.block.layer(depth),
+            decoder,
+            _without_output(last),
+            config.input_hidden_state if depth == 1 else config.carried_hidden_state,
+        )
+        for depth in range(1, count + 1)
     ]
     return MTPModel(decoder, MultiTokenPredictionBlock.from_layers(config, depths))
 
@@ -113,12 +117,13 @@ def _parts(layer: MultiTokenPredictionLayer) -> list[Any]:
     return parts if layer.output_norm is None else [*parts, layer.output_norm.scale]
 
 
-def _without_output(layer: TransformerDecoderLayer) -> TransformerDecoderLayer:
+def _without_output(layer: Any) -> TransformerDecoderLayer:
     """The layer, as one that passes on what it is given.
 
     **Raises:** `ValueError` if its parts are of another kind.
     """
-    kinds = [type(layer.attention).__name__, type(layer.feed_forward).__name__]
+    parts = [getattr(layer, name, None) for name in ("attention", "feed_forward")]
+    kinds = [type(part).__name__ for part in parts]
     if kinds != [GroupedQueryAttention.__name__, SwiGLU.__name__]:
         raise ValueError(
             "`model` must have layers of `GroupedQueryAttention` and `SwiGLU`; got "

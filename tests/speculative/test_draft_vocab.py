@@ -56,7 +56,7 @@ class BiasedDecoder(emtp.AbstractCachedDecoder):
     def final_norm(self, hidden_states):
         return self.decoder.final_norm(hidden_states)
 
-    def output_head(self):
+    def output_head(self) -> Any:
         return emtp.LinearHead(self.decoder.output_head(), self.bias, soft_cap=2.0)
 
     def init_cache(self, batch_size, max_length):
@@ -69,7 +69,7 @@ class BiasedDecoder(emtp.AbstractCachedDecoder):
 class CallableHead(BiasedDecoder):
     """A decoder whose head is any function."""
 
-    def output_head(self):
+    def output_head(self) -> Any:
         return lambda hidden_states: hidden_states @ self.decoder.output_head().T
 
 
