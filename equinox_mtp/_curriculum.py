@@ -16,7 +16,7 @@ Curriculum: TypeAlias = Literal["forward", "reverse"]
 def curriculum_depth_weights(
     num_depths: int, progress: Scalar, order: Curriculum = "forward"
 ) -> Float32[Array, "depth"]:
-    """Depth weights of a curriculum (arXiv 2505.22757, §3): training is cut into D + 1 equal parts.
+    """Depth weights of a curriculum (arXiv 2505.22757): training is cut into D + 1 equal parts.
 
     - `"forward"`: the main model trains alone in the first part, and each part after it adds a
       depth, so that small models learn to predict one token before they predict several;

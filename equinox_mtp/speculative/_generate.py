@@ -74,7 +74,7 @@ def generate(
     - `draft_vocab`: the token ids that may be drafted, such as the frequent ones of the text
         (`frequent_ids`); `None` for all. A draft then reads these rows of the output head alone,
         and costs less; other tokens are never drafted, so fewer drafts are accepted (arXiv
-        2502.14856; 2509.18362, §3.4). For a head that is a matrix or a `LinearHead`.
+        2502.14856; 2509.18362). For a head that is a matrix or a `LinearHead`.
     - `sampler`: greedy, or `Sampler(temperature, top_k, top_p)`; for drafts and model alike.
     - `eos_id`: ends a row; it is the row's last token then. Of several, as `[2, 7]` or an array of
         them, the first that comes does.

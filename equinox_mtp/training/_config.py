@@ -12,7 +12,7 @@ from equinox_mtp import MTPConfig, Preset
 from equinox_mtp.distillation import DraftDivergence
 from equinox_mtp.nn import TransformerConfig
 
-from ._config_checks import check_agreement, check_paths, checked_scaling
+from ._config_checks import check_options, check_paths, checked_scaling
 from ._options import (
     DATA,
     DEPTHS,
@@ -166,7 +166,7 @@ class TrainConfig:
     depth_decay: float = number(
         1.0,
         DEPTHS,
-        "Depth k has the weight depth-decay^(k-1) in the loss; FastMTP takes 0.6.",
+        "Depth k has the weight depth-decay^(k-1) in the loss, as in FastMTP.",
     )
     curriculum: str = choice(
         "none",
@@ -299,7 +299,7 @@ class TrainConfig:
             object.__setattr__(self, name, known.check(name, getattr(self, name), _DEFAULTS[name]))
         object.__setattr__(self, "mtp_scaling", checked_scaling(self.mtp_scaling))
         check_paths(self.data, out=self.out, tokenizer=self.tokenizer, model=self.model)
-        check_agreement(self, {name: _DEFAULTS[name] for name in _SIZES})
+        check_options(self, {name: _DEFAULTS[name] for name in _SIZES})
 
     def transformer(self, vocab_size: int) -> TransformerConfig:
         """The main model's configuration."""

@@ -7,7 +7,7 @@ from typing import Any
 from ._options import USUAL_TEMPERATURE, check_finite, shorten
 
 
-def check_agreement(config: Any, sizes: Mapping[str, Any]) -> None:
+def check_options(config: Any, sizes: Mapping[str, Any]) -> None:
     """**Raises:** `ValueError` for options that do not go together.
 
     `sizes` are the defaults of those that a released model decides.
@@ -66,6 +66,12 @@ def _check_depths(config: Any) -> None:
         raise ValueError(
             f"`seq_len` must be more than `depths`, or the last depth has nothing to predict; "
             f"got {config.seq_len} and {config.depths}. Take longer rows, or fewer depths."
+        )
+    if config.initial_depths == "trunk" and (config.model is None or config.depths == 0):
+        raise ValueError(
+            "`initial_depths` 'trunk' is of prediction depths over a released model; got "
+            f"`model={config.model}` and `depths={config.depths}`. Name its folder with --model, "
+            "or leave it out."
         )
     if config.curriculum != "none" and config.freeze_model:
         raise ValueError(

@@ -31,7 +31,7 @@ def released_model(config: TrainConfig, placement: Placement) -> emtp.MTPModel:
         rules=placement.rules,
         tokenizer=False,
     )
-    return start_from_trunk(model) if config.depths and config.initial_depths == "trunk" else model
+    return start_from_trunk(model) if config.initial_depths == "trunk" else model
 
 
 def split_model(

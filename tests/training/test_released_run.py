@@ -226,6 +226,10 @@ def test_checkpoints_of_earlier_versions(run: Path, tmp_path: Path) -> None:
         ),
         ({"embed_size": 64}, "`embed_size` is that of the released `model`"),
         ({"curriculum": "reverse"}, "`curriculum` 'reverse' leaves the main model to train alone"),
+        (
+            {"initial_depths": "trunk", "model": None, "freeze_model": False},
+            "`initial_depths` 'trunk' is of prediction depths over a released model",
+        ),
         ({"initial_depths": "zeros"}, "`initial_depths` must be 'random' or 'trunk'"),
     ],
 )
