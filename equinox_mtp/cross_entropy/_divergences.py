@@ -1,9 +1,11 @@
 """Divergences between a teacher's and a student's distribution over the vocabulary.
 
 Each is a plain function of log-probabilities, of a tile of tokens and all ids that one device
-holds; `total` sums over the ids, on all devices.
+holds; `total` sums over the ids, on all devices. `unknown` is the teacher's probability of ids that
+the student does not know, which are not among them.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, TypeAlias
@@ -23,8 +25,10 @@ Divergence: TypeAlias = Literal[
 ]
 
 Total: TypeAlias = Callable[[Float[Array, "*tokens vocab"]], Float[Array, "*tokens"]]
+Unknown: TypeAlias = Float[Array, "*tokens"] | float
 Function: TypeAlias = Callable[
-    [Float[Array, "*tokens vocab"], Float[Array, "*tokens vocab"], Total], Float[Array, "*tokens"]
+    [Float[Array, "*tokens vocab"], Float[Array, "*tokens vocab"], Total, Unknown],
+    Float[Array, "*tokens"],
 ]
 
 _HYBRID_DECAY = 3.0
@@ -35,38 +39,53 @@ def acceptance(log_p: Array, log_q: Array, total: Total) -> Float[Array, "*token
     return total(jnp.minimum(jnp.exp(log_p), jnp.exp(log_q)))
 
 
-def forward_kl(log_p: Array, log_q: Array, total: Total) -> Float[Array, "*tokens"]:
-    """Σ_v p · log(p / q)."""
+def forward_kl(
+    log_p: Array, log_q: Array, total: Total, unknown: Unknown
+) -> Float[Array, "*tokens"]:
+    """Σ_v p · log(p / q), over the ids that the student knows."""
+    del unknown
     return total(_times_log_ratio(log_p, log_q))
 
 
-def reverse_kl(log_p: Array, log_q: Array, total: Total) -> Float[Array, "*tokens"]:
+def reverse_kl(
+    log_p: Array, log_q: Array, total: Total, unknown: Unknown
+) -> Float[Array, "*tokens"]:
     """Σ_v q · log(q / p)."""
+    del unknown
     return total(_times_log_ratio(log_q, log_p))
 
 
-def jensen_shannon(log_p: Array, log_q: Array, total: Total) -> Float[Array, "*tokens"]:
+def jensen_shannon(
+    log_p: Array, log_q: Array, total: Total, unknown: Unknown
+) -> Float[Array, "*tokens"]:
     """½ KL(p ‖ m) + ½ KL(q ‖ m), with m = (p + q) / 2."""
     m = 0.5 * (jnp.exp(log_p) + jnp.exp(log_q))
     log_m = jnp.log(jnp.maximum(m, jnp.finfo(m.dtype).tiny))
-    return 0.5 * total(_times_log_ratio(log_p, log_m) + _times_log_ratio(log_q, log_m))
+    known = 0.5 * total(_times_log_ratio(log_p, log_m) + _times_log_ratio(log_q, log_m))
+    return known + 0.5 * math.log(2) * unknown
 
 
-def total_variation(log_p: Array, log_q: Array, total: Total) -> Float[Array, "*tokens"]:
+def total_variation(
+    log_p: Array, log_q: Array, total: Total, unknown: Unknown
+) -> Float[Array, "*tokens"]:
     """½ Σ_v |p - q|, which is 1 - α."""
-    return 0.5 * total(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)))
+    return 0.5 * (total(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))) + unknown)
 
 
-def negative_log_acceptance(log_p: Array, log_q: Array, total: Total) -> Float[Array, "*tokens"]:
+def negative_log_acceptance(
+    log_p: Array, log_q: Array, total: Total, unknown: Unknown
+) -> Float[Array, "*tokens"]:
     """-log α."""
+    del unknown
     accepted = acceptance(log_p, log_q, total)
     return -jnp.log(jnp.maximum(accepted, jnp.finfo(accepted.dtype).tiny))
 
 
-def hybrid(log_p: Array, log_q: Array, total: Total) -> Float[Array, "*tokens"]:
+def hybrid(log_p: Array, log_q: Array, total: Total, unknown: Unknown) -> Float[Array, "*tokens"]:
     """λ · KL(p ‖ q) + (1 - λ) · TV, with λ = exp(-3 α), which has no gradient."""
     weight = jnp.exp(-_HYBRID_DECAY * lax.stop_gradient(acceptance(log_p, log_q, total)))
-    divergence, variation = forward_kl(log_p, log_q, total), total_variation(log_p, log_q, total)
+    divergence = forward_kl(log_p, log_q, total, unknown)
+    variation = total_variation(log_p, log_q, total, unknown)
     return weight * divergence + (1 - weight) * variation
 
 

@@ -9,11 +9,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from .._checks import check_number
+from .._checks import check_ids, check_number
 from .._platform import accumulation_dtype
-from .._types import OutputHead, Scalar, checked, on_host
+from .._types import HostOrDeviceArray, OutputHead, Scalar, checked, on_host
 from ..sharding import with_auto_axes
 from ._divergences import Divergence
 from ._linear_head import LinearHead, as_linear_head
@@ -47,6 +47,7 @@ def linear_divergence(
     *,
     divergence: Divergence = "forward_kl",
     teacher_head: Float[Array, "vocab teacher_embed"] | Callable[[Array], Array] | None = None,
+    draft_vocab: Integer[HostOrDeviceArray, "draft_vocab"] | None = None,
     temperature: Scalar = 1.0,
     weights: Float[Array, "*batch"]
     | Bool[Array, "*batch"]
@@ -92,6 +93,9 @@ def linear_divergence(
         seq embed]`; the teacher's logits are then computed once.
     - `head`: the student's: a matrix `[vocab embed]` or a `LinearHead`.
     - `teacher_head`: the same as `head` if `None`. It must have as many ids.
+    - `draft_vocab`: the ids that the student drafts from, in ascending order; `None` for all. Its
+        logits are of these alone, so that q is 0 elsewhere, and its products take less time.
+        `"forward_kl"`, which is infinite then, and that of `"hybrid"`, are sums over these ids.
     - `temperature`: positive; of both. May be traced.
     - `weights`: what the divergences will be multiplied by, up to a common factor; a mask for
         instance. For speed alone, and only if the head has a gradient: it then comes with the
@@ -100,16 +104,26 @@ def linear_divergence(
     **Returns:** `LinearDivergence`, in float32, or float64 for hidden states of float64.
 
     **Raises:** `ValueError` for a temperature that is not positive, a head
-    that is another callable, or heads or hidden states that do not fit each other.
+    that is another callable, heads or hidden states that do not fit each other, or a `draft_vocab`
+    over a vocabulary that is split over devices, or with ids outside of it.
     """
     _check_temperature(temperature)
     student = _linear(head, "head")
     teacher = student if teacher_head is None else _linear(teacher_head, "teacher_head")
     _check_shapes(hidden_states, teacher_hidden_states, student, teacher)
+    ids = None
+    if draft_vocab is not None:
+        ids = _checked_draft_vocab(draft_vocab, student)
+        student = student.rows(ids)
     shares_teacher = hidden_states.ndim == teacher_hidden_states.ndim + 1
 
     def compute(
-        head: LinearHead, hidden: Array, teacher: LinearHead, teacher_hidden: Array, weights: Any
+        head: LinearHead,
+        hidden: Array,
+        teacher: LinearHead,
+        teacher_hidden: Array,
+        weights: Any,
+        ids: Any,
     ) -> Any:
         hidden = _as_batch_seq_depth(hidden, 1, shares_teacher)
         dtype = accumulation_dtype(hidden)
@@ -123,6 +137,7 @@ def linear_divergence(
             _as_batch_seq(teacher_hidden, 1),
             jnp.asarray(temperature, dtype),
             weights,
+            ids,
         )
         return tuple(_from_batch_seq_depth(x, hidden_states.shape[:-1]) for x in out)
 
@@ -131,7 +146,7 @@ def linear_divergence(
     teacher, teacher_hidden_states = jax.lax.stop_gradient((teacher, teacher_hidden_states))
     weights = jax.lax.stop_gradient(weights)
     return LinearDivergence(
-        *compute(student, hidden_states, teacher, teacher_hidden_states, weights)
+        *compute(student, hidden_states, teacher, teacher_hidden_states, weights, ids)
     )
 
 
@@ -152,7 +167,10 @@ def _linear(head: OutputHead, name: str) -> LinearHead:
 
 
 def _check_shapes(
-    hidden: Array, teacher_hidden: Array, head: LinearHead, other: LinearHead
+    hidden: Array,
+    teacher_hidden: Array,
+    head: LinearHead,
+    other: LinearHead,
 ) -> None:
     if teacher_hidden.shape[:-1] not in (hidden.shape[:-1], hidden.shape[1:-1]):
         raise ValueError(
@@ -173,6 +191,15 @@ def _check_shapes(
                 f"`{name}` must have the {owner.weight.shape[1]} features of its head; got "
                 f"{hidden_states.shape[-1]}."
             )
+
+
+def _checked_draft_vocab(draft_vocab: Any, head: LinearHead) -> Int32[Array, "draft_vocab"]:
+    if head.vocab_axes:
+        raise ValueError(
+            "`draft_vocab` is for a vocabulary that is whole on each device; got one that is split "
+            f"over the mesh axes {head.vocab_axes}. Leave it out, or give the rule `vocab` no axis."
+        )
+    return jnp.asarray(check_ids("draft_vocab", draft_vocab, head.weight.shape[0]), jnp.int32)
 
 
 def _as_batch_seq(x: Array, features: int) -> Array:

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from .._checks import check_integer, check_number
 from .._platform import accumulation_dtype
@@ -88,6 +88,16 @@ class LinearHead(eqx.Module):
     def __call__(self, hidden_states: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """The logits of all token ids, accumulated in float32 (float64 for float64)."""
         return self.logits(hidden_states)
+
+    @checked
+    def rows(self, ids: Integer[Array, "ids"]) -> "LinearHead":
+        """The head of some token ids alone, such as those that may be drafted.
+
+        >>> head = emtp.LinearHead(jnp.eye(3)).rows(jnp.asarray([0, 2]))
+        >>> head(jnp.asarray([1.0, 2.0, 3.0])).tolist()
+        [1.0, 3.0]
+        """
+        return self.with_arrays(self.weight[ids], None if self.bias is None else self.bias[ids])
 
     @property
     def defers_gradients(self) -> bool:

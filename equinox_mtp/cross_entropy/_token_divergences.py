@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from .._platform import accumulation_dtype
 from ._divergences import FUNCTIONS, acceptance, log_softmax, total_over
@@ -48,6 +48,7 @@ class _Arguments(NamedTuple):
     teacher_hidden_states: Float[Array, "batch seq embed"]
     temperature: Float[Array, ""]
     weights: Float[Array, "batch seq depth"] | None
+    draft_vocab: Int32[Array, "draft_vocab"] | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -110,7 +111,7 @@ def _visit_tiles(
 ) -> tuple[TokenDivergences, Array | None, Any]:
     """All divergences and, if asked for, the gradients of hidden states and of the head."""
     head_axes = head_words(given.head)
-    words = (head_axes, HIDDEN, head_words(given.teacher_head), TEACHER, "", TOKENS)
+    words = (head_axes, HIDDEN, head_words(given.teacher_head), TEACHER, "", TOKENS, "draft_vocab")
     local = partial(_local_tiles, divergence, hidden=hidden, head=head)
     if not head:
         given = given._replace(weights=None)
@@ -130,12 +131,16 @@ def _local_tiles(
         teacher_hidden, *of_student = tile
         temperature = given.temperature.astype(dtype)
         log_p = log_softmax(given.teacher_head.logits(teacher_hidden) / temperature, axes)
+        unknown: Any = 0.0
+        if given.draft_vocab is not None:
+            log_p = log_p[..., given.draft_vocab]
+            unknown = jnp.maximum(1 - total_over(axes)(jnp.exp(log_p)), 0)
 
         def visit_depth(gradient: Any, of_depth: Any) -> tuple[Any, Any]:
             hidden_states, weights = of_depth
             logits = given.head.logits(hidden_states)
             outputs, cotangent = _evaluate(
-                divergence, log_p, logits, temperature, axes, differentiate=hidden or head
+                divergence, log_p, unknown, logits, temperature, axes, differentiate=hidden or head
             )
             if cotangent is None:
                 return gradient, (outputs, None)
@@ -168,6 +173,7 @@ def _local_tiles(
 def _evaluate(
     divergence: str,
     log_p: Array,
+    unknown: Any,
     logits: Array,
     temperature: Array,
     axes: tuple[str, ...],
@@ -179,7 +185,7 @@ def _evaluate(
 
     def of_logits(logits: Array) -> tuple[Array, Array]:
         log_q = log_softmax(logits / temperature, axes)
-        value = FUNCTIONS[divergence](log_p, log_q, total)
+        value = FUNCTIONS[divergence](log_p, log_q, total, unknown)
         return value, lax.stop_gradient(acceptance(log_p, log_q, total))
 
     if not differentiate:

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from .._alignment import MTPTargets
 from .._batch import Batch
@@ -15,7 +15,7 @@ from .._expected_acceptance import ExpectedAcceptance, calculate_expected_accept
 from .._losses import MTPLosses, Objective, TokenLoss, calculate_mtp_loss, loss_weights
 from .._model import MTPModel, checked_batch, main_loss
 from .._shift import roll_and_mask
-from .._types import Scalar, checked
+from .._types import HostOrDeviceArray, Scalar, checked
 from ..cross_entropy import Divergence, LinearDivergence, linear_divergence
 
 DraftDivergence: TypeAlias = Literal[Divergence, "expected_accepted_length"]
@@ -54,6 +54,7 @@ def draft_losses(
     batch: Batch,
     *,
     divergence: DraftDivergence = "total_variation",
+    draft_vocab: Integer[HostOrDeviceArray, "draft_vocab"] | None = None,
     temperature: Scalar = 1.0,
     objective: Objective = calculate_mtp_loss,
     chain_mask: bool = False,
@@ -86,6 +87,8 @@ def draft_losses(
     - `model`: a decoder, and the depths over it. Its head is a matrix or a `LinearHead`.
     - `batch`: of `make_batch`, with positions in the order of the text.
     - `divergence`: the kind.
+    - `draft_vocab`: the token ids that will be drafted, as for `speculative.generate`; `None` for
+        all. See `linear_divergence`.
     - `temperature`: of both distributions; positive. May be traced.
     - `objective`: the reduction of the depths' losses to `loss`, as in `MTPModel`;
         `partial(calculate_mtp_loss, scaling_factor=1.0)` for the depths alone.
@@ -122,6 +125,7 @@ def draft_losses(
         targets,
         block.head_decoder(decoder).output_head(),
         divergence="total_variation" if is_joint else divergence,
+        draft_vocab=draft_vocab,
         temperature=temperature,
         depth_weights=None if is_joint else loss_weights(objective, counts),
     )
@@ -154,6 +158,7 @@ def _token_divergences(
     head: Any,
     *,
     divergence: Divergence,
+    draft_vocab: Any,
     temperature: Scalar,
     depth_weights: Array | None,
 ) -> LinearDivergence:
@@ -172,6 +177,7 @@ def _token_divergences(
         jnp.where(is_scored, teacher_hidden_states, 0),
         head,
         divergence=divergence,
+        draft_vocab=draft_vocab,
         temperature=temperature,
         weights=weights,
     )

@@ -69,7 +69,7 @@ class DecodingModel(eqx.Module):
         dtype = eqx.filter_eval_shape(decoder.embed, one_id, one_id).dtype
         layers = (block.layer(depth).for_decoding(dtype) for depth in range(1, num_layers + 1))
         decoder = decoder.for_decoding()
-        head = None if draft_vocab is None else _rows_of_head(decoder.output_head(), draft_vocab)
+        head = None if draft_vocab is None else _linear(decoder.output_head()).rows(draft_vocab)
         return cls(decoder, tuple(layers), draft_vocab, head, block.config)
 
     def layer(self, depth: int) -> MultiTokenPredictionLayer:
@@ -110,12 +110,7 @@ class DecodingModel(eqx.Module):
         return ids, nothing.at[:, self.draft_vocab].set(probabilities)
 
 
-def _rows_of_head(head: Any, ids: Int32[Array, "ids"]) -> LinearHead:
-    """The output head of some token ids.
-
-    **Raises:** `ValueError` for a head that is neither a matrix nor a `LinearHead`.
-    """
+def _linear(head: Any) -> LinearHead:
+    """**Raises:** `ValueError` for a head that is neither a matrix nor a `LinearHead`."""
     check_rows(head)
-    head = head if isinstance(head, LinearHead) else LinearHead(head)
-    bias = None if head.bias is None else head.bias[ids]
-    return LinearHead(head.weight[ids], bias, soft_cap=head.soft_cap)
+    return head if isinstance(head, LinearHead) else LinearHead(head)

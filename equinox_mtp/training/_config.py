@@ -156,11 +156,18 @@ class TrainConfig:
         "model; see distillation.draft_losses.",
         get_args(Objective),
     )
+    draft_vocab: int | None = integer(
+        None,
+        DEPTHS,
+        "Train the depths to draft from this many ids alone, those most frequent in the data: "
+        "steps take less time. generate drafts from the same ones.",
+        at_least=1,
+    )
     initial_depths: str = choice(
         "random",
         DEPTHS,
-        "How depths over a released model begin: random, or as copies of its output; see "
-        "distillation.start_from_trunk.",
+        "How depths over a released model begin: random, or fitted to it by least squares; see "
+        "distillation.start_from_trunk. Take a smaller learning rate then, such as 1e-4.",
         ("random", "trunk"),
     )
     depth_decay: float = number(

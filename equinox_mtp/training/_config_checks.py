@@ -62,6 +62,11 @@ def _check_depths(config: Any) -> None:
             f"`objective` {config.objective!r} is of the prediction depths; got `depths=0`. Ask "
             "for one or more."
         )
+    if config.draft_vocab is not None and config.objective == "cross_entropy":
+        raise ValueError(
+            "`draft_vocab` is of an objective on drafts; got `objective` 'cross_entropy', which is "
+            "of all ids. Take 'hybrid', for instance, or leave it out."
+        )
     if config.seq_len <= config.depths:
         raise ValueError(
             f"`seq_len` must be more than `depths`, or the last depth has nothing to predict; "
@@ -72,6 +77,11 @@ def _check_depths(config: Any) -> None:
             "`initial_depths` 'trunk' is of prediction depths over a released model; got "
             f"`model={config.model}` and `depths={config.depths}`. Name its folder with --model, "
             "or leave it out."
+        )
+    if config.initial_depths == "trunk" and config.distributed:
+        raise ValueError(
+            "`initial_depths` 'trunk' fits the depths in one process; got `distributed`. Train one "
+            "step in a process of its own, and go on in all with --resume; or leave it out."
         )
     if config.curriculum != "none" and config.freeze_model:
         raise ValueError(

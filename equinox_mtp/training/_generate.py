@@ -51,7 +51,7 @@ class GenerateConfig:
     """Drafts per step; 0 decodes plainly. Default: the model's depths."""
     draft_vocab: int | None = None
     """Draft only the so many most frequent tokens of the text that the depths were trained on: a
-    draft then reads a part of the output head. Default: all tokens."""
+    draft then reads a part of the output head. Default: those they were trained to draft."""
     temperature: float = 0.0
     """The temperature of the draws; 0 takes the best token."""
     top_k: int | None = None
@@ -155,16 +155,19 @@ def _continue_text(
 
 def _draft_vocabulary(config: GenerateConfig) -> np.ndarray | None:
     """The ids that may be drafted; `None` for all."""
-    if config.draft_vocab is None:
-        return None
-    check_integer("draft_vocab", config.draft_vocab, at_least=1)
-    run = config.heads or config.checkpoint
+    run, size = config.heads or config.checkpoint, config.draft_vocab
+    if size is not None:
+        check_integer("draft_vocab", size, at_least=1)
     if run is None:
+        if size is None:
+            return None
         raise ValueError(
             "`draft_vocab` goes with depths of a run, which knows what tokens are frequent; got "
             f"the model {config.model} alone. Name the run with --heads, or leave it out."
         )
-    return draft_vocabulary(newest_checkpoint(run).parent.parent, config.draft_vocab)
+    checkpoint = newest_checkpoint(run)
+    size = load_info(checkpoint).config.draft_vocab if size is None else size
+    return None if size is None else draft_vocabulary(checkpoint.parent.parent, size)
 
 
 def _open_model(folder: Path, heads: Path | None) -> tuple[emtp.MTPModel, Any]:

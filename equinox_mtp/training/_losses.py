@@ -14,14 +14,25 @@ from ._config import TrainConfig
 
 
 def model_losses(
-    model: emtp.MTPModel, batch: emtp.Batch, config: TrainConfig, objective: Any, key: Array
+    model: emtp.MTPModel,
+    batch: emtp.Batch,
+    config: TrainConfig,
+    objective: Any,
+    key: Array,
+    draft_vocab: Array | None = None,
 ) -> tuple[emtp.TokenLoss, Array, emtp.MTPLosses]:
     """The main model's loss, what the depths minimise, and its parts."""
     if config.objective == "cross_entropy":
         output = model(batch, objective=objective, predictions=False, key=key, inference=False)
         return output.main, output.mtp.loss, output.mtp.losses
     drafts = draft_losses(
-        model, batch, divergence=config.objective, objective=objective, key=key, inference=False
+        model,
+        batch,
+        divergence=config.objective,
+        draft_vocab=draft_vocab,
+        objective=objective,
+        key=key,
+        inference=False,
     )
     return drafts.main, drafts.loss, drafts.losses
 
@@ -32,6 +43,7 @@ def depth_losses(
     config: TrainConfig,
     objective: Any,
     key: Array,
+    draft_vocab: Array | None = None,
     hidden_states: Array | None = None,
 ) -> tuple[Array, emtp.MTPLosses]:
     """What the depths minimise over a frozen main model, and its parts.
@@ -53,7 +65,12 @@ def depth_losses(
         )
         return mtp.loss, mtp.losses
     drafts = draft_losses(
-        model, batch, divergence=config.objective, hidden_states=hidden_states, **options
+        model,
+        batch,
+        divergence=config.objective,
+        draft_vocab=draft_vocab,
+        hidden_states=hidden_states,
+        **options,
     )
     return drafts.loss, drafts.losses
 

@@ -4,9 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import optax
 
 import equinox_mtp as emtp
+from equinox_mtp.speculative import frequent_ids
 
 from ._checkpoint import CheckpointInfo
 from ._checkpoint_files import checkpoints
@@ -27,6 +29,7 @@ from ._self_generate import check_self_generate
 from ._sources import holds_tokens
 from ._step import make_optimizer
 from ._text import TokenizerText, read_text
+from ._token_counts import count_tokens
 
 RUNS = Path("runs")
 
@@ -36,8 +39,9 @@ class Run:
     """What stays the same in all steps of a run.
 
     `released` is what trains of a released model, before the first step, and `frozen` what does
-    not; `None` for a model from scratch, and for one that trains as a whole. `hidden_states` are
-    those that are kept on disk; `None` for none.
+    not; `None` for a model from scratch, and for one that trains as a whole. `draft_vocab` are the
+    ids that depths learn to draft from, `None` for all; `hidden_states` are those that are kept on
+    disk, `None` for none.
     """
 
     config: TrainConfig
@@ -51,6 +55,7 @@ class Run:
     held_out_corpus: Corpus
     train_rows: PackedRows
     held_out_rows: PackedRows
+    draft_vocab: np.ndarray | None
     hidden_states: HiddenStateLayout | None
     out: Path
 
@@ -101,12 +106,20 @@ def prepare(config: TrainConfig) -> Run:
         held_out_corpus=held_out_corpus,
         train_rows=train_rows,
         held_out_rows=PackedRows(held_out_corpus, config.seq_len),
+        draft_vocab=draft_vocab_of(config, corpus),
         hidden_states=None,
         out=config.out or new_run_folder(),
     )
     if config.self_generate is not None:  # their rows are known once they are made
         return run
     return with_hidden_states(run, corpus.fingerprint)
+
+
+def draft_vocab_of(config: TrainConfig, corpus: Corpus) -> np.ndarray | None:
+    """The ids that depths learn to draft from; `None` for all."""
+    if config.draft_vocab is None:
+        return None
+    return frequent_ids(count_tokens(corpus), config.draft_vocab)
 
 
 def text_of(config: TrainConfig) -> TokenizerText | None:

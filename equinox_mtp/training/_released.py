@@ -7,7 +7,7 @@ import jax
 
 import equinox_mtp as emtp
 from equinox_mtp import pretrained
-from equinox_mtp.distillation import freeze_model, start_from_trunk
+from equinox_mtp.distillation import freeze_model
 
 from ._checkpoint import CheckpointInfo
 from ._config import TrainConfig
@@ -19,7 +19,7 @@ from ._text import TOKENIZER_FILE, TokenizerText, read_text
 def released_model(config: TrainConfig, placement: Placement) -> emtp.MTPModel:
     """The model in `config.model`, with fresh prediction depths.
 
-    **Raises:** as `pretrained.load` and `start_from_trunk` do.
+    **Raises:** as `pretrained.load` does.
     """
     assert config.model is not None
     model, _ = pretrained.load(
@@ -31,7 +31,7 @@ def released_model(config: TrainConfig, placement: Placement) -> emtp.MTPModel:
         rules=placement.rules,
         tokenizer=False,
     )
-    return start_from_trunk(model) if config.initial_depths == "trunk" else model
+    return model
 
 
 def split_model(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32, PyTree
 
 import equinox_mtp as emtp
 
+from .._types import HostOrDeviceArray
 from ._config import TrainConfig
 from ._losses import depth_losses, model_losses
 from ._packing import PackedRows, Rows
@@ -41,6 +42,7 @@ class StepInputs(NamedTuple):
 
     - `rows`: of all microbatches, `[microbatch batch …]`.
     - `frozen`: what does not train of a released model; `None` if all of it does.
+    - `draft_vocab`: the ids that depths learn to draft from; `None` for all.
     - `hidden_states`: what `main_hidden_states` makes of the rows, if that is known; the step of a
         frozen model runs the depths alone then.
     """
@@ -50,6 +52,7 @@ class StepInputs(NamedTuple):
     optimizer: optax.GradientTransformation
     placement: Placement
     frozen: emtp.MTPModel | None = None
+    draft_vocab: Int32[HostOrDeviceArray, "draft_vocab"] | None = None
     hidden_states: Float[Array, "microbatch batch seq embed"] | None = None
 
 
@@ -172,7 +175,7 @@ def train_step(inputs: StepInputs, state: TrainState) -> tuple[TrainState, StepM
     The gradient is that of the whole batch, however many microbatches it is split into: every
     microbatch's sums are divided by the counts of all.
     """
-    rows, config, optimizer, placement, frozen, hidden_states = inputs
+    rows, config, optimizer, placement, frozen, draft_vocab, hidden_states = inputs
     # Which token a depth predicts follows from the text; only then may positions be reordered.
     batches = placement.reorder(jax.vmap(partial(aligned_batch, num_depths=config.depths))(rows))
     main_count, mtp_counts = count_targets(batches)
@@ -188,9 +191,11 @@ def train_step(inputs: StepInputs, state: TrainState) -> tuple[TrainState, StepM
     def loss_fn(model: emtp.MTPModel, batch: emtp.Batch, key: Array, hidden_states: Array | None):
         if frozen is not None:
             model = eqx.combine(model, frozen)
-            loss, mtp = depth_losses(model, batch, config, objective, key, hidden_states)
+            loss, mtp = depth_losses(
+                model, batch, config, objective, key, draft_vocab, hidden_states
+            )
             return loss, (None, mtp)
-        main, mtp_loss, mtp = model_losses(model, batch, config, objective, key)
+        main, mtp_loss, mtp = model_losses(model, batch, config, objective, key, draft_vocab)
         return mtp_loss + main.loss / jnp.maximum(main_count, 1), (main, mtp)
 
     def run_microbatch(total: PyTree[Any], inputs: tuple[Any, ...]):

@@ -20,6 +20,7 @@ from ._checkpoint import (
 from ._checkpoint_files import checkpoints, last_undamaged_checkpoint
 from ._compare import Comparison, compare, held_out_prompts
 from ._config import TrainConfig, options
+from ._fit_depths import with_fitted_depths
 from ._hidden_states import HiddenStateCache, hidden_states_of
 from ._interrupt import Interrupted, interruptible
 from ._lock import only_run
@@ -81,6 +82,8 @@ def train(config: TrainConfig) -> Path:
         print_once(describe_start(run, state))
         if own_texts is not None:
             run = with_own_texts(run, state, own_texts)
+        if config.initial_depths == "trunk" and not config.resume:
+            state = with_fitted_depths(run, state)
         metrics = stack.enter_context(
             contextlib.closing(
                 MetricsFile(
@@ -194,7 +197,9 @@ def step_inputs(run: Run, step: int, cache: HiddenStateCache | None) -> StepInpu
     if cache is not None:
         assert frozen is not None
         hidden_states = hidden_states_of(cache, frozen.decoder, indices, rows)
-    return StepInputs(rows, config, run.optimizer, run.placement, frozen, hidden_states)
+    return StepInputs(
+        rows, config, run.optimizer, run.placement, frozen, run.draft_vocab, hidden_states
+    )
 
 
 def run_steps(
@@ -288,7 +293,13 @@ def compare_on_held_out(run: Run, model: emtp.MTPModel) -> list[Comparison]:
     model = run.placement.on_one_device(model)
     with on_no_mesh():
         return [
-            compare(model, prompts, max_new_tokens=config.seq_len - length, num_drafts=num_drafts)
+            compare(
+                model,
+                prompts,
+                max_new_tokens=config.seq_len - length,
+                num_drafts=num_drafts,
+                draft_vocab=run.draft_vocab,
+            )
             for num_drafts in sorted({1, config.depths})
         ]
 

@@ -17,6 +17,7 @@ from equinox_mtp.cross_entropy import Divergence
 
 KINDS = get_args(Divergence)
 DEPTH, BATCH, SEQ, EMBED, VOCAB = 2, 2, 9, 6, 23
+DRAFT_VOCAB = np.asarray([0, 3, 4, 11, 17, 22])
 
 
 class Case(NamedTuple):
@@ -47,12 +48,21 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum()
 
 
+def drafted(logits: np.ndarray, draft_vocab: np.ndarray | None) -> np.ndarray:
+    """The distribution over all ids of a student that drafts from some."""
+    if draft_vocab is None:
+        return softmax(logits)
+    probabilities = np.zeros(VOCAB)
+    probabilities[draft_vocab] = softmax(logits[draft_vocab])
+    return probabilities
+
+
 def divergence_oracle(kind: str, p: np.ndarray, q: np.ndarray) -> float:
-    """One token's divergence, an id at a time."""
+    """One token's divergence, an id at a time; KL(p ‖ q) over those that q knows."""
     alpha = sum(min(x, y) for x, y in zip(p, q, strict=True))
 
     def kl(x: np.ndarray, y: np.ndarray) -> float:
-        return sum(a * np.log(a / b) for a, b in zip(x, y, strict=True) if a > 0)
+        return sum(a * np.log(a / b) for a, b in zip(x, y, strict=True) if a * b > 0)
 
     if kind == "hybrid":
         weight = np.exp(-3 * alpha)
@@ -73,19 +83,19 @@ def oracle(
     temperature: float = 1.0,
     soft_cap: float | None = None,
     teacher_weight: np.ndarray | None = None,
+    draft_vocab: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divergence and acceptance of every token, in a loop."""
     of_teacher = case.weight if teacher_weight is None else teacher_weight
     values, accepted = np.zeros((2, DEPTH, BATCH, SEQ))
 
-    def distribution(weight: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    def logits(weight: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         logits = weight @ hidden + case.bias
-        logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
-        return softmax(logits / temperature)
+        return logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
 
     for at in np.ndindex(DEPTH, BATCH, SEQ):
-        p = distribution(of_teacher, case.teacher[at[1:]])
-        q = distribution(case.weight, case.hidden[at])
+        p = softmax(logits(of_teacher, case.teacher[at[1:]]) / temperature)
+        q = drafted(logits(case.weight, case.hidden[at]) / temperature, draft_vocab)
         values[at], accepted[at] = divergence_oracle(kind, p, q), np.minimum(p, q).sum()
     return values, accepted
 
@@ -102,6 +112,7 @@ def weighted(
     bias: Any,
     *,
     weights: Any = None,
+    draft_vocab: Any = None,
     **options: Any,
 ) -> jax.Array:
     """The sum to differentiate, by hidden states, the head's matrix and its bias."""
@@ -112,15 +123,17 @@ def weighted(
         LinearHead(weight, bias=bias, token_tile=8, **options),
         divergence=kind,
         teacher_head=teacher_head,
+        draft_vocab=draft_vocab,
         temperature=1.5,
         weights=weights,
     )
     return jnp.sum(token.divergence * case.cotangent)
 
 
+@pytest.mark.parametrize("draft_vocab", [None, DRAFT_VOCAB], ids=["all", "some"])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_values(kind: Any, soft_cap: float | None) -> None:
+def test_values(kind: Any, soft_cap: float | None, draft_vocab: np.ndarray | None) -> None:
     case = make_case()
     for temperature, teacher_weight in ((1.0, None), (0.7, case.teacher_weight)):
         given = on_device(case)
@@ -129,21 +142,34 @@ def test_values(kind: Any, soft_cap: float | None) -> None:
         if teacher_weight is not None:
             other = LinearHead(jnp.float32(teacher_weight), bias=given.bias, soft_cap=soft_cap)
         token = jax.jit(partial(linear_divergence, divergence=kind))(
-            given.hidden, given.teacher, head, teacher_head=other, temperature=temperature
+            given.hidden,
+            given.teacher,
+            head,
+            teacher_head=other,
+            temperature=temperature,
+            draft_vocab=draft_vocab,
         )
         values, accepted = oracle(
-            kind, case, temperature=temperature, soft_cap=soft_cap, teacher_weight=teacher_weight
+            kind,
+            case,
+            temperature=temperature,
+            soft_cap=soft_cap,
+            teacher_weight=teacher_weight,
+            draft_vocab=draft_vocab,
         )
         assert_close(token.divergence, values, rtol=2e-5, atol=2e-6)
         assert_close(token.acceptance, accepted)
 
 
-@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize(
+    ("soft_cap", "draft_vocab"), [(None, None), (2.0, None), (2.0, DRAFT_VOCAB)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients(kind: Any, soft_cap: float | None) -> None:
+def test_gradients(kind: Any, soft_cap: float | None, draft_vocab: np.ndarray | None) -> None:
     """In float64 against finite differences of full logits; the hybrid's factor is held."""
     case = make_case()
-    _, accepted = oracle(kind, case, temperature=1.5, soft_cap=soft_cap)
+    options: Any = {"soft_cap": soft_cap, "draft_vocab": draft_vocab}
+    _, accepted = oracle(kind, case, temperature=1.5, **options)
 
     def of(name: str, index: tuple[int, ...], step: float) -> float:
         moved = getattr(case, name).copy()
@@ -156,7 +182,8 @@ def test_gradients(kind: Any, soft_cap: float | None) -> None:
             for holder, hidden in ((case, case.teacher[at[1:]]), (student, student.hidden[at])):
                 logits = holder.weight @ hidden + holder.bias
                 logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
-                distributions.append(softmax(logits / 1.5))
+                ids = draft_vocab if distributions else None
+                distributions.append(drafted(logits / 1.5, ids))
             if kind == "hybrid":
                 factor = np.exp(-3 * accepted[at])
                 values[at] = factor * divergence_oracle("forward_kl", *distributions)
@@ -167,9 +194,9 @@ def test_gradients(kind: Any, soft_cap: float | None) -> None:
 
     with jax.enable_x64(True):
         given = on_device(case, jnp.float64)
-        gradients = jax.jit(
-            jax.grad(partial(weighted, kind, given, soft_cap=soft_cap), argnums=(0, 1, 2))
-        )(given.hidden, given.weight, given.bias)
+        gradients = jax.jit(jax.grad(partial(weighted, kind, given, **options), argnums=(0, 1, 2)))(
+            given.hidden, given.weight, given.bias
+        )
     rng = np.random.default_rng(1)
     for name, gradient in zip(("hidden", "weight", "bias"), gradients, strict=True):
         for _ in range(4):
@@ -344,6 +371,7 @@ def test_transformations() -> None:
             {"teacher_hidden_states": jnp.ones((BATCH, SEQ + 1, EMBED))},
             "`teacher_hidden_states` must be of the same positions",
         ),
+        ({"draft_vocab": np.asarray([0, VOCAB])}, "`draft_vocab` must lie in 0 … 22"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], message: str) -> None:

@@ -74,21 +74,28 @@ def distributions(model: emtp.MTPModel, batch: emtp.Batch) -> tuple[np.ndarray, 
     return np.asarray(main, np.float64), np.asarray(depths, np.float64)
 
 
-def alphas(main: np.ndarray, depths: np.ndarray) -> dict[tuple[int, int, int], float]:
+def alphas(
+    main: np.ndarray, depths: np.ndarray, draft_vocab: Any = None
+) -> dict[tuple[int, int, int], float]:
     """α of every scored (depth, row, position), depths counted from 1."""
     out = {}
     for k in range(1, DEPTHS + 1):
         for b, i in np.ndindex(main.shape[:2]):
             # The last token of a document has no target of its own.
             if i + k + 1 < SEGMENTS.shape[1] and is_one_document(SEGMENTS[b], i, i + k + 1):
-                p, q = softmax(main[b, i + k]), softmax(depths[k - 1, b, i])
+                p, q = softmax(main[b, i + k]), depths[k - 1, b, i]
+                ids = range(VOCAB) if draft_vocab is None else draft_vocab
+                p, q = p[ids], softmax(q[ids])
                 out[k, b, i] = float(np.minimum(p, q).sum())
     return out
 
 
-def test_total_variation_and_acceptance(model: emtp.MTPModel, batch: emtp.Batch) -> None:
-    output = run_draft_losses(model, batch)
-    found = alphas(*distributions(model, batch))
+@pytest.mark.parametrize("draft_vocab", [None, np.asarray([1, 4, 7, 8, 21])], ids=["all", "some"])
+def test_total_variation_and_acceptance(
+    model: emtp.MTPModel, batch: emtp.Batch, draft_vocab: Any
+) -> None:
+    output = run_draft_losses(model, batch, draft_vocab=draft_vocab)
+    found = alphas(*distributions(model, batch), draft_vocab)
     counts, losses, accepted, joint = np.zeros((4, DEPTHS))
     for (k, b, i), alpha in found.items():
         counts[k - 1] += 1
@@ -144,7 +151,7 @@ def test_gradients(divergence: Any, batch: emtp.Batch, getkey: Any) -> None:
             log_p = jnp.roll(teacher, -(k + 1), axis=1)
             log_q = jax.nn.log_softmax(states.normed[k] @ head.T)
             kind = "total_variation" if divergence == "joint" else divergence
-            value = FUNCTIONS[kind](log_p, log_q, partial(jnp.sum, axis=-1))
+            value = FUNCTIONS[kind](log_p, log_q, partial(jnp.sum, axis=-1), 0.0)
             if divergence == "joint":
                 joint = joint * (1 - value)
                 value = 1 - joint
