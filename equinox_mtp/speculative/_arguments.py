@@ -10,7 +10,7 @@ from jaxtyping import Array, Integer
 
 from .._checks import check_ids, check_integer
 from .._types import HostOrDeviceArray, at_hand
-from ..cross_entropy import head_vocab_size
+from ..cross_entropy import LinearHead, head_vocab_size
 
 EndIds: TypeAlias = int | np.integer | Sequence[Any] | Integer[HostOrDeviceArray, "*ends"] | None
 """The token that ends a row, or several, or none."""
@@ -52,6 +52,12 @@ def check_rows(head: Any) -> int:
             f"`{type(head).__name__}`. Leave it out to draft from all ids."
         )
     return vocab_size
+
+
+def linear_head(head: Any) -> LinearHead:
+    """**Raises:** `ValueError` for a head that is neither a matrix nor a `LinearHead`."""
+    check_rows(head)
+    return head if isinstance(head, LinearHead) else LinearHead(head)
 
 
 def check_end_ids(eos_id: Any, vocab_size: int | None) -> Array:

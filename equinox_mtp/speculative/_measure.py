@@ -1,11 +1,12 @@
 """Acceptance on given text, without generating."""
 
+import dataclasses
 import itertools
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Integer
+from jaxtyping import Array, Float, Int32, Integer
 
 from .._acceptance import MTPAcceptance, MTPAcceptanceRate, calculate_mtp_acceptance_rate
 from .._alignment import default_position_ids, inputs_and_targets
@@ -14,8 +15,9 @@ from .._checks import check_ids, check_integer
 from .._expected_acceptance import ExpectedAcceptance
 from .._model import MTPModel
 from .._types import HostOrDeviceArray, Scalar, at_hand, checked
-from ..cross_entropy import head_vocab_size
+from ..cross_entropy import head_vocab_size, linear_cross_entropy
 from ..distillation import draft_losses
+from ._arguments import DraftVocab, check_draft_vocab, linear_head
 
 
 class PositionalAcceptance(eqx.Module):
@@ -67,6 +69,7 @@ def measure_acceptance(
     segment_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
     position_ids: Integer[HostOrDeviceArray, "batch tokens"] | None = None,
     num_buckets: int | np.integer = 4,
+    draft_vocab: DraftVocab = None,
     temperature: Scalar | None = None,
 ) -> PositionalAcceptance:
     """How often the depths predict what the main model predicts, on text as it stands.
@@ -89,6 +92,7 @@ def measure_acceptance(
     - `segment_ids`: for packed rows, which document each of these tokens belongs to; 0 is padding.
     - `position_ids`: of these tokens; they count from 0 in each document if `None`.
     - `num_buckets`: into how many parts of equal length the positions are split.
+    - `draft_vocab`: the token ids that may be drafted, as for `generate`; `None` for all.
     - `temperature`: also gives the expected acceptance of sampling at this temperature, Σ_v min(p,
         q) (arXiv 2211.17192, §3.2), which takes a second pass; `None` leaves it out. For a head
         that is a matrix or a `LinearHead`.
@@ -110,8 +114,10 @@ def measure_acceptance(
         raise ValueError(
             f"`num_buckets` must lie in 1 … {seq}, the number of positions; got {num_buckets}."
         )
+    head = model.decoder.output_head()
+    drafted_ids = check_draft_vocab(draft_vocab, head)
     is_token = None if segment_ids is None else at_hand(segment_ids)
-    check_ids("tokens", at_hand(tokens), head_vocab_size(model.decoder.output_head()), is_token)
+    check_ids("tokens", at_hand(tokens), head_vocab_size(head), is_token)
     input_ids, target_ids, target_mask = inputs_and_targets(tokens, segment_ids=segment_ids)
     if position_ids is None:
         position_ids = default_position_ids(tokens, segment_ids)
@@ -121,9 +127,14 @@ def measure_acceptance(
     output = model(batch, inference=True)
     sampled = None
     if temperature is not None:
-        sampled = draft_losses(model, batch, temperature=temperature, inference=True).acceptance
+        sampled = draft_losses(
+            model, batch, draft_vocab=drafted_ids, temperature=temperature, inference=True
+        ).acceptance
     acceptance, predictions = output.mtp.acceptance, output.predictions
     assert acceptance is not None
+    if drafted_ids is not None:
+        drafts = _best_of(model, output.mtp.hidden_states, drafted_ids)
+        acceptance = dataclasses.replace(acceptance, predictions=drafts)
 
     def rate(counted: Array) -> MTPAcceptanceRate:
         masked = MTPAcceptance(
@@ -140,3 +151,21 @@ def measure_acceptance(
         edges=edges,
         sampled=sampled,
     )
+
+
+def _best_of(
+    model: MTPModel,
+    hidden_states: Float[Array, "depth batch seq embed"],
+    ids: Int32[Array, "draft_vocab"],
+) -> Int32[Array, "depth batch seq"]:
+    """What the depths draft from some ids; -1 where their logits are not finite."""
+    decoder = model.decoder
+    head = linear_head(decoder.output_head()).rows(ids)
+    drafts = []
+    for depth, raw in enumerate(hidden_states, start=1):
+        normed, _ = model.block.layer(depth).normed_and_carried(raw, decoder.final_norm)
+        nothing = jnp.zeros(normed.shape[:-1], jnp.int32)
+        best = linear_cross_entropy(normed, head, nothing).predictions
+        assert best is not None
+        drafts.append(jnp.where(best < 0, -1, ids[best]))
+    return jnp.stack(drafts)

@@ -12,7 +12,7 @@ from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer
 from .._layer import MultiTokenPredictionLayer, enter_first_depth
 from .._model import MTPModel
 from ..cross_entropy import LinearHead
-from ._arguments import check_rows
+from ._arguments import check_rows, linear_head
 from ._sampling import Sampler
 
 
@@ -69,7 +69,7 @@ class DecodingModel(eqx.Module):
         dtype = eqx.filter_eval_shape(decoder.embed, one_id, one_id).dtype
         layers = (block.layer(depth).for_decoding(dtype) for depth in range(1, num_layers + 1))
         decoder = decoder.for_decoding()
-        head = None if draft_vocab is None else _linear(decoder.output_head()).rows(draft_vocab)
+        head = None if draft_vocab is None else linear_head(decoder.output_head()).rows(draft_vocab)
         return cls(decoder, tuple(layers), draft_vocab, head, block.config)
 
     def layer(self, depth: int) -> MultiTokenPredictionLayer:
@@ -108,9 +108,3 @@ class DecodingModel(eqx.Module):
         vocab_size = check_rows(self.decoder.output_head())
         nothing = jnp.zeros((len(normed), vocab_size), probabilities.dtype)
         return ids, nothing.at[:, self.draft_vocab].set(probabilities)
-
-
-def _linear(head: Any) -> LinearHead:
-    """**Raises:** `ValueError` for a head that is neither a matrix nor a `LinearHead`."""
-    check_rows(head)
-    return head if isinstance(head, LinearHead) else LinearHead(head)

@@ -13,7 +13,9 @@ from ._released import check_same_model, digest_of_frozen, released_model, split
 from ._step import make_optimizer, make_state, state_of
 
 
-def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel, CheckpointInfo]:
+def load_model(
+    path: str | Path, *, model: str | Path | None = None
+) -> tuple[emtp.MTPModel, CheckpointInfo]:
     """The model in a checkpoint, or in a run's last one, on one device.
 
     A run over a released model takes that from the folder it was trained with, or from `model`.
@@ -30,7 +32,7 @@ def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel,
                 f"`model`: {path} was not trained over a released model, but is one of its own. "
                 "Leave it out; in `generate` name the run with --checkpoint."
             )
-        config = dataclasses.replace(config, model=model)
+        config = dataclasses.replace(config, model=Path(model))
     if config.model is not None and not config.model.is_dir():
         raise FileNotFoundError(
             f"`model`: {path} was trained over a released model, and there is no folder "
@@ -47,11 +49,12 @@ def load_model(path: Path, *, model: Path | None = None) -> tuple[emtp.MTPModel,
     return load_state(checkpoint, like).combined(frozen), info
 
 
-def newest_checkpoint(path: Path) -> Path:
+def newest_checkpoint(path: str | Path) -> Path:
     """The checkpoint that a path names, or the last one of the run.
 
     **Raises:** `FileNotFoundError` if there is none.
     """
+    path = Path(path)
     itself = [path] if path in checkpoints(path.parent) else []
     found = checkpoints(path / "checkpoints") or checkpoints(path) or itself
     if not found:

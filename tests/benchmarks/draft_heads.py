@@ -59,6 +59,12 @@ def with_fresh_depths(model: emtp.MTPModel, config: TrainConfig, seed: int) -> e
     return emtp.MTPModel(model.decoder, block)
 
 
+def first_rows(rows: PackedRows, preset: Preset) -> emtp.Batch:
+    """As many as a fit of the depths needs: 32 tokens for each feature."""
+    num_rows = -(-32 * preset.model.embed_size // preset.model.seq_len)
+    return aligned_batch(rows.read(rows.of_step(0, num_rows, seed=0)), DEPTHS)
+
+
 def train_depths(
     model: emtp.MTPModel, rows: PackedRows, objective: str, steps: int, seed: int
 ) -> emtp.MTPModel:
@@ -154,7 +160,8 @@ def main() -> None:
     measure(model, start="jointly", objective="cross_entropy", steps=preset.model.steps, seed=0)
     for start, seed in itertools.product(arguments.starts, arguments.seeds):
         fresh = with_fresh_depths(model, preset.model, seed)
-        fresh = start_from_trunk(fresh) if start == "trunk" else fresh
+        if start == "trunk":
+            fresh = start_from_trunk(fresh, [first_rows(train_rows, preset)])
         measure(fresh, start=start, objective="-", steps=0, seed=seed)
         for objective in arguments.objectives:
             done = train_depths(fresh, train_rows, objective, preset.steps, seed)

@@ -215,3 +215,35 @@ def test_frequent_ids_of_what_is_no_text():
             frequent_ids(counts, 1)
     with pytest.raises(TypeCheckError):
         frequent_ids(np.zeros(2), 1)
+
+
+@pytest.mark.parametrize("head", ["matrix", "linear"])
+def test_measured_acceptance_is_that_of_drafts_from_the_ids(head: str) -> None:
+    """Against full logits, position by position: greedy drafts, and sampled ones."""
+    model = make_model(head)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 10))
+    measured = quick_jit(speculative.measure_acceptance)(
+        model, jnp.asarray(tokens), draft_vocab=jnp.asarray(DRAFT_VOCAB), temperature=1.0
+    )
+    batch = emtp.make_batch(tokens).align(2)
+    decoder: Any = model.decoder
+    positions = jnp.asarray(batch.position_ids)
+    hidden = decoder(jnp.asarray(batch.input_ids), position_ids=positions)
+    states = model.block.depth_states(decoder, hidden, jax.tree.map(jnp.asarray, batch.targets))
+    of_head: Any = decoder.output_head()
+    of_head = of_head if head == "linear" else emtp.LinearHead(of_head)
+    main = np.asarray(of_head(decoder.final_norm(hidden)), np.float64)
+    depths = np.asarray(of_head(states.normed), np.float64)[..., DRAFT_VOCAB]
+    probabilities = np.exp(main) / np.exp(main).sum(-1, keepdims=True)
+    drafted = np.exp(depths) / np.exp(depths).sum(-1, keepdims=True)
+    assert batch.targets is not None
+    for k in (1, 2):
+        right, alpha = [], []
+        for b, i in np.argwhere(batch.targets.mask[k - 1]):
+            draft = DRAFT_VOCAB[np.argmax(depths[k - 1, b, i])]
+            right.append(draft == np.argmax(main[b, i + k]))
+            p = probabilities[b, i + k, DRAFT_VOCAB]
+            alpha.append(np.minimum(p, drafted[k - 1, b, i]).sum())
+        assert_close(measured.overall.independent[k - 1], np.mean(right))
+        assert measured.sampled is not None
+        assert_close(measured.sampled.independent[k - 1], np.mean(alpha), rtol=1e-5)

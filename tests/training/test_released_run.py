@@ -216,7 +216,7 @@ def test_muon_decays_what_adamw_decays() -> None:
 
 def test_a_model_that_has_moved(run: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(FOLDER, tmp_path / "moved")
-    there, _ = load_model(run, model=moved)
+    there, _ = load_model(str(run), model=str(moved))
     for x, y in zip(arrays(there), arrays(load_model(run)[0]), strict=True):
         assert_equal(x, y)
 
