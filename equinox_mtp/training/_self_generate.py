@@ -33,6 +33,8 @@ _ORIGIN = "origin.json"
 _DIGITS = 16
 NO_TOKEN = -1
 """After the end of a text."""
+_TOKENS_AT_ONCE = 16_384
+"""In the texts of a batch: a step reads all parameters, for however many texts."""
 
 
 def check_self_generate(config: TrainConfig, documents: Corpus) -> None:
@@ -97,12 +99,13 @@ class OwnTexts:
         # A configuration may name tokens that this model has no logits of.
         end_ids = tuple(sorted(x for x in ends if x < vocab_size))
         texts = cls(config, documents, end_ids, vocab_size, out / FOLDER)
-        names = ("self_generate_temperature", "seed", "seq_len", "batch_size", "accumulate")
+        names = ("self_generate_temperature", "seed", "seq_len")
         origin = {
             "model": str(info.model_digest)[:_DIGITS],
             "data": info.data_fingerprint[:_DIGITS],
             "documents": len(documents),
             "self_generate": config.self_generate,
+            "texts_at_once": texts.num_rows,
             **{name: getattr(config, name) for name in names},
             "end_of_document": list(end_ids),
         }
@@ -170,8 +173,10 @@ class OwnTexts:
 
     @property
     def num_rows(self) -> int:
-        """Texts that are made at once: as many as rows are trained on at once."""
-        return min(self.config.batch_size // self.config.accumulate, self.num_texts)
+        """Texts that are made at once: at least as many as rows are trained on at once."""
+        config = self.config
+        rows = max(config.batch_size // config.accumulate, _TOKENS_AT_ONCE // config.seq_len)
+        return min(rows, self.num_texts)
 
     def _file(self, batch: int) -> Path:
         return self.folder / f"batch_{batch:05d}.npy"

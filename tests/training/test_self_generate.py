@@ -19,7 +19,14 @@ import equinox_mtp.training._train as train_module
 from equinox_mtp import pretrained
 from equinox_mtp.__main__ import main
 from equinox_mtp.speculative import generate
-from equinox_mtp.training import Corpus, Interrupted, PackedRows, TrainConfig, train
+from equinox_mtp.training import (
+    Corpus,
+    Interrupted,
+    PackedRows,
+    TrainConfig,
+    _self_generate as self_generate,
+    train,
+)
 from equinox_mtp.training._prepare import Run, prepare
 from equinox_mtp.training._self_generate import OwnTexts, check_self_generate, describe_texts
 from equinox_mtp.training._train import fresh_state, open_own_texts, with_own_texts
@@ -27,6 +34,14 @@ from equinox_mtp.training._train import fresh_state, open_own_texts, with_own_te
 QWEN3 = FOLDER / "qwen3"
 LENGTHS = (60, 70, 1, 80, 3, 90)
 """Words in a document: with its end, some are shorter than a prompt, which has six tokens."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_many_texts_as_rows() -> Iterator[None]:
+    """Several batches of few texts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_generate, "_TOKENS_AT_ONCE", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +334,17 @@ def test_a_killed_run_leaves_whole_batches(
         assert_equal(x, y)
 
 
+def test_many_texts_are_made_at_once(
+    run: tuple[Path, list[np.ndarray]], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step reads all parameters, for however many texts; but not for any number of tokens."""
+    texts = OwnTexts(config, prepare(config).corpus, (), 320, run[0])
+    assert texts.num_rows == 4
+    for tokens_at_once, num_rows in ((5 * 24 + 23, 5), (100 * 24, 9)):
+        monkeypatch.setattr(self_generate, "_TOKENS_AT_ONCE", tokens_at_once)
+        assert texts.num_rows == num_rows
+
+
 # What does not fit
 
 
@@ -329,8 +355,8 @@ def test_a_killed_run_leaves_whole_batches(
         ({"self_generate": 8}, "`self_generate` of the texts in {folder} was 9, and is 8 now"),
         ({"self_generate_temperature": 0.5}, "`self_generate_temperature` of the texts in "),
         ({"seq_len": 20}, "`seq_len` of the texts in {folder} was 24, and is 20 now"),
-        ({"batch_size": 6}, "`batch_size` of the texts in {folder} was 4, and is 6 now"),
-        ({"accumulate": 2}, "`accumulate` of the texts in {folder} was 1, and is 2 now"),
+        ({"batch_size": 6}, "`texts_at_once` of the texts in {folder} was 4, and is 6 now"),
+        ({"accumulate": 2}, "`texts_at_once` of the texts in {folder} was 4, and is 2 now"),
         ({"end_of_document": 7}, "`data` of the texts in {folder} was '"),
         ({"model": "weights"}, "`model` of the texts in {folder} was '"),
         ({"model": "config"}, "`model` of the texts in {folder} was '"),
