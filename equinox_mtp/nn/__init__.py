@@ -19,20 +19,34 @@ from ._rotary import (
 )
 from ._transformer import TransformerDecoder
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
+from .experts import (
+    Experts,
+    MixtureOfExperts,
+    Router,
+    RouterStatistics,
+    Routing,
+    router_statistics,
+    update_router_bias,
+)
 
 __all__ = [
     "AbstractAttention",
     "AbstractFeedForward",
     "AbstractRotaryScaling",
     "AttentionFunction",
+    "Experts",
     "GroupedQueryAttention",
     "KeyValueCache",
     "LayerRun",
     "Linear",
     "LinearScaling",
     "Llama3Scaling",
+    "MixtureOfExperts",
     "RMSNorm",
     "Rotary",
+    "Router",
+    "RouterStatistics",
+    "Routing",
     "SwiGLU",
     "TransformerConfig",
     "TransformerDecoder",
@@ -43,4 +57,6 @@ __all__ = [
     "causal_attention_by_position",
     "embed_tokens",
     "rotary_embedding",
+    "router_statistics",
+    "update_router_bias",
 ]
