@@ -124,12 +124,16 @@ DEFAULT_RULES = ShardingRules(
         "heads": "tensor",
         "kv_heads": "tensor",
         "mlp": "tensor",
+        "query_rank": "fsdp",
+        "kv_rank": "fsdp",
     },
     parameters={
         "gate.kernel": "embed mlp",
         "up.kernel": "embed mlp",
         "down.kernel": "mlp embed",
         "projection_layer.kernel": "embed _",
+        "query_down.kernel": "embed query_rank",
+        "latent_down.kernel": "embed _",
         "scale": "_",
     },
 )
