@@ -58,16 +58,18 @@ class MultiHeadLatentAttention(AbstractAttention):
 
     **Fields:**
 
-    - `query_down`, `query_norm`: `None` without `q_lora_rank`; queries come from hidden states.
-    - `query_kernel`: to the features of a head that are not rotated, and those that are.
+    - `query_kernel`: from hidden states to the features of a head that are not rotated, and those
+        that are; `None` with `q_lora_rank`.
+    - `query_down`, `query_norm`, `query_up_kernel`: the same by way of a latent; `None` without it.
     - `latent_down`: to the latent, and the rotated part of the keys.
     - `up_kernel`: from the latent to the keys of a head, but for the rotated part, and its values.
         After `for_decoding` a module that holds them apart.
     """
 
+    query_kernel: Float[Array, "embed heads head_dim"] | None
     query_down: Linear | None
     query_norm: RMSNorm | None
-    query_kernel: Float[Array, "query_rank heads head_dim"]
+    query_up_kernel: Float[Array, "query_rank heads head_dim"] | None
     latent_down: Linear
     latent_norm: RMSNorm
     up_kernel: Float[Array, "kv_rank heads kv_head_dim"] | _LatentUp
@@ -123,12 +125,14 @@ class MultiHeadLatentAttention(AbstractAttention):
         _check_rotary(rotary, qk_rope_head_dim)
         keys = jax.random.split(key, 5)
         query_size = embed_size if q_lora_rank is None else q_lora_rank
+        query_shape = (query_size, num_heads, qk_nope_head_dim + qk_rope_head_dim)
+        query_kernel = fan_in_normal(keys[1], query_shape, query_size)
+        self.query_kernel, self.query_up_kernel = query_kernel, None
         self.query_down, self.query_norm = None, None
         if q_lora_rank is not None:
+            self.query_kernel, self.query_up_kernel = None, query_kernel
             self.query_down = Linear(embed_size, q_lora_rank, key=keys[0])
             self.query_norm = RMSNorm(q_lora_rank, epsilon=norm_epsilon)
-        query_shape = (query_size, num_heads, qk_nope_head_dim + qk_rope_head_dim)
-        self.query_kernel = fan_in_normal(keys[1], query_shape, query_size)
         self.latent_down = Linear(embed_size, kv_lora_rank + qk_rope_head_dim, key=keys[2])
         self.latent_norm = RMSNorm(kv_lora_rank, epsilon=norm_epsilon)
         up_shape = (kv_lora_rank, num_heads, qk_nope_head_dim + v_head_dim)
@@ -204,7 +208,9 @@ class MultiHeadLatentAttention(AbstractAttention):
     def _scale(self) -> float:
         scaling = self.rotary.scaling
         factor = 1.0 if scaling is None else scaling.softmax_factor
-        return factor / math.sqrt(self.query_kernel.shape[-1])
+        kernel = self.query_up_kernel if self.query_kernel is None else self.query_kernel
+        assert kernel is not None
+        return factor / math.sqrt(kernel.shape[-1])
 
     def _up(self) -> _LatentUp:
         """The up-projections of keys and of values."""
@@ -216,10 +222,11 @@ class MultiHeadLatentAttention(AbstractAttention):
 
     def _query(self, hidden_states: Array, position_ids: Array) -> tuple[Array, Array]:
         """Queries of all heads: what is not rotated of them, and what is."""
-        latent = hidden_states
+        latent, kernel = hidden_states, self.query_kernel
         if self.query_down is not None and self.query_norm is not None:
-            latent = self.query_norm(self.query_down(hidden_states))
-        query = jnp.einsum("bsr,rhd->bshd", latent, self.query_kernel.astype(latent.dtype))
+            latent, kernel = self.query_norm(self.query_down(latent)), self.query_up_kernel
+        assert kernel is not None
+        query = jnp.einsum("bsr,rhd->bshd", latent, kernel.astype(latent.dtype))
         rotated = self.latent_down.kernel.shape[1] - self.latent_norm.scale.shape[0]
         return query[..., :-rotated], self.rotary(query[..., -rotated:], position_ids)
 

@@ -2,8 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from .._block import MultiTokenPredictionBlock
 from .._config import MTPConfig
@@ -14,7 +18,7 @@ from ._comparison import difference, layers_of
 from ._dense import LLAMA, QWEN2, QWEN3
 from ._fitting import fit_depths, with_biases
 from ._folder import CONFIG_FILE, CheckpointFolder
-from ._places import Layout
+from ._places import Layout, copy_names
 from ._registry import family_of
 from ._settings import COMPUTE_DTYPE, HINTS, Settings
 from ._shapes import decoder_shapes, depth_shapes
@@ -123,9 +127,20 @@ def _decoder_tensors(family: Family, model: MTPModel) -> list[StoredTensor]:
 
 
 def _depth_tensors(
-    family: Family, mtp: MTPTable, block: MultiTokenPredictionBlock, num_layers: int
+    family: Family, mtp: MTPTable, block: MultiTokenPredictionBlock, decoder: TransformerDecoder
 ) -> list[StoredTensor]:
-    return stored_tensors(block.layers, Layout(family, mtp).block_places(block.layers, num_layers))
+    places = Layout(family, mtp).block_places(block.layers, decoder.num_layers)
+    num_depths = jax.tree.leaves(block.layers)[0].shape[0]
+    names = copy_names(mtp, num_depths, decoder.num_layers)
+    arrays = {"embedding": decoder.embedding, "head": decoder.output_head()}
+    return [
+        *stored_tensors(block.layers, places),
+        *(
+            StoredTensor(name, np.dtype(x.dtype), x.shape, partial(np.asarray, x))
+            for name, leaf in names.items()
+            for x in (arrays[leaf],)
+        ),
+    ]
 
 
 def _family(family: Family, model: MTPModel, origin: CheckpointFolder | None) -> Contents:
@@ -145,8 +160,10 @@ def _family(family: Family, model: MTPModel, origin: CheckpointFolder | None) ->
             )
         return Contents(family, tensors, written, decoder)
     repeats = config.repeated_layer
-    block = fit_depths(model, family.mtp, family.name, any_input=True, may_repeat=repeats)
-    tensors += _depth_tensors(family, family.mtp, block, decoder.num_layers)
+    block = fit_depths(
+        model, family.mtp, family.name, any_input=family.mtp.any_input, may_repeat=repeats
+    )
+    tensors += _depth_tensors(family, family.mtp, block, decoder)
     written[family.mtp.count_key] = 1 if repeats else config.num_depths
     hints = _hints(family.mtp, config)
     written |= {HINTS: hints} if hints else {}
@@ -202,7 +219,7 @@ def _head(model: MTPModel, origin: CheckpointFolder | None) -> Contents:
     written = _config(family, decoder, origin)
     name = "." if origin is None else str(origin.path.resolve())
     config = head_config(written, name, model.block.config.num_depths)
-    tensors = _depth_tensors(family, mtp, block, decoder.num_layers)
+    tensors = _depth_tensors(family, mtp, block, decoder)
     return Contents(family, tensors, config, decoder, block.layers)
 
 
@@ -217,7 +234,7 @@ def _with_transformers_depths(
         decoder = model.decoder
         assert isinstance(decoder, TransformerDecoder)
     block = fit_depths(model, mtp, layout, any_input=False, may_repeat=False)
-    depths = _depth_tensors(family, mtp, block, decoder.num_layers)
+    depths = _depth_tensors(family, mtp, block, decoder)
     if layout == "stitched":
         if origin is None:
             raise ValueError(

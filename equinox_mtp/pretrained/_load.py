@@ -23,7 +23,7 @@ from ._places import Layout, Place
 from ._read import Reader
 from ._registry import FAMILIES, family_of
 from ._settings import Settings, errors_of
-from ._shapes import decoder_shapes, depth_shapes
+from ._shapes import check_copies, decoder_shapes, depth_shapes
 from ._speculators import HEAD_KIND_KEY, depths_of_head, head_table, verifier_folder
 from ._tables import Family
 from ._tokenizer import load_tokenizer
@@ -49,9 +49,9 @@ def load(
 ) -> tuple[MTPModel, Any]:
     """Reads a released model: `config.json`, `*.safetensors` and `tokenizer.json` of a folder.
 
-    Llama 3, Qwen2, Qwen3 and MiMo-7B, and FastMTP heads in the format of speculators, over the
-    folder of the model that they were made for. The prediction depths are those of the folder, or
-    fresh ones.
+    Llama 3, Qwen2, Qwen3, MiMo-7B and DeepSeek-V3, and FastMTP heads in the format of speculators,
+    over the folder of the model that they were made for. The prediction depths are those of the
+    folder, or fresh ones.
 
         model, tokenizer = pretrained.load("MiMo-7B")  # with its own depth
         model, tokenizer = pretrained.load("Qwen3-0.6B", num_depths=3, preset="fast_mtp", key=key)
@@ -119,7 +119,9 @@ def load(
         with errors_of(settings):
             layers = depth_shapes(settings, family, source, config)
         parts.append(_Part(source, layers, layout.block_places(layers, decoder.num_layers)))
-    left_out = [] if own is stored else depth_prefixes(settings, stored)
+    left_out = depth_prefixes(settings, stored)
+    if own is stored:
+        left_out = check_copies(checkpoint, family, stored, settings)
     _check_all_used(parts, family, left_out)
     readers = [Reader(part.folder, dtype, settings.dtype) for part in parts]
     for part, reader in zip(parts, readers, strict=True):

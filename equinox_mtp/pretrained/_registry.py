@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from ._deepseek import DEEPSEEK_V3
 from ._dense import LLAMA, MIMO, QWEN2, QWEN3
 from ._settings import Settings
 from ._tables import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO, DEEPSEEK_V3)
 """What `load` and `save` know."""
 
 

@@ -13,8 +13,9 @@ from .._config import MTPConfig
 from .._layer import MultiTokenPredictionLayer
 from ..nn import RMSNorm, TransformerDecoder
 from ._folder import CheckpointFolder
+from ._places import copy_names
 from ._settings import Settings
-from ._tables import Family
+from ._tables import Family, MTPTable
 
 
 def decoder_shapes(
@@ -46,19 +47,47 @@ def decoder_shapes(
 
 def _check_tied(folder: CheckpointFolder, embedding: str, head: str) -> None:
     """**Raises:** `ValueError` if a head that is there again is another one."""
-    one, other = folder.view(embedding), folder.view(head)
+    if not _are_equal(folder, embedding, head):
+        raise ValueError(
+            f"{folder.where(head)}: it differs from the embedding, and `tie_word_embeddings` is "
+            "true. Set it to false in config.json to use this head."
+        )
+
+
+def check_copies(
+    folder: CheckpointFolder, family: Family, mtp: MTPTable, settings: Settings
+) -> list[str]:
+    """The tensors of depths that repeat the decoder's, of those that are there.
+
+    **Raises:** `ValueError` for one that differs: depths share the arrays of the decoder.
+    """
+    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
+    found = []
+    for name, leaf in copy_names(mtp, num_depths, settings.integer("num_hidden_layers")).items():
+        whole = family.decoder[leaf].name
+        whole = whole if whole in folder else family.decoder["embedding"].name
+        if name not in folder:
+            continue
+        if not _are_equal(folder, whole, name):
+            raise ValueError(
+                f"{folder.where(name)}: it differs from `{whole}`, and prediction depths share the "
+                "main model's own here. Load the model with `num_depths=0`, or mend the folder."
+            )
+        found.append(name)
+    return found
+
+
+def _are_equal(folder: CheckpointFolder, name: str, copy: str) -> bool:
+    """Whether two tensors hold the same numbers, read piece by piece."""
+    one, other = folder.view(name), folder.view(copy)
     is_same = one.shape == other.shape
     step = max(1, 2**24 // max(one[:1].nbytes, 1))
     for start in range(0, len(one) if is_same else 0, step):
         piece = slice(start, start + step)
         is_same = is_same and np.array_equal(one[piece], other[piece])
-        folder.forget(embedding)
-        folder.forget(head)
-    if not is_same:
-        raise ValueError(
-            f"{folder.where(head)}: it differs from the embedding, and `tie_word_embeddings` is "
-            "true. Set it to false in config.json to use this head."
-        )
+        folder.forget(name)
+        folder.forget(copy)
+    return is_same
 
 
 def depth_shapes(

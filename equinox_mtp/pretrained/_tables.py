@@ -165,6 +165,9 @@ class MTPTable:
     - `layer_prefix`: of the transformer layer's tensors, behind `prefix`.
     - `config`: fields of `MTPConfig`.
     - `count_key`: of the configuration: how many depths there are; 0 without it.
+    - `any_input`: whether readers differ in the main hidden state that enters depth 1.
+    - `copies`: names behind `prefix` of tensors that repeat arrays of the decoder, and these
+        arrays: they may be there, have to be equal, and are written.
     """
 
     prefix: str
@@ -172,6 +175,8 @@ class MTPTable:
     config: Mapping[str, Any]
     count_key: str = "num_nextn_predict_layers"
     layer_prefix: str = ""
+    any_input: bool = True
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,11 +91,12 @@ def oracle(x: np.ndarray, module: Any, *, packed: bool) -> np.ndarray:
         scale *= (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1) ** 2
     places = POSITIONS if packed else np.asarray(IN_ORDER)
     for b, i in np.ndindex(BATCH, SEQ):
-        latent = x[b, i]
+        latent, kernel = x[b, i], module.query_kernel
         if module.query_down is not None:
             latent = norm(latent @ f64(module.query_down.kernel), module.query_norm)
+            kernel = module.query_up_kernel
         for h in range(HEADS):
-            query = latent @ f64(module.query_kernel)[:, h]
+            query = latent @ f64(kernel)[:, h]
             query[NOPE:] = rotated(query[NOPE:], places[b, i], module.rotary)
             logits, values = [], []
             for j in range(i + 1):
@@ -297,7 +298,7 @@ def test_bfloat16_and_its_gradient() -> None:
     # Cached steps of float32 parameters run in the dtype of their input.
     wide = module(x, position_ids=IN_ORDER)
     laid_out = module.for_decoding(jnp.bfloat16)
-    assert laid_out.query_kernel.dtype == jnp.bfloat16
+    assert laid_out.query_up_kernel.dtype == jnp.bfloat16
     assert laid_out.latent_norm.scale.dtype == jnp.float32
     empty = module.init_cache(BATCH, SEQ, jnp.bfloat16)
     for one in (module, laid_out):
@@ -317,7 +318,7 @@ def test_sharded_over_heads(axis_type: AxisType) -> None:
     expected = quick_jit(eqx.filter_value_and_grad(total))(module, x)
     out, _ = step(module, x, module.init_cache(BATCH, SEQ, jnp.float32), IN_ORDER)
     placed = sharding.parameter_shardings(module, mesh)
-    assert placed.query_kernel.spec == P("fsdp", "tensor", None)
+    assert placed.query_up_kernel.spec == P("fsdp", "tensor", None)
     assert placed.up_kernel.spec == P("fsdp", "tensor", None)
     assert placed.out_kernel.spec == P("tensor", None, "fsdp")
     assert placed.query_down.kernel.spec == P("fsdp", None)

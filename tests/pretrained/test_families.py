@@ -17,10 +17,11 @@ from safetensors.numpy import save_file
 
 import equinox_mtp as emtp
 from equinox_mtp import nn, pretrained, speculative
+from equinox_mtp._decoder import split_auxiliary
 from equinox_mtp.pretrained._folder import CheckpointFolder
 
-FAMILIES = ("qwen3", "llama3", "mimo", "fastmtp")
-WITH_DEPTHS = ("mimo", "fastmtp")
+FAMILIES = ("qwen3", "llama3", "mimo", "fastmtp", "deepseek_v3")
+WITH_DEPTHS = ("mimo", "fastmtp", "deepseek_v3")
 TOLERANCE = 1e-4
 
 
@@ -31,6 +32,11 @@ def models() -> dict[str, emtp.MTPModel]:
 
 def close(actual: Any, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def hidden_of(decoder: Any, tokens: Any, positions: Any) -> Any:
+    """Before the final norm; without the statistics of a mixture of experts."""
+    return split_auxiliary(decoder(tokens, position_ids=positions))[0]
 
 
 def with_config(model: emtp.MTPModel, **changes: Any) -> emtp.MTPModel:
@@ -56,7 +62,7 @@ def test_hidden_states_and_logits(name: str, models: dict[str, emtp.MTPModel]) -
         return hidden, normed, normed @ decoder.output_head().T
 
     def in_parallel(decoder: Any) -> tuple[Any, ...]:
-        return outputs(decoder, decoder(tokens, position_ids=positions))
+        return outputs(decoder, hidden_of(decoder, tokens, positions))
 
     def in_cached_steps(decoder: Any) -> tuple[Any, ...]:
         cache, parts = decoder.init_cache(2, 16), []
@@ -96,6 +102,7 @@ def test_the_other_hidden_state_at_the_entrance(models: dict[str, emtp.MTPModel]
     for name, other, suffix in (
         ("mimo", "after_norm", "from_post"),
         ("fastmtp", "before_norm", "from_pre"),
+        ("deepseek_v3", "before_norm", "from_pre"),
     ):
         model = with_config(models[name], input_hidden_state=other)
         numbers = reference(name)
@@ -132,15 +139,13 @@ def test_greedy_continuations(name: str, models: dict[str, emtp.MTPModel]) -> No
         np.testing.assert_array_equal(generation.tokens[:, :23], numbers["greedy"])
 
 
-@pytest.mark.parametrize("carried", ["post", "pre"])
-@pytest.mark.parametrize("name", WITH_DEPTHS)
-def test_recursive_drafts(name: str, carried: str, models: dict[str, emtp.MTPModel]) -> None:
+PLACEMENTS = {"post": "after_norm", "pre": "before_norm"}
+
+
+def draft_ids(model: emtp.MTPModel, prompt: np.ndarray, num_drafts: int) -> Any:
     """After the prompt and the main model's own token, through the cached steps."""
-    numbers = reference(name)
-    placement = {"post": "after_norm", "pre": "before_norm"}[carried]
-    model = with_config(models[name], carried_hidden_state=placement)
     decoding = speculative.DecodingModel.of(model)
-    shape = speculative.DecodingShape(3, max_new_tokens=8, recursion="extended")
+    shape = speculative.DecodingShape(num_drafts, max_new_tokens=8, recursion="extended")
     key, sampler = jax.random.key(0), speculative.Sampler()
 
     @eqx.filter_jit
@@ -156,22 +161,79 @@ def test_recursive_drafts(name: str, carried: str, models: dict[str, emtp.MTPMod
         )
         return speculative.draft(decoding, state, shape, sampler, key=key)[0].ids
 
-    ids = draft(decoding, jnp.asarray(numbers["prompt"], jnp.int32))
+    return draft(decoding, jnp.asarray(prompt, jnp.int32))
+
+
+@pytest.mark.parametrize("carried", PLACEMENTS)
+@pytest.mark.parametrize("name", WITH_DEPTHS)
+def test_recursive_drafts(name: str, carried: str, models: dict[str, emtp.MTPModel]) -> None:
+    numbers = reference(name)
+    model = with_config(models[name], carried_hidden_state=PLACEMENTS[carried])
+    ids = draft_ids(model, numbers["prompt"], 3)
     np.testing.assert_array_equal(ids, numbers[f"recursive_{carried}_drafts"])
     # And the logits, in a whole pass over the text and the drafts before each.
     pairs = jnp.concatenate([jnp.asarray(numbers["greedy"][:, 1:8]), ids], axis=1)
-    decoder: Any = model.decoder
-    hidden = decoder(jnp.asarray(numbers["prompt"]), position_ids=jnp.arange(7)[None])
     enters = model.block.config.input_hidden_state == "after_norm"
-    states, layer = decoder.final_norm(hidden) if enters else hidden, model.block.layer(1)
-    for index in range(3):
-        positions = jnp.arange(7 + index)[None]
-        embeddings = decoder.embed(pairs[:, : 7 + index], positions)
+
+    @quick_jit
+    def logits(decoder: Any, layer: Any) -> Any:
+        hidden = hidden_of(decoder, jnp.asarray(numbers["prompt"]), jnp.arange(7)[None])
+        states, found = decoder.final_norm(hidden) if enters else hidden, []
+        for index in range(3):
+            positions = jnp.arange(7 + index)[None]
+            embeddings = decoder.embed(pairs[:, : 7 + index], positions)
+            out, _ = layer(states, embeddings, position_ids=positions)
+            normed, carry = layer.normed_and_carried(out, decoder.final_norm)
+            found.append(normed[:, -1] @ decoder.output_head().T)
+            states = jnp.concatenate([states, carry[:, -1:]], axis=1)
+        return jnp.stack(found, axis=1)
+
+    found = logits(model.decoder, model.block.layer(1))
+    close(found, numbers[f"recursive_{carried}_logits"])
+    if carried == "post" and "chain_logits" in numbers:
+        close(found[:, :1], numbers["chain_logits"])
+
+
+@pytest.mark.parametrize("carried", PLACEMENTS)
+def test_recursive_drafts_from_the_other_hidden_state(
+    carried: str, models: dict[str, emtp.MTPModel]
+) -> None:
+    for name, other in (("mimo", "post"), ("fastmtp", "pre"), ("deepseek_v3", "pre")):
+        model = with_config(
+            models[name],
+            carried_hidden_state=PLACEMENTS[carried],
+            input_hidden_state=PLACEMENTS[other],
+        )
+        numbers = reference(name)
+        expected = numbers[f"recursive_{carried}_drafts_from_{other}"]
+        np.testing.assert_array_equal(draft_ids(model, numbers["prompt"], 3), expected)
+
+
+def test_chained_drafts(models: dict[str, emtp.MTPModel]) -> None:
+    """Layer k for draft k: of one layer, one draft."""
+    numbers = reference("deepseek_v3")
+    drafts = draft_ids(models["deepseek_v3"], numbers["prompt"], 1)
+    np.testing.assert_array_equal(drafts, numbers["chain_drafts"])
+    np.testing.assert_array_equal(numbers["greedy_use_mtp"], numbers["greedy"])
+
+
+@pytest.mark.parametrize("name", WITH_DEPTHS)
+def test_without_the_first_embedding(name: str, models: dict[str, emtp.MTPModel]) -> None:
+    """As vLLM serves them; rotary positions are relative, so they may be those of depth 1."""
+    numbers, model = reference(name), models[name]
+    decoder, layer = model.decoder, model.block.layer(1)
+    tokens, positions = jnp.asarray(numbers["tokens"]), jnp.tile(jnp.arange(16), (2, 1))
+
+    @quick_jit
+    def logits(decoder: Any, layer: Any) -> Any:
+        hidden = hidden_of(decoder, tokens[:, :16], positions)
+        is_normed = model.block.config.input_hidden_state == "after_norm"
+        embeddings = decoder.embed(tokens[:, 1:17], positions).at[:, 0].set(0)
+        states = decoder.final_norm(hidden) if is_normed else hidden
         out, _ = layer(states, embeddings, position_ids=positions)
-        normed, carry = layer.normed_and_carried(out, decoder.final_norm)
-        logits = normed[:, -1] @ decoder.output_head().T
-        close(logits, numbers[f"recursive_{carried}_logits"][:, index])
-        states = jnp.concatenate([states, carry[:, -1:]], axis=1)
+        return layer.normed_and_carried(out, decoder.final_norm)[0] @ decoder.output_head().T
+
+    close(logits(decoder, layer), numbers["mtp0_logits_zero0"])
 
 
 def test_conventions_are_the_families(models: dict[str, emtp.MTPModel]) -> None:
@@ -187,6 +249,8 @@ def test_conventions_are_the_families(models: dict[str, emtp.MTPModel]) -> None:
         "after_norm",
     )
     assert fastmtp.repeated_layer
+    deepseek = models["deepseek_v3"].block.config
+    assert deepseek == emtp.MTPConfig.preset("megatron", 1)
     assert models["qwen3"].block.config.num_depths == 0
 
 
@@ -457,6 +521,25 @@ def test_weights_of_8_bits_become_those_of_the_configuration(tmp_path: Path) -> 
     assert layers.feed_forward.up.kernel.dtype == jnp.float32
     expected = tensors[name].astype(np.float32) * scale
     np.testing.assert_array_equal(layers.feed_forward.up.kernel[1], expected.T)
+
+
+def test_a_model_of_weights_of_8_bits() -> None:
+    model, _ = pretrained.load(FOLDER / "fp8", dtype="float32", compute_dtype="float32")
+    with np.load(FOLDER / "fp8" / "dequantized.npz") as stored:
+        ids, expected = jnp.asarray(stored["input_ids"]), stored["logits"]
+
+    @quick_jit
+    def logits(decoder: Any) -> Any:
+        hidden = hidden_of(decoder, ids, jnp.arange(8)[None])
+        return decoder.final_norm(hidden) @ decoder.output_head().T
+
+    close(logits(model.decoder), expected)
+    # The weights were made for bfloat16, the bias of the router for float32.
+    narrow, _ = pretrained.load(FOLDER / "fp8")
+    mixture = narrow.block.layers.transformer_layer.feed_forward  # type: ignore[union-attr]
+    assert mixture.experts.up.dtype == jnp.bfloat16
+    assert mixture.router.bias.dtype == jnp.float32
+    assert narrow.decoder.dtype == "bfloat16"  # type: ignore[attr-defined]
 
 
 def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
