@@ -13,6 +13,7 @@
 | `mlp` | features inside the feed-forward network |
 | `query_rank` | features of the latent that queries are projected from |
 | `kv_rank` | features of the latent that keys and values are projected from |
+| `experts` | networks of a mixture of experts |
 """
 
 import functools
@@ -33,7 +34,7 @@ from jaxtyping import Array, Float, Integer, TypeCheckError, jaxtyped
 AXIS_WORDS = frozenset(
     (
         *("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp"),
-        *("query_rank", "kv_rank"),
+        *("query_rank", "kv_rank", "experts"),
     )
 )
 """Those of the table above."""

@@ -21,12 +21,22 @@ from ._rotary import (
 )
 from ._transformer import TransformerDecoder
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
+from .experts import (
+    Experts,
+    MixtureOfExperts,
+    Router,
+    RouterStatistics,
+    Routing,
+    router_statistics,
+    update_router_bias,
+)
 
 __all__ = [
     "AbstractAttention",
     "AbstractFeedForward",
     "AbstractRotaryScaling",
     "AttentionFunction",
+    "Experts",
     "GroupedQueryAttention",
     "KeyValueCache",
     "LatentCache",
@@ -34,9 +44,13 @@ __all__ = [
     "Linear",
     "LinearScaling",
     "Llama3Scaling",
+    "MixtureOfExperts",
     "MultiHeadLatentAttention",
     "RMSNorm",
     "Rotary",
+    "Router",
+    "RouterStatistics",
+    "Routing",
     "SwiGLU",
     "TransformerConfig",
     "TransformerDecoder",
@@ -47,4 +61,6 @@ __all__ = [
     "causal_attention_by_position",
     "embed_tokens",
     "rotary_embedding",
+    "router_statistics",
+    "update_router_bias",
 ]
