@@ -159,14 +159,15 @@ def _attention_config(attention: nn.MultiHeadLatentAttention) -> dict[str, Any]:
     heads, v_head_dim, _ = attention.out_kernel.shape
     rank = attention.latent_norm.scale.shape[0]
     rope_size = attention.latent_down.kernel.shape[1] - rank
+    query_norm, query = attention.query_norm, attention.query_up_kernel
+    query = attention.query_kernel if query is None else query
+    assert query is not None
     return {
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
-        "q_lora_rank": None
-        if attention.query_norm is None
-        else attention.query_norm.scale.shape[0],
+        "q_lora_rank": None if query_norm is None else query_norm.scale.shape[0],
         "kv_lora_rank": rank,
-        "qk_nope_head_dim": attention.up_kernel.shape[2] - v_head_dim,
+        "qk_nope_head_dim": query.shape[2] - rope_size,
         "qk_rope_head_dim": rope_size,
         "v_head_dim": v_head_dim,
         "rope_interleave": attention.rotary.interleaved,

@@ -97,14 +97,14 @@ def oracle(x: np.ndarray, module: Any, *, packed: bool) -> np.ndarray:
             kernel = module.query_up_kernel
         for h in range(HEADS):
             query = latent @ f64(kernel)[:, h]
-            query[NOPE:] = rotated(query[NOPE:], places[b, i], module.rotary)
+            query[NOPE:] = rotated(query[NOPE:], int(places[b, i]), module.rotary)
             logits, values = [], []
             for j in range(i + 1):
                 if packed and SEGMENTS[b, i] != SEGMENTS[b, j]:
                     continue
                 down = x[b, j] @ f64(module.latent_down.kernel)
                 up = norm(down[:RANK], module.latent_norm) @ f64(module.up_kernel)[:, h]
-                shared = rotated(down[RANK:], places[b, j], module.rotary)
+                shared = rotated(down[RANK:], int(places[b, j]), module.rotary)
                 logits.append(scale * (query[:NOPE] @ up[:NOPE] + query[NOPE:] @ shared))
                 values.append(up[NOPE:])
             assert len(values[0]) == num_values
@@ -297,7 +297,7 @@ def test_bfloat16_and_its_gradient() -> None:
         assert float(difference) < 0.05 * float(jnp.linalg.norm(other.ravel())) + 1e-3
     # Cached steps of float32 parameters run in the dtype of their input.
     wide = module(x, position_ids=IN_ORDER)
-    laid_out = module.for_decoding(jnp.bfloat16)
+    laid_out: Any = module.for_decoding(jnp.bfloat16)
     assert laid_out.query_up_kernel.dtype == jnp.bfloat16
     assert laid_out.latent_norm.scale.dtype == jnp.float32
     empty = module.init_cache(BATCH, SEQ, jnp.bfloat16)

@@ -595,7 +595,7 @@ def test_rotary_embeddings_of_a_configuration() -> None:
     assert rotary(rope_scaling=yarn).scaling == nn.YarnScaling(40.0, 64)
     # DeepSeek's two scales cancel here: sine and cosine stay as they are.
     equal = {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0}
-    scaling = rotary(rope_scaling=equal).scaling
+    scaling: Any = rotary(rope_scaling=equal).scaling
     assert scaling == nn.YarnScaling(40.0, 64, mscale=1.0, mscale_all_dim=1.0)
     assert scaling.amplitude == 1.0
 
