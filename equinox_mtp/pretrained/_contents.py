@@ -2,12 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
 
 from .._block import MultiTokenPredictionBlock
 from .._config import MTPConfig
@@ -18,7 +14,8 @@ from ._comparison import difference, layers_of
 from ._dense import LLAMA, QWEN2, QWEN3
 from ._fitting import fit_depths, with_biases
 from ._folder import CONFIG_FILE, CheckpointFolder
-from ._places import Layout, copy_names
+from ._moe import QWEN3_MOE, has_experts
+from ._places import Layout
 from ._registry import family_of
 from ._settings import COMPUTE_DTYPE, HINTS, Settings
 from ._shapes import decoder_shapes, depth_shapes
@@ -127,24 +124,21 @@ def _decoder_tensors(family: Family, model: MTPModel) -> list[StoredTensor]:
 
 
 def _depth_tensors(
-    family: Family, mtp: MTPTable, block: MultiTokenPredictionBlock, decoder: TransformerDecoder
+    family: Family, mtp: MTPTable, block: MultiTokenPredictionBlock, num_layers: int
 ) -> list[StoredTensor]:
-    places = Layout(family, mtp).block_places(block.layers, decoder.num_layers)
-    num_depths = jax.tree.leaves(block.layers)[0].shape[0]
-    names = copy_names(mtp, num_depths, decoder.num_layers)
-    arrays = {"embedding": decoder.embedding, "head": decoder.output_head()}
-    return [
-        *stored_tensors(block.layers, places),
-        *(
-            StoredTensor(name, np.dtype(x.dtype), x.shape, partial(np.asarray, x))
-            for name, leaf in names.items()
-            for x in (arrays[leaf],)
-        ),
-    ]
+    return stored_tensors(block.layers, Layout(family, mtp).block_places(block.layers, num_layers))
 
 
-def _family(family: Family, model: MTPModel, origin: CheckpointFolder | None) -> Contents:
-    """A family's own layout; without a place for depths they must be none."""
+def _family(
+    family: Family,
+    model: MTPModel,
+    origin: CheckpointFolder | None,
+    copies_in: CheckpointFolder | None = None,
+) -> Contents:
+    """A family's own layout; without a place for depths they must be none.
+
+    `copies_in` is a folder without whose copies of embedding and head none are written.
+    """
     if family.needs_biases:
         model = with_biases(model)
     decoder, config = model.decoder, model.block.config
@@ -163,11 +157,30 @@ def _family(family: Family, model: MTPModel, origin: CheckpointFolder | None) ->
     block = fit_depths(
         model, family.mtp, family.name, any_input=family.mtp.any_input, may_repeat=repeats
     )
-    tensors += _depth_tensors(family, family.mtp, block, decoder)
-    written[family.mtp.count_key] = 1 if repeats else config.num_depths
+    num_depths = 1 if repeats else config.num_depths
+    copies = _copies(tensors, family, family.mtp, num_depths, decoder.num_layers)
+    tensors += _depth_tensors(family, family.mtp, block, decoder.num_layers)
+    tensors += [copy for copy in copies if copies_in is None or copy.name in copies_in]
+    written[family.mtp.count_key] = num_depths
     hints = _hints(family.mtp, config)
     written |= {HINTS: hints} if hints else {}
     return Contents(family, tensors, written, decoder, block.layers)
+
+
+def _copies(
+    tensors: Sequence[StoredTensor], family: Family, mtp: MTPTable, num_depths: int, num_layers: int
+) -> list[StoredTensor]:
+    """Embedding and head among a decoder's tensors once more, where a depth's readers look."""
+    named = {tensor.name: tensor for tensor in tensors}
+    embedding, head = (family.decoder[part].name for part in ("embedding", "head"))
+    named.setdefault(head, named[embedding])  # if it is tied
+    return [
+        named[family.decoder[part].name]._replace(
+            name=mtp.prefix.format(depth=k, layer=num_layers + k) + name
+        )
+        for k in range(num_depths)
+        for name, part in mtp.copies.items()
+    ]
 
 
 def _hints(mtp: MTPTable, config: MTPConfig) -> dict[str, Any]:
@@ -185,7 +198,7 @@ def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family])
     family = family_of(settings, families)
     if family.mtp is None and model.block.config.num_depths and settings.get(COUNT_KEY):
         return _with_transformers_depths("transformers", model, origin)
-    contents = _family(family, model, origin)
+    contents = _family(family, model, origin, copies_in=origin)
     return dataclasses.replace(contents, config=_merged(origin.config, contents.config))
 
 
@@ -219,7 +232,7 @@ def _head(model: MTPModel, origin: CheckpointFolder | None) -> Contents:
     written = _config(family, decoder, origin)
     name = "." if origin is None else str(origin.path.resolve())
     config = head_config(written, name, model.block.config.num_depths)
-    tensors = _depth_tensors(family, mtp, block, decoder)
+    tensors = _depth_tensors(family, mtp, block, decoder.num_layers)
     return Contents(family, tensors, config, decoder, block.layers)
 
 
@@ -228,13 +241,15 @@ def _with_transformers_depths(
 ) -> Contents:
     decoder, num_depths = model.decoder, model.block.config.num_depths
     assert isinstance(decoder, TransformerDecoder)
-    family, mtp = _dense_family(decoder), transformers_table(num_depths)
+    is_sparse = has_experts(decoder)
+    family = QWEN3_MOE if is_sparse else _dense_family(decoder)
+    mtp = transformers_table(num_depths)
     if family.needs_biases:
         model = with_biases(model)
         decoder = model.decoder
         assert isinstance(decoder, TransformerDecoder)
     block = fit_depths(model, mtp, layout, any_input=False, may_repeat=False)
-    depths = _depth_tensors(family, mtp, block, decoder)
+    depths = _depth_tensors(family, mtp, block, decoder.num_layers)
     if layout == "stitched":
         if origin is None:
             raise ValueError(

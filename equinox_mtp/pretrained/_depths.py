@@ -47,6 +47,22 @@ def depth_prefixes(settings: Settings, mtp: MTPTable) -> list[str]:
     return [mtp.prefix.format(depth=k, layer=num_layers + k) for k in range(num_depths)]
 
 
+def copied_tensors(
+    settings: Settings, family: Family, mtp: MTPTable, names: Collection[str]
+) -> dict[str, str]:
+    """Tensors of a folder's own depths that are there again: from their names to the decoder's."""
+    # A head that is tied is the embedding.
+    decoder = {part: tensor.name for part, tensor in family.decoder.items()}
+    if decoder["head"] not in names:
+        decoder["head"] = decoder["embedding"]
+    return {
+        prefix + name: decoder[part]
+        for prefix in depth_prefixes(settings, mtp)
+        for name, part in mtp.copies.items()
+        if prefix + name in names
+    }
+
+
 def fresh_config(
     num_depths: int | None, preset: Preset | None, key: PRNGKeyArray | None
 ) -> MTPConfig:

@@ -124,15 +124,6 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(dotted_name(path), x) for path, x in leaves if is_array_or_shape(x)]
 
 
-def copy_names(mtp: MTPTable, num_depths: int, num_layers: int) -> dict[str, str]:
-    """The tensors of depths that repeat an array of the decoder, by name, and these arrays."""
-    return {
-        mtp.prefix.format(depth=k, layer=num_layers + k) + name: leaf
-        for k in range(num_depths)
-        for name, leaf in mtp.copies.items()
-    }
-
-
 def conventions(mtp: MTPTable, num_depths: int, **changes: Any) -> MTPConfig:
     """The `MTPConfig` of a family's depths."""
     return MTPConfig(num_depths, **{**mtp.config, **changes})

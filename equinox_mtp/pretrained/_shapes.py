@@ -13,9 +13,8 @@ from .._config import MTPConfig
 from .._layer import MultiTokenPredictionLayer
 from ..nn import RMSNorm, TransformerDecoder
 from ._folder import CheckpointFolder
-from ._places import copy_names
 from ._settings import Settings
-from ._tables import Family, MTPTable
+from ._tables import Family
 
 
 def decoder_shapes(
@@ -27,7 +26,8 @@ def decoder_shapes(
     # Not said: as the weights are. Said otherwise than they are: a tensor is missing.
     is_tied = settings.flag("tie_word_embeddings", head not in names)
     if is_tied and head in names and isinstance(names, CheckpointFolder):
-        _check_tied(names, family.decoder["embedding"].name, head)
+        mend = "and `tie_word_embeddings` is true. Set it to false in config.json to use this head."
+        check_same(names, family.decoder["embedding"].name, head, mend)
 
     def make() -> TransformerDecoder:
         keys = jax.random.split(jax.random.key(0), settings.integer("num_hidden_layers"))
@@ -45,40 +45,8 @@ def decoder_shapes(
     return eqx.filter_eval_shape(make)
 
 
-def _check_tied(folder: CheckpointFolder, embedding: str, head: str) -> None:
-    """**Raises:** `ValueError` if a head that is there again is another one."""
-    if not _are_equal(folder, embedding, head):
-        raise ValueError(
-            f"{folder.where(head)}: it differs from the embedding, and `tie_word_embeddings` is "
-            "true. Set it to false in config.json to use this head."
-        )
-
-
-def check_copies(
-    folder: CheckpointFolder, family: Family, mtp: MTPTable, settings: Settings
-) -> list[str]:
-    """The tensors of depths that repeat the decoder's, of those that are there.
-
-    **Raises:** `ValueError` for one that differs: depths share the arrays of the decoder.
-    """
-    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
-    found = []
-    for name, leaf in copy_names(mtp, num_depths, settings.integer("num_hidden_layers")).items():
-        whole = family.decoder[leaf].name
-        whole = whole if whole in folder else family.decoder["embedding"].name
-        if name not in folder:
-            continue
-        if not _are_equal(folder, whole, name):
-            raise ValueError(
-                f"{folder.where(name)}: it differs from `{whole}`, and prediction depths share the "
-                "main model's own here. Load the model with `num_depths=0`, or mend the folder."
-            )
-        found.append(name)
-    return found
-
-
-def _are_equal(folder: CheckpointFolder, name: str, copy: str) -> bool:
-    """Whether two tensors hold the same numbers, read piece by piece."""
+def check_same(folder: CheckpointFolder, name: str, copy: str, mend: str) -> None:
+    """**Raises:** `ValueError` if a tensor that is there again is another one."""
     one, other = folder.view(name), folder.view(copy)
     is_same = one.shape == other.shape
     step = max(1, 2**24 // max(one[:1].nbytes, 1))
@@ -87,7 +55,9 @@ def _are_equal(folder: CheckpointFolder, name: str, copy: str) -> bool:
         is_same = is_same and np.array_equal(one[piece], other[piece])
         folder.forget(name)
         folder.forget(copy)
-    return is_same
+    if not is_same:
+        what = "the embedding" if "embed" in name else f"`{name}`"
+        raise ValueError(f"{folder.where(copy)}: it differs from {what}, {mend}")
 
 
 def depth_shapes(

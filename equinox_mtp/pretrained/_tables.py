@@ -1,7 +1,7 @@
 """A family of checkpoints as data: which tensor is which array of the tree, and how it is laid out.
 
 A family is one file with one `Family` in it; nothing else changes. For instance, a layer whose
-feed-forward network has experts, which are stored one by one:
+feed-forward network has experts, which are stored one by one (`_moe.py` has such families):
 
     LAYER = {
         **llama.layer,
@@ -164,10 +164,11 @@ class MTPTable:
         those of the family's layers.
     - `layer_prefix`: of the transformer layer's tensors, behind `prefix`.
     - `config`: fields of `MTPConfig`.
+    - `copies`: tensors that each depth may hold once more, from their names behind `prefix` to the
+        arrays of the decoder, `"embedding"` or `"head"`. They are read if they are the same, and
+        written.
     - `count_key`: of the configuration: how many depths there are; 0 without it.
     - `any_input`: whether readers differ in the main hidden state that enters depth 1.
-    - `copies`: names behind `prefix` of tensors that repeat arrays of the decoder, and these
-        arrays: they may be there, have to be equal, and are written.
     """
 
     prefix: str
@@ -175,8 +176,8 @@ class MTPTable:
     config: Mapping[str, Any]
     count_key: str = "num_nextn_predict_layers"
     layer_prefix: str = ""
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     any_input: bool = True
-    copies: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_which_layers_have_experts(config: dict[str, int], expected: str) -> Non
         assert type(layer.feed_forward) is wanted
 
 
-def test_copies_may_be_missing_and_are_written(tmp_path: Path) -> None:
+def test_copies_may_be_missing(tmp_path: Path) -> None:
     def drop(tensors: dict[str, np.ndarray]) -> None:
         for name in COPIES:
             del tensors[name]
@@ -81,7 +81,7 @@ def test_copies_may_be_missing_and_are_written(tmp_path: Path) -> None:
     model = load()
     without = load(changed(NAME, tmp_path / "without", tensors=drop))
     assert eqx.tree_equal(without, model)
-    pretrained.save(tmp_path / "out", without, layout=tmp_path / "without")
+    pretrained.save(tmp_path / "out", without, layout=NAME)
     written = tensors_of(tmp_path / "out")
     for name, x in tensors_of(FOLDER / NAME).items():
         np.testing.assert_array_equal(written[name], x)
@@ -93,7 +93,7 @@ def test_copies_that_differ_are_refused(name: str, tmp_path: Path) -> None:
         tensors[name] = tensors[name] + np.eye(256, 64, dtype=np.float32)
 
     folder = changed(NAME, tmp_path / "in", tensors=change)
-    with pytest.raises(ValueError, match=f"`{name}`: it differs from `(model.embed|lm_head)"):
+    with pytest.raises(ValueError, match=f"`{name}`: it differs from (the embedding|`lm_head)"):
         load(folder)
     assert load(folder, num_depths=0).block.layers is None
 
@@ -195,7 +195,7 @@ def test_on_a_mesh() -> None:
         ({"q_lora_rank": None}, "`q_lora_rank` must be an integer: queries are compressed here"),
         ({"n_group": 3}, "`num_groups` must divide `num_experts`; got 3 and 8"),
         ({"attention_bias": True}, "`attention_bias` must be False in this family; got True"),
-        ({"scoring_func": "softmax"}, "`scoring_func` must be 'sigmoid' in this family"),
+        ({"scoring_func": "softmax"}, "`scoring_func` must be 'sigmoid'; got 'softmax'"),
         ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` must be 1 in this family"),
         ({"first_k_dense_replace": 0}, "`model.layers.0.mlp.down_proj.weight`: .* no place for it"),
     ],
@@ -226,5 +226,5 @@ def test_what_the_layout_cannot_hold(tmp_path: Path) -> None:
     other = emtp.MTPModel(model.decoder, block)
     with pytest.raises(ValueError, match="has `input_hidden_state='after_norm'`"):
         pretrained.save(tmp_path / "other", other, layout=NAME)
-    with pytest.raises(ValueError, match="must have layers of grouped-query attention"):
+    with pytest.raises(ValueError, match=r"has no tensor for `attention\.query_down\.kernel`"):
         pretrained.save(tmp_path / "transformers", model, layout="transformers")
