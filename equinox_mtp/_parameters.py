@@ -92,11 +92,12 @@ def muon_dimension_numbers(tree: PyTree[Any]) -> PyTree[Any]:
     None
 
     The last two axis words of a parameter's annotation name the matrix, `x @ kernel`; `heads` (or
-    `kv_heads`) and `head_dim` are one axis of it. So `"embed heads head_dim"` is a matrix from
-    `embed` to `heads · head_dim`. No matrices are: what has the axis word `vocab`, that is
-    embeddings and output heads; biases and the scales of norms, which have one word; and what has
-    no axis words. `equinox.nn.Linear` is known, and its `weight` a matrix. Muon is described in
-    <https://kellerjordan.github.io/posts/muon>, for language models in arXiv 2502.16982.
+    `kv_heads`) and `head_dim`, or a word that ends so, are one axis of it. So `"embed heads
+    head_dim"` is a matrix from `embed` to `heads · head_dim`. No matrices are: what has the axis
+    word `vocab`, that is embeddings and output heads; biases and the scales of norms, which have
+    one word; and what has no axis words. `equinox.nn.Linear` is known, and its `weight` a matrix.
+    Muon is described in <https://kellerjordan.github.io/posts/muon>, for language models in arXiv
+    2502.16982.
 
     **Arguments:**
 
@@ -127,7 +128,7 @@ def _feature_axes(words: tuple[str, ...]) -> list[tuple[int, ...]]:
     axes: list[tuple[int, ...]] = []
     for index, word in enumerate(words):
         axis = index - len(words)
-        if word == "head_dim" and index and words[index - 1] in ("heads", "kv_heads"):
+        if word.endswith("head_dim") and index and words[index - 1] in ("heads", "kv_heads"):
             axes[-1] = (*axes[-1], axis)
         else:
             axes.append((axis,))

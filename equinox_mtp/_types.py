@@ -11,6 +11,8 @@
 | `kv_heads` | key and value heads of attention |
 | `head_dim` | features of one head |
 | `mlp` | features inside the feed-forward network |
+| `query_rank` | features of the latent that queries are projected from |
+| `kv_rank` | features of the latent that keys and values are projected from |
 | `experts` | networks of a mixture of experts |
 """
 
@@ -30,7 +32,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Integer, TypeCheckError, jaxtyped
 
 AXIS_WORDS = frozenset(
-    ("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp", "experts")
+    (
+        *("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp"),
+        *("query_rank", "kv_rank", "experts"),
+    )
 )
 """Those of the table above."""
 

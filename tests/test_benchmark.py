@@ -88,6 +88,18 @@ def test_attention_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_latent_attention_rows(tmp_path: Path) -> None:
+    arguments = ["--sizes", "tiny", "--rounds", "1"]
+    report, printed = report_of("latent_attention.py", arguments, tmp_path)
+    assert [row["variant"] for row in report["rows"]] == ["absorbed", "recomputed"]
+    absorbed, recomputed = report["rows"]
+    assert absorbed["of_recomputed"] == pytest.approx(absorbed["ms"] / recomputed["ms"])
+    assert absorbed["largest_difference"] < 1e-5
+    assert absorbed["cached_per_token"] == 6 + 2
+    assert f"| 20 | absorbed | {absorbed['ms']:.2f} |" in printed
+
+
+@pytest.mark.slow
 def test_generation_rows_of_every_batch_and_number_of_drafts(tmp_path: Path) -> None:
     arguments = ["--preset", "tiny", "--runs", str(tmp_path / "runs")]
     report, printed = report_of("generate.py", arguments, tmp_path)

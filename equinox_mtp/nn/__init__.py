@@ -5,6 +5,8 @@ from ._attention import GroupedQueryAttention
 from ._embedding import embed_tokens
 from ._feed_forward import SwiGLU
 from ._key_value_cache import KeyValueCache
+from ._latent_attention import MultiHeadLatentAttention
+from ._latent_cache import LatentCache
 from ._layer_runs import LayerRun
 from ._linear import Linear, cast_matrices
 from ._norm import RMSNorm
@@ -37,11 +39,13 @@ __all__ = [
     "Experts",
     "GroupedQueryAttention",
     "KeyValueCache",
+    "LatentCache",
     "LayerRun",
     "Linear",
     "LinearScaling",
     "Llama3Scaling",
     "MixtureOfExperts",
+    "MultiHeadLatentAttention",
     "RMSNorm",
     "Rotary",
     "Router",

@@ -4,7 +4,7 @@ import math
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from .._platform import accumulation_dtype
 from .._types import checked
@@ -78,12 +78,7 @@ class KeyValueCache(eqx.Module):
         groups, dtype = heads // kv_heads, accumulation_dtype(query)
         query = query.reshape(batch, seq, kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-        slots, offsets = jnp.arange(max_length), jnp.arange(seq)
-        is_before = jnp.broadcast_to(slots < position_ids[:, :1, None], (batch, seq, max_length))
-        is_causal = (offsets <= offsets[:, None]) & (position_ids >= 0)[:, None]
-        if window is not None:
-            is_before &= slots > position_ids[:, :, None] - window
-            is_causal &= offsets > offsets[:, None] - window
+        is_before, is_causal = visible_positions(position_ids, max_length, window)
 
         def logits(keys: Array, visible: Array) -> Array:
             rows = query.reshape(batch, kv_heads, groups * seq, head_dim)
@@ -106,3 +101,20 @@ class KeyValueCache(eqx.Module):
         attended = (weighted(cached, self.value) + weighted(new, value)) / total
         attended = attended.astype(query.dtype).transpose(0, 3, 1, 2, 4)
         return attended.reshape(batch, seq, heads, head_dim)
+
+
+def visible_positions(
+    position_ids: Integer[Array, "batch seq"], max_length: int, window: int | None = None
+) -> tuple[Bool[Array, "batch seq max_length"], Bool[Array, "batch seq seq"]]:
+    """What positions that follow one another see: of a cache, and of each other.
+
+    Of the cache it is what precedes the first of them; one below 0 stands for no token.
+    """
+    slots, offsets = jnp.arange(max_length), jnp.arange(position_ids.shape[1])
+    shape = (*position_ids.shape, max_length)
+    is_before = jnp.broadcast_to(slots < position_ids[:, :1, None], shape)
+    is_causal = (offsets <= offsets[:, None]) & (position_ids >= 0)[:, None]
+    if window is not None:
+        is_before &= slots > position_ids[:, :, None] - window
+        is_causal &= offsets > offsets[:, None] - window
+    return is_before, is_causal

@@ -35,6 +35,11 @@ class AbstractRotaryScaling(abc.ABC):
         """Multiplies sine and cosine, and so the logits by its square."""
         return 1.0
 
+    @property
+    def softmax_factor(self) -> float:
+        """Multiplies the logits of `MultiHeadLatentAttention`, of which a part is not rotated."""
+        return 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling(AbstractRotaryScaling):
@@ -98,8 +103,8 @@ class YarnScaling(AbstractRotaryScaling):
 
     Over `original_length` positions, frequencies of more than `beta_fast` turns stay, those of less
     than `beta_slow` turns are divided by `factor`, and a linear ramp over their indices lies
-    between. Sine and cosine are multiplied by `attention_factor`, which is `0.1 · ln(factor) + 1`
-    if `None`.
+    between. With `m(x) = 0.1 · x · ln(factor) + 1`, or 1 for a factor of at most 1, sine and cosine
+    are multiplied by `m(mscale) / m(mscale_all_dim)`, which is `m(1)` by default.
 
     >>> scaling = emtp.nn.YarnScaling(4.0, original_length=64)
     >>> round(scaling.amplitude, 4)
@@ -107,7 +112,11 @@ class YarnScaling(AbstractRotaryScaling):
 
     **Fields:**
 
+    - `attention_factor`: multiplies sine and cosine in place of that ratio.
     - `rounds_ramp`: whether the ramp begins and ends at whole indices, as in the first release.
+    - `mscale`, `mscale_all_dim`: how strongly rotated features, and all features, are scaled.
+        `MultiHeadLatentAttention` multiplies its logits by `m(mscale_all_dim)²`, as DeepSeek's code
+        does (arXiv 2412.19437, §4.3); other attention rotates all features, and does not.
     """
 
     factor: float
@@ -116,10 +125,15 @@ class YarnScaling(AbstractRotaryScaling):
     beta_slow: float = 1.0
     attention_factor: float | None = None
     rounds_ramp: bool = True
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("factor", "beta_fast", "beta_slow"):
             _set_number(self, name, above=0)
+        for name in ("mscale", "mscale_all_dim"):
+            number = check_number(name, getattr(self, name), at_least=0)
+            object.__setattr__(self, name, number)
         if self.attention_factor is not None:
             _set_number(self, "attention_factor", above=0)
         _set_integer(self, "original_length")
@@ -146,7 +160,15 @@ class YarnScaling(AbstractRotaryScaling):
         """`attention_factor`, with its default."""
         if self.attention_factor is not None:
             return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+        return self._factor_of(self.mscale) / self._factor_of(self.mscale_all_dim)
+
+    @property
+    def softmax_factor(self) -> float:
+        """`m(mscale_all_dim)²`."""
+        return self._factor_of(self.mscale_all_dim) ** 2
+
+    def _factor_of(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,9 @@ def _family(
             )
         return Contents(family, tensors, written, decoder)
     repeats = config.repeated_layer
-    block = fit_depths(model, family.mtp, family.name, any_input=True, may_repeat=repeats)
+    block = fit_depths(
+        model, family.mtp, family.name, any_input=family.mtp.any_input, may_repeat=repeats
+    )
     num_depths = 1 if repeats else config.num_depths
     copies = _copies(tensors, family, family.mtp, num_depths, decoder.num_layers)
     tensors += _depth_tensors(family, family.mtp, block, decoder.num_layers)

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+from ._deepseek import DEEPSEEK_V3
 from ._dense import LLAMA, MIMO, QWEN2, QWEN3
 from ._moe import GLM4_MOE, QWEN3_MOE
 from ._settings import Settings
 from ._tables import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO, QWEN3_MOE, GLM4_MOE)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3)
 """What `load` and `save` know."""
 
 

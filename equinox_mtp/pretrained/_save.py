@@ -37,7 +37,7 @@ def save(
     |---|---|---|
     | a folder, or `None` with `source` | as it came from there | what read that |
     | `"llama"`, `"qwen2"`, `"qwen3"` | the main model | transformers, vLLM, SGLang |
-    | `"mimo"` | main model and depths | vLLM, SGLang |
+    | `"mimo"`, `"deepseek_v3"` | main model and depths | vLLM, SGLang |
     | `"transformers"` | main model and depths (`num_mtp_layers`) | transformers |
     | `"speculators"` | one depth alone | speculators, vLLM |
     | `"stitched"` | the depths as `mtp.*` beside links to the files of `source` | transformers |

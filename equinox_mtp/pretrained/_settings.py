@@ -138,8 +138,9 @@ class Settings:
             original_length=rope.integer("original_max_position_embeddings", longest),
             beta_fast=rope.number("beta_fast", 32.0),
             beta_slow=rope.number("beta_slow", 1.0),
-            attention_factor=_yarn_amplitude(rope, factor),
+            attention_factor=_number_or_none(rope, "attention_factor"),
             rounds_ramp=rope.flag("truncate", True),
+            **_mscales(rope),
         )
 
 
@@ -154,17 +155,16 @@ def errors_of(settings: Settings) -> Iterator[None]:
         raise ValueError(f"{settings.path}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _yarn_amplitude(rope: Settings, factor: float) -> float | None:
-    """`attention_factor`, or the ratio that `mscale` and `mscale_all_dim` give."""
-    if rope.get("attention_factor") is not None:
-        return rope.number("attention_factor")
-    if not (rope.get("mscale") and rope.get("mscale_all_dim")):
-        return None
-    scales = [
-        0.1 * rope.number(name) * math.log(factor) + 1 if factor > 1 else 1.0
-        for name in ("mscale", "mscale_all_dim")
-    ]
-    return scales[0] / scales[1]
+def _number_or_none(rope: Settings, key: str) -> float | None:
+    return None if rope.get(key) is None else rope.number(key)
+
+
+def _mscales(rope: Settings) -> dict[str, float]:
+    """`mscale` and `mscale_all_dim`; as in transformers, the former does nothing by itself."""
+    mscale, mscale_all_dim = rope.number("mscale", 1.0), rope.number("mscale_all_dim", 0.0)
+    if not mscale_all_dim:
+        return {}
+    return {"mscale": mscale or 1.0, "mscale_all_dim": mscale_all_dim}
 
 
 def rope_config(rotary: nn.Rotary, head_dim: int) -> dict[str, Any]:
@@ -194,6 +194,9 @@ def rope_config(rotary: nn.Rotary, head_dim: int) -> dict[str, Any]:
         }
         if scaling.attention_factor is not None:
             config["rope_scaling"]["attention_factor"] = scaling.attention_factor
+        if scaling.mscale_all_dim:
+            scales = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+            config["rope_scaling"] |= scales
     elif scaling is not None:
         raise ValueError(
             f"`model` has a rotary scaling that no config.json has: {type(scaling).__name__}."

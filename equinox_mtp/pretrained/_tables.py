@@ -168,6 +168,7 @@ class MTPTable:
         arrays of the decoder, `"embedding"` or `"head"`. They are read if they are the same, and
         written.
     - `count_key`: of the configuration: how many depths there are; 0 without it.
+    - `any_input`: whether readers differ in the main hidden state that enters depth 1.
     """
 
     prefix: str
@@ -176,6 +177,7 @@ class MTPTable:
     count_key: str = "num_nextn_predict_layers"
     layer_prefix: str = ""
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    any_input: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,6 +124,8 @@ DEFAULT_RULES = ShardingRules(
         "heads": "tensor",
         "kv_heads": "tensor",
         "mlp": "tensor",
+        "query_rank": "fsdp",
+        "kv_rank": "fsdp",
         "experts": "expert",
     },
     parameters={
@@ -131,6 +133,8 @@ DEFAULT_RULES = ShardingRules(
         "up.kernel": "embed mlp",
         "down.kernel": "mlp embed",
         "projection_layer.kernel": "embed _",
+        "query_down.kernel": "embed query_rank",
+        "latent_down.kernel": "embed _",
         "router.kernel": "embed _",
         "router.bias": "_",
         "shared_gate.kernel": "embed _",

@@ -18,18 +18,20 @@ from ._text import TOKENIZER_FILE, keep_tokenizer
 
 _TRANSFORMERS = "transformers 5.24 or newer: generate(use_mtp=True)"
 _ENGINES = "transformers, vLLM and SGLang"
+_WITH_FLAGS = "vLLM and SGLang, with the flags in equinox_mtp/pretrained/README.md"
 _READERS = {
     "llama": _ENGINES,
     "llama3": _ENGINES,
     "qwen2": _ENGINES,
     "qwen3": _ENGINES,
-    "mimo": "vLLM and SGLang, with the flags in equinox_mtp/pretrained/README.md",
+    "mimo": _WITH_FLAGS,
+    "deepseek_v3": _WITH_FLAGS,
     "transformers": _TRANSFORMERS,
     "speculators": "vLLM: vllm serve FOLDER",
     "stitched": _TRANSFORMERS,
 }
 _WITHOUT_MAIN_MODEL = ("speculators", "stitched")
-_OF_DEPTHS = ("mimo", "transformers", *_WITHOUT_MAIN_MODEL)
+_OF_DEPTHS = ("mimo", "deepseek_v3", "transformers", *_WITHOUT_MAIN_MODEL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,8 @@ class ExportConfig:
     """A run of `train`, or one of its checkpoints."""
     layout: str
     """transformers (main model and depths), stitched (depths beside links to the files of the
-    released model), speculators (depths alone, for vLLM), mimo, llama, qwen2 or qwen3; or a folder,
-    whose layout is taken."""
+    released model), speculators (depths alone, for vLLM), mimo, deepseek_v3, llama, qwen2 or qwen3;
+    or a folder, whose layout is taken."""
     out: Path
     """The folder to write; the name must be free."""
     model: Path | None = None

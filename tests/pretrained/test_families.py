@@ -21,8 +21,8 @@ from equinox_mtp import nn, pretrained, speculative
 from equinox_mtp._decoder import split_auxiliary
 from equinox_mtp.pretrained._folder import CheckpointFolder
 
-FAMILIES = ("qwen3", "llama3", "mimo", "fastmtp", "qwen3_moe", "glm4_moe")
-WITH_DEPTHS = ("mimo", "fastmtp", "glm4_moe")
+FAMILIES = ("qwen3", "llama3", "mimo", "fastmtp", "qwen3_moe", "glm4_moe", "deepseek_v3")
+WITH_DEPTHS = ("mimo", "fastmtp", "glm4_moe", "deepseek_v3")
 TOLERANCE = 1e-4
 
 
@@ -103,6 +103,7 @@ def test_the_other_hidden_state_at_the_entrance(models: dict[str, emtp.MTPModel]
     for name, other, suffix in (
         ("mimo", "after_norm", "from_post"),
         ("fastmtp", "before_norm", "from_pre"),
+        ("deepseek_v3", "before_norm", "from_pre"),
         ("glm4_moe", "before_norm", "from_pre"),
     ):
         model = with_config(models[name], input_hidden_state=other)
@@ -140,15 +141,13 @@ def test_greedy_continuations(name: str, models: dict[str, emtp.MTPModel]) -> No
         np.testing.assert_array_equal(generation.tokens[:, :23], numbers["greedy"])
 
 
-@pytest.mark.parametrize("carried", ["post", "pre"])
-@pytest.mark.parametrize("name", WITH_DEPTHS)
-def test_recursive_drafts(name: str, carried: str, models: dict[str, emtp.MTPModel]) -> None:
+PLACEMENTS = {"post": "after_norm", "pre": "before_norm"}
+
+
+def draft_ids(model: emtp.MTPModel, prompt: np.ndarray, num_drafts: int) -> Any:
     """After the prompt and the main model's own token, through the cached steps."""
-    numbers = reference(name)
-    placement = {"post": "after_norm", "pre": "before_norm"}[carried]
-    model = with_config(models[name], carried_hidden_state=placement)
     decoding = speculative.DecodingModel.of(model)
-    shape = speculative.DecodingShape(3, max_new_tokens=8, recursion="extended")
+    shape = speculative.DecodingShape(num_drafts, max_new_tokens=8, recursion="extended")
     key, sampler = jax.random.key(0), speculative.Sampler()
 
     @eqx.filter_jit
@@ -164,22 +163,74 @@ def test_recursive_drafts(name: str, carried: str, models: dict[str, emtp.MTPMod
         )
         return speculative.draft(decoding, state, shape, sampler, key=key)[0].ids
 
-    ids = draft(decoding, jnp.asarray(numbers["prompt"], jnp.int32))
+    return draft(decoding, jnp.asarray(prompt, jnp.int32))
+
+
+@pytest.mark.parametrize("carried", PLACEMENTS)
+@pytest.mark.parametrize("name", WITH_DEPTHS)
+def test_recursive_drafts(name: str, carried: str, models: dict[str, emtp.MTPModel]) -> None:
+    numbers = reference(name)
+    model = with_config(models[name], carried_hidden_state=PLACEMENTS[carried])
+    ids = draft_ids(model, numbers["prompt"], 3)
     np.testing.assert_array_equal(ids, numbers[f"recursive_{carried}_drafts"])
     # And the logits, in a whole pass over the text and the drafts before each.
     pairs = jnp.concatenate([jnp.asarray(numbers["greedy"][:, 1:8]), ids], axis=1)
-    decoder: Any = model.decoder
-    hidden = hidden_states(decoder, jnp.asarray(numbers["prompt"]), jnp.arange(7)[None])
     enters = model.block.config.input_hidden_state == "after_norm"
-    states, layer = decoder.final_norm(hidden) if enters else hidden, model.block.layer(1)
-    for index in range(3):
-        positions = jnp.arange(7 + index)[None]
-        embeddings = decoder.embed(pairs[:, : 7 + index], positions)
+
+    @quick_jit
+    def logits(decoder: Any, layer: Any) -> Any:
+        hidden = hidden_states(decoder, jnp.asarray(numbers["prompt"]), jnp.arange(7)[None])
+        states, found = decoder.final_norm(hidden) if enters else hidden, []
+        for index in range(3):
+            positions = jnp.arange(7 + index)[None]
+            embeddings = decoder.embed(pairs[:, : 7 + index], positions)
+            out, _ = layer(states, embeddings, position_ids=positions)
+            normed, carry = layer.normed_and_carried(out, decoder.final_norm)
+            found.append(normed[:, -1] @ decoder.output_head().T)
+            states = jnp.concatenate([states, carry[:, -1:]], axis=1)
+        return jnp.stack(found, axis=1)
+
+    found = logits(model.decoder, model.block.layer(1))
+    close(found, numbers[f"recursive_{carried}_logits"])
+
+
+@pytest.mark.parametrize("carried", PLACEMENTS)
+def test_recursive_drafts_from_the_other_hidden_state(
+    carried: str, models: dict[str, emtp.MTPModel]
+) -> None:
+    for name, other in (
+        ("mimo", "post"),
+        ("fastmtp", "pre"),
+        ("glm4_moe", "pre"),
+        ("deepseek_v3", "pre"),
+    ):
+        model = with_config(
+            models[name],
+            carried_hidden_state=PLACEMENTS[carried],
+            input_hidden_state=PLACEMENTS[other],
+        )
+        numbers = reference(name)
+        expected = numbers[f"recursive_{carried}_drafts_from_{other}"]
+        np.testing.assert_array_equal(draft_ids(model, numbers["prompt"], 3), expected)
+
+
+@pytest.mark.parametrize("name", WITH_DEPTHS)
+def test_without_the_first_embedding(name: str, models: dict[str, emtp.MTPModel]) -> None:
+    """As vLLM serves them; rotary positions are relative, so they may be those of depth 1."""
+    numbers, model = reference(name), models[name]
+    decoder, layer = model.decoder, model.block.layer(1)
+    tokens, positions = jnp.asarray(numbers["tokens"]), jnp.tile(jnp.arange(16), (2, 1))
+
+    @quick_jit
+    def logits(decoder: Any, layer: Any) -> Any:
+        hidden = hidden_states(decoder, tokens[:, :16], positions)
+        is_normed = model.block.config.input_hidden_state == "after_norm"
+        embeddings = decoder.embed(tokens[:, 1:17], positions).at[:, 0].set(0)
+        states = decoder.final_norm(hidden) if is_normed else hidden
         out, _ = layer(states, embeddings, position_ids=positions)
-        normed, carry = layer.normed_and_carried(out, decoder.final_norm)
-        logits = normed[:, -1] @ decoder.output_head().T
-        close(logits, numbers[f"recursive_{carried}_logits"][:, index])
-        states = jnp.concatenate([states, carry[:, -1:]], axis=1)
+        return layer.normed_and_carried(out, decoder.final_norm)[0] @ decoder.output_head().T
+
+    close(logits(decoder, layer), numbers["mtp0_logits_zero0"])
 
 
 def test_conventions_are_the_families(models: dict[str, emtp.MTPModel]) -> None:
@@ -195,6 +246,8 @@ def test_conventions_are_the_families(models: dict[str, emtp.MTPModel]) -> None:
         "after_norm",
     )
     assert fastmtp.repeated_layer
+    deepseek = models["deepseek_v3"].block.config
+    assert deepseek == emtp.MTPConfig.preset("megatron", 1)
     assert models["qwen3"].block.config.num_depths == 0
 
 
@@ -500,9 +553,10 @@ def test_layouts_of_other_layers(tmp_path: Path) -> None:
         pretrained.save(tmp_path / "out", mixture, layout="glm4_moe")
 
 
-def test_chained_drafts(models: dict[str, emtp.MTPModel]) -> None:
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_chained_drafts(name: str, models: dict[str, emtp.MTPModel]) -> None:
     """The first draft is depth 1's; there is one depth."""
-    numbers, model = reference("glm4_moe"), models["glm4_moe"]
+    numbers, model = reference(name), models[name]
     np.testing.assert_array_equal(numbers["greedy_use_mtp"], numbers["greedy"])
     pairs = jnp.asarray(numbers["greedy"][:, 1:8])
     decoder, layer = model.decoder, model.block.layer(1)
@@ -668,6 +722,25 @@ def test_weights_of_8_bits_become_those_of_the_configuration(tmp_path: Path) -> 
     np.testing.assert_array_equal(layers.feed_forward.up.kernel[1], expected.T)
 
 
+def test_a_model_of_weights_of_8_bits() -> None:
+    model, _ = pretrained.load(FOLDER / "fp8", dtype="float32", compute_dtype="float32")
+    with np.load(FOLDER / "fp8" / "dequantized.npz") as stored:
+        ids, expected = jnp.asarray(stored["input_ids"]), stored["logits"]
+
+    @quick_jit
+    def logits(decoder: Any) -> Any:
+        hidden = hidden_states(decoder, ids, jnp.arange(8)[None])
+        return decoder.final_norm(hidden) @ decoder.output_head().T
+
+    close(logits(model.decoder), expected)
+    # The weights were made for bfloat16, the bias of the router for float32.
+    narrow, _ = pretrained.load(FOLDER / "fp8")
+    mixture = narrow.block.layers.transformer_layer.feed_forward  # type: ignore[union-attr]
+    assert mixture.experts.up.dtype == jnp.bfloat16
+    assert mixture.router.bias.dtype == jnp.float32
+    assert narrow.decoder.dtype == "bfloat16"  # type: ignore[attr-defined]
+
+
 def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     def config(config: dict[str, Any]) -> None:
         del config["sliding_window"], config["max_window_layers"]
@@ -721,7 +794,9 @@ def test_rotary_embeddings_of_a_configuration() -> None:
     assert rotary(rope_scaling=yarn).scaling == nn.YarnScaling(40.0, 64)
     # DeepSeek's two scales cancel here: sine and cosine stay as they are.
     equal = {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0}
-    assert rotary(rope_scaling=equal).scaling == nn.YarnScaling(40.0, 64, attention_factor=1.0)
+    scaling: Any = rotary(rope_scaling=equal).scaling
+    assert scaling == nn.YarnScaling(40.0, 64, mscale=1.0, mscale_all_dim=1.0)
+    assert scaling.amplitude == 1.0
 
 
 # Fresh depths

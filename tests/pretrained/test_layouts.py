@@ -38,7 +38,9 @@ def losses(model: emtp.MTPModel) -> list[float]:
 
 
 @pytest.mark.parametrize("max_bytes", [5_000_000_000, 100_000])
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "mimo", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "llama3", "mimo", "qwen3_moe", "glm4_moe", "deepseek_v3"]
+)
 def test_a_round_trip_gives_every_tensor_back(name: str, max_bytes: int, tmp_path: Path) -> None:
     model = load(name)
     pretrained.save(tmp_path / "out", model, layout=FOLDER / name, max_shard_bytes=max_bytes)
