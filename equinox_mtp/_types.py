@@ -11,6 +11,7 @@
 | `kv_heads` | key and value heads of attention |
 | `head_dim` | features of one head |
 | `mlp` | features inside the feed-forward network |
+| `width` | positions that a short convolution sees |
 """
 
 import functools
@@ -29,7 +30,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Integer, TypeCheckError, jaxtyped
 
 AXIS_WORDS = frozenset(
-    ("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp")
+    (
+        *("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp"),
+        *("width",),
+    )
 )
 """Those of the table above."""
 

@@ -19,12 +19,16 @@ from ._rotary import (
 )
 from ._transformer import TransformerDecoder
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
+from .gated_delta import GatedDeltaCache, GatedDeltaInputs, GatedDeltaNet, gated_delta_rule
 
 __all__ = [
     "AbstractAttention",
     "AbstractFeedForward",
     "AbstractRotaryScaling",
     "AttentionFunction",
+    "GatedDeltaCache",
+    "GatedDeltaInputs",
+    "GatedDeltaNet",
     "GroupedQueryAttention",
     "KeyValueCache",
     "LayerRun",
@@ -42,5 +46,6 @@ __all__ = [
     "causal_attention",
     "causal_attention_by_position",
     "embed_tokens",
+    "gated_delta_rule",
     "rotary_embedding",
 ]

@@ -1,7 +1,7 @@
 """The two parts that a transformer layer is composed of."""
 
 import abc
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 from jaxtyping import Array, Float, Integer
@@ -18,6 +18,8 @@ class AbstractAttention(eqx.Module):
     >>> isinstance(decoder.layer(0).attention, emtp.nn.AbstractAttention)
     True
     """
+
+    takes_rollback: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(

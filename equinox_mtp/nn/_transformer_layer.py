@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -16,7 +16,7 @@ from .._checks import (
     check_integer,
     check_number,
 )
-from .._decoder import AbstractCachedDecoderLayer, Cache
+from .._decoder import AbstractCachedDecoderLayer, Cache, if_taken
 from .._types import checked, module_of
 from ..attention import AttentionFunction, causal_attention
 from ..sharding import constrain_hidden_states
@@ -145,6 +145,8 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
     (1, 3, 16)
     """
 
+    takes_rollback: ClassVar[bool] = True
+
     attention_norm: RMSNorm
     attention: AbstractAttention
     feed_forward_norm: RMSNorm
@@ -238,9 +240,12 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         fed_forward = self.dropout(fed_forward, key=keys[1], inference=inference)
         return constrain_hidden_states(hidden_states + fed_forward)
 
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> Cache:
-        """What the attention keeps."""
-        return self.attention.init_cache(batch_size, max_length, dtype)
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: Any, *, rollback: int = 0
+    ) -> Cache:
+        """What the attention keeps; see `AbstractCachedDecoderLayer`."""
+        taken = if_taken(self.attention, rollback=rollback)
+        return self.attention.init_cache(batch_size, max_length, dtype, **taken)
 
     def for_decoding(self, dtype: Any) -> "TransformerDecoderLayer":
         """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
@@ -271,10 +276,12 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         cache: Cache,
         *,
         position_ids: Integer[Array, "batch seq"],
+        lengths: Integer[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
         """Runs the first positions, without dropout; see `AbstractCachedDecoderLayer`."""
+        taken = if_taken(self.attention, lengths=lengths)
         attended, cache = self.attention.prefill(
-            self.attention_norm(hidden_states), cache, position_ids=position_ids
+            self.attention_norm(hidden_states), cache, position_ids=position_ids, **taken
         )
         return self._add(hidden_states, attended), cache
 
