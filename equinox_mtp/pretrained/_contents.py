@@ -144,11 +144,16 @@ def _family(family: Family, model: MTPModel, origin: CheckpointFolder | None) ->
                 "depths alone; or load the model with `num_depths=0`."
             )
         return Contents(family, tensors, written, decoder)
-    repeats = config.repeated_layer
-    block = fit_depths(model, family.mtp, family.name, any_input=True, may_repeat=repeats)
-    tensors += _depth_tensors(family, family.mtp, block, decoder.num_layers)
-    written[family.mtp.count_key] = 1 if repeats else config.num_depths
-    hints = _hints(family.mtp, config)
+    mtp, repeats = family.mtp, config.repeated_layer
+    if mtp.is_single and not config.num_depths:
+        written[mtp.count_key] = 0
+        return Contents(family, tensors, written, decoder)
+    may_repeat = repeats or mtp.is_single
+    block = fit_depths(model, mtp, family.name, any_input=True, may_repeat=may_repeat)
+    tensors += _depth_tensors(family, mtp, block, decoder.num_layers)
+    if not mtp.is_implied or (origin is not None and mtp.count_key in origin.config):
+        written[mtp.count_key] = 1 if repeats else config.num_depths
+    hints = _hints(mtp, config)
     written |= {HINTS: hints} if hints else {}
     return Contents(family, tensors, written, decoder, block.layers)
 
@@ -172,7 +177,10 @@ def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family])
     return dataclasses.replace(contents, config=_merged(origin.config, contents.config))
 
 
-_COUNTED = ("tie_word_embeddings", "num_nextn_predict_layers", COUNT_KEY, HINTS)
+_COUNTED = (
+    *("tie_word_embeddings", "num_nextn_predict_layers", "mtp_num_hidden_layers", COUNT_KEY),
+    HINTS,
+)
 
 
 def _merged(stored: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from .._config import Preset
 from .._model import MTPModel
 from .._types import checked, module_of, warn_caller
 from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
+from ._array_place import Place
 from ._depths import depth_prefixes, fresh_block, fresh_config, made_there, own_depths
 from ._folder import CONFIG_FILE, CheckpointFolder
-from ._places import Layout, Place
+from ._places import Layout
 from ._read import Reader
 from ._registry import FAMILIES, family_of
 from ._settings import Settings, errors_of
@@ -105,7 +106,7 @@ def load(
     _check_counts(settings, family, checkpoint)
     with errors_of(settings):
         decoder = decoder_shapes(settings, family, checkpoint, compute_dtype)
-    stored, config = own_depths(settings, family)
+    stored, config = own_depths(settings, family, checkpoint)
     own = stored if config.num_depths else None
     is_fresh = num_depths is not None and (head_folder is None or num_depths == 0)
     if is_fresh or preset is not None:
@@ -119,7 +120,7 @@ def load(
         with errors_of(settings):
             layers = depth_shapes(settings, family, source, config)
         parts.append(_Part(source, layers, layout.block_places(layers, decoder.num_layers)))
-    left_out = [] if own is stored else depth_prefixes(settings, stored)
+    left_out = [] if own is stored else depth_prefixes(settings, stored, checkpoint)
     _check_all_used(parts, family, left_out)
     readers = [Reader(part.folder, dtype, settings.dtype) for part in parts]
     for part, reader in zip(parts, readers, strict=True):

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from ._dense import LLAMA, MIMO, QWEN2, QWEN3
+from ._hybrid import QWEN3_5
 from ._settings import Settings
 from ._tables import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO, QWEN3_5)
 """What `load` and `save` know."""
 
 

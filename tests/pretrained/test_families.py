@@ -19,8 +19,8 @@ import equinox_mtp as emtp
 from equinox_mtp import nn, pretrained, speculative
 from equinox_mtp.pretrained._folder import CheckpointFolder
 
-FAMILIES = ("qwen3", "llama3", "mimo", "fastmtp")
-WITH_DEPTHS = ("mimo", "fastmtp")
+FAMILIES = ("qwen3", "llama3", "mimo", "fastmtp", "qwen3_5")
+WITH_DEPTHS = ("mimo", "fastmtp", "qwen3_5")
 TOLERANCE = 1e-4
 
 
@@ -126,7 +126,8 @@ def test_greedy_continuations(name: str, models: dict[str, emtp.MTPModel]) -> No
     numbers, model = reference(name), models[name]
     ways: list[dict[str, Any]] = [{"num_drafts": 0}]
     if model.block.config.num_depths:
-        ways += [{"num_drafts": 3}, {"num_drafts": 3, "recursion": "extended"}]
+        ways += [{"num_drafts": 1}, {"num_drafts": 3}]
+        ways += [{"num_drafts": 3, "recursion": "extended"}]
     for way in ways:
         generation = speculative.generate(model, numbers["prompt"], max_new_tokens=16, **way)
         np.testing.assert_array_equal(generation.tokens[:, :23], numbers["greedy"])

@@ -38,7 +38,7 @@ def losses(model: emtp.MTPModel) -> list[float]:
 
 
 @pytest.mark.parametrize("max_bytes", [5_000_000_000, 100_000])
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "mimo"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "mimo", "qwen3_5"])
 def test_a_round_trip_gives_every_tensor_back(name: str, max_bytes: int, tmp_path: Path) -> None:
     model = load(name)
     pretrained.save(tmp_path / "out", model, layout=FOLDER / name, max_shard_bytes=max_bytes)
