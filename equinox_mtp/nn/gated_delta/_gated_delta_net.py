@@ -49,7 +49,7 @@ class GatedDeltaNet(AbstractAttention):
     a_log: Float[Array, "heads"]
     dt_bias: Float[Array, "heads"]
     output_norm: RMSNorm
-    out_kernel: Float[Array, "heads value_dim embed"]
+    out_kernel: Float[Array, "heads v_head_dim embed"]
 
     def __init__(
         self,
@@ -264,8 +264,8 @@ class GatedDeltaNet(AbstractAttention):
         gate = jnp.einsum("bse,ehv->bshv", hidden_states, self.gate_kernel.astype(dtype))
         gated = self.output_norm(read) * jax.nn.silu(gate.astype(jnp.float32))
         kernel = self.out_kernel.astype(dtype)
-        kernel = kernel.reshape(-1, kernel.shape[-1])
-        return gated.astype(dtype).reshape(*gated.shape[:2], -1) @ kernel
+        kernel = kernel.reshape(-1, kernel.shape[-1])  # as one matrix
+        return gated.astype(dtype).reshape(*gated.shape[:2], kernel.shape[0]) @ kernel
 
 
 def _causal_convolution(

@@ -156,14 +156,16 @@ def _prepare(
     query, key, value = (jnp.moveaxis(x.astype(jnp.float32), 2, -2) for x in (query, key, value))
     log_decay, beta = (jnp.moveaxis(x.astype(jnp.float32), 2, -1) for x in (log_decay, beta))
     size = key.shape[-2]
-    total = jnp.cumsum(log_decay, axis=-1)
     is_seen = jnp.tril(jnp.ones((size, size), bool))
-    entry = jnp.exp(total)
+    total, is_first = jnp.cumsum(log_decay, axis=-1), True
     if runs is not None:
         # A document's run counts from 0 in its row: the state before chunk 0 is that of run 0.
         before = jnp.concatenate([jnp.zeros_like(runs[:1, :, -1]), runs[:-1, :, -1]])
         is_seen = is_seen & (runs[..., None] == runs[..., None, :])[:, :, None, None]
-        entry = jnp.where((runs == before[..., None])[:, :, None, None], entry, 0)
+        # Of each document by itself: what others decay is not even in the rounding.
+        total = jnp.sum(jnp.where(is_seen, log_decay[..., None, :], 0), axis=-1)
+        is_first = (runs == before[..., None])[:, :, None, None]
+    entry = jnp.where(is_first, jnp.exp(total), 0)
     # Before the exponential: above the diagonal it could overflow.
     difference = jnp.where(is_seen, total[..., None] - total[..., None, :], -jnp.inf)
     decay = jnp.exp(difference)
