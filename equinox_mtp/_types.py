@@ -11,6 +11,7 @@
 | `kv_heads` | key and value heads of attention |
 | `head_dim` | features of one head |
 | `mlp` | features inside the feed-forward network |
+| `experts` | networks of a mixture of experts |
 | `width` | positions that a short convolution sees |
 """
 
@@ -32,7 +33,7 @@ from jaxtyping import Array, Float, Integer, TypeCheckError, jaxtyped
 AXIS_WORDS = frozenset(
     (
         *("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp"),
-        *("width",),
+        *("experts", "width"),
     )
 )
 """Those of the table above."""

@@ -19,6 +19,15 @@ from ._rotary import (
 )
 from ._transformer import TransformerDecoder
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
+from .experts import (
+    Experts,
+    MixtureOfExperts,
+    Router,
+    RouterStatistics,
+    Routing,
+    router_statistics,
+    update_router_bias,
+)
 from .gated_delta import GatedDeltaCache, GatedDeltaInputs, GatedDeltaNet, gated_delta_rule
 
 __all__ = [
@@ -26,6 +35,7 @@ __all__ = [
     "AbstractFeedForward",
     "AbstractRotaryScaling",
     "AttentionFunction",
+    "Experts",
     "GatedDeltaCache",
     "GatedDeltaInputs",
     "GatedDeltaNet",
@@ -35,8 +45,12 @@ __all__ = [
     "Linear",
     "LinearScaling",
     "Llama3Scaling",
+    "MixtureOfExperts",
     "RMSNorm",
     "Rotary",
+    "Router",
+    "RouterStatistics",
+    "Routing",
     "SwiGLU",
     "TransformerConfig",
     "TransformerDecoder",
@@ -48,4 +62,6 @@ __all__ = [
     "embed_tokens",
     "gated_delta_rule",
     "rotary_embedding",
+    "router_statistics",
+    "update_router_bias",
 ]

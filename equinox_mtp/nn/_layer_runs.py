@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from .._checks import check_integer
-from .._decoder import AbstractCachedDecoderLayer
+from .._decoder import AbstractCachedDecoderLayer, split_auxiliary
 from .._types import is_array_or_shape
 from ..stacking import are_alike, stack_layers
 
@@ -43,29 +44,35 @@ class LayerRun(eqx.Module):
         self,
         hidden_states: Float[Array, "batch seq embed"],
         *,
+        token_mask: Array | None,
         keys: Array | None,
         checkpoint_policy: Callable[..., Any] | None,
         **context: Any,
-    ) -> Float[Array, "batch seq embed"]:
+    ) -> tuple[Float[Array, "batch seq embed"], Any]:
         """Runs all layers.
 
         **Arguments:**
 
         - `hidden_states`: see `AbstractDecoderLayer`, as for `context`.
+        - `token_mask`: where there is a token, for layers that take it.
         - `keys`: a key for each layer, or `None`.
         - `checkpoint_policy`: see `TransformerConfig`.
+
+        **Returns:** hidden states, and the layers' auxiliary outputs, stacked, or `None`.
         """
+        if self.layers.takes_token_mask:
+            context["token_mask"] = token_mask
         arrays, static = eqx.partition(self.layers, eqx.is_array)
 
-        def run_layer(hidden_states: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, None]:
+        def run_layer(hidden_states: Array, inputs: tuple[Any, Array | None]) -> tuple[Array, Any]:
             layer_arrays, key = inputs
             layer = eqx.combine(layer_arrays, static)
-            return layer(hidden_states, key=key, **context), None
+            return split_auxiliary(layer(hidden_states, key=key, **context))
 
         if checkpoint_policy is not jax.checkpoint_policies.everything_saveable:
             # In a scan nothing is merged across iterations: `prevent_cse` would only cost.
             run_layer = jax.checkpoint(run_layer, policy=checkpoint_policy, prevent_cse=False)
-        return lax.scan(run_layer, hidden_states, (arrays, keys))[0]
+        return lax.scan(run_layer, hidden_states, (arrays, keys))
 
 
 Layers = AbstractCachedDecoderLayer | tuple[AbstractCachedDecoderLayer | LayerRun, ...]
@@ -88,6 +95,24 @@ def in_runs(layers: Sequence[AbstractCachedDecoderLayer]) -> Layers:
 def as_runs(layers: Layers) -> tuple[AbstractCachedDecoderLayer | LayerRun, ...]:
     """The runs and single layers, one after the other."""
     return layers if isinstance(layers, tuple) else (LayerRun(layers),)
+
+
+def stacked_auxiliary(of_runs: Sequence[Any]) -> Any:
+    """The auxiliary outputs of several runs, stacked over all of their layers.
+
+    Runs without any have no place there. `None` if no run has some; a tuple with those of each run
+    if they are of different kinds or shapes.
+    """
+    found = [auxiliary for auxiliary in of_runs if auxiliary is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    kinds = {
+        (jax.tree.structure(x), *((leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(x)))
+        for x in found
+    }
+    if len(kinds) > 1:
+        return tuple(found)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
 
 
 def num_layers_of(run: AbstractCachedDecoderLayer | LayerRun) -> int:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar
 import equinox as eqx
 from jaxtyping import Array, Float, Integer
 
-from .._decoder import Cache
+from .._decoder import Cache, HiddenStates
 from ._linear import cast_matrices
 
 _Part = TypeVar("_Part", bound=eqx.Module)
@@ -67,9 +67,16 @@ class AbstractFeedForward(eqx.Module):
     True
     """
 
+    takes_token_mask: ClassVar[bool] = False
+
     @abc.abstractmethod
-    def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        """Transforms each position by itself, in the dtype of its input."""
+    def __call__(self, x: Float[Array, "batch seq embed"]) -> HiddenStates:
+        """Transforms each position by itself, in the dtype of its input.
+
+        **Returns:** hidden states, or `(hidden_states, auxiliary)`, as a decoder layer does. A
+        network with statistics over tokens sets `takes_token_mask` in its class, and is called with
+        `token_mask`; see `AbstractDecoderLayer`.
+        """
 
     def for_decoding(self: _Part, dtype: Any) -> _Part:
         """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""

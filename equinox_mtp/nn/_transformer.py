@@ -9,11 +9,24 @@ import jax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .._checks import check_checkpoint_policy, check_choice, check_integer
-from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer, Cache, if_taken
+from .._decoder import (
+    AbstractCachedDecoder,
+    AbstractCachedDecoderLayer,
+    Cache,
+    HiddenStates,
+    if_taken,
+)
 from .._types import checked, module_of
 from ._embedding import embed_tokens
 from ._init import fan_in_normal
-from ._layer_runs import LayerRun, Layers, as_runs, in_runs, num_layers_of
+from ._layer_runs import (
+    LayerRun,
+    Layers,
+    as_runs,
+    in_runs,
+    num_layers_of,
+    stacked_auxiliary,
+)
 from ._linear import cast_matrices
 from ._norm import RMSNorm
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
@@ -128,14 +141,21 @@ class TransformerDecoder(AbstractCachedDecoder):
         segment_ids: Integer[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
-    ) -> Float[Array, "batch seq embed"]:
-        """Runs all layers; see `AbstractDecoder`."""
+    ) -> HiddenStates:
+        """Runs all layers; see `AbstractDecoder`.
+
+        Auxiliary outputs, if layers have some, are stacked over these layers. Those of layers of
+        different kinds are a tuple, with a stack for each run of layers that are alike.
+        """
         keys = None if key is None else jax.random.split(key, self.num_layers)
+        token_mask = None if segment_ids is None else segment_ids != 0
         hidden_states, first = self.embed(input_ids, position_ids), 0
+        of_runs = []
         for run in as_runs(self.layers):
             run = run if isinstance(run, LayerRun) else LayerRun(_stacked_alone(run))
-            hidden_states = run(
+            hidden_states, auxiliary = run(
                 hidden_states,
+                token_mask=token_mask,
                 keys=None if keys is None else keys[first : first + run.num_layers],
                 checkpoint_policy=self.checkpoint_policy,
                 position_ids=position_ids,
@@ -143,7 +163,9 @@ class TransformerDecoder(AbstractCachedDecoder):
                 inference=inference,
             )
             first += run.num_layers
-        return hidden_states
+            of_runs.append(auxiliary)
+        auxiliary = stacked_auxiliary(of_runs)
+        return hidden_states if auxiliary is None else (hidden_states, auxiliary)
 
     def init_cache(
         self, batch_size: int, max_length: int, *, rollback: int = 0

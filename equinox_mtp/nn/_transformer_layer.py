@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from .._checks import (
     check_checkpoint_policy,
@@ -16,7 +16,13 @@ from .._checks import (
     check_integer,
     check_number,
 )
-from .._decoder import AbstractCachedDecoderLayer, Cache, if_taken
+from .._decoder import (
+    AbstractCachedDecoderLayer,
+    Cache,
+    HiddenStates,
+    if_taken,
+    split_auxiliary,
+)
 from .._types import checked, module_of
 from ..attention import AttentionFunction, causal_attention
 from ..sharding import constrain_hidden_states
@@ -145,6 +151,7 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
     (1, 3, 16)
     """
 
+    takes_token_mask: ClassVar[bool] = True
     takes_rollback: ClassVar[bool] = True
 
     attention_norm: RMSNorm
@@ -225,10 +232,14 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         *,
         position_ids: Integer[Array, "batch seq"],
         segment_ids: Integer[Array, "batch seq"] | None = None,
+        token_mask: Bool[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
-    ) -> Float[Array, "batch seq embed"]:
-        """Runs the layer; see `AbstractDecoderLayer`."""
+    ) -> HiddenStates:
+        """Runs the layer; see `AbstractDecoderLayer`.
+
+        `token_mask` and auxiliary outputs are those of the feed-forward network.
+        """
         keys = (None, None) if key is None else jax.random.split(key)
         hidden_states = constrain_hidden_states(hidden_states)
         attended = self.attention(
@@ -236,9 +247,10 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         )
         attended = self.dropout(attended, key=keys[0], inference=inference)
         hidden_states = constrain_hidden_states(hidden_states + attended)
-        fed_forward = self.feed_forward(self.feed_forward_norm(hidden_states))
+        fed_forward, auxiliary = self._feed_forward(hidden_states, token_mask)
         fed_forward = self.dropout(fed_forward, key=keys[1], inference=inference)
-        return constrain_hidden_states(hidden_states + fed_forward)
+        hidden_states = constrain_hidden_states(hidden_states + fed_forward)
+        return hidden_states if auxiliary is None else (hidden_states, auxiliary)
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: Any, *, rollback: int = 0
@@ -287,4 +299,10 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
 
     def _add(self, hidden_states: Array, attended: Array) -> Array:
         hidden_states += attended
-        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
+        return hidden_states + self._feed_forward(hidden_states, None)[0]
+
+    def _feed_forward(self, hidden_states: Array, token_mask: Array | None) -> tuple[Array, Any]:
+        """The feed-forward network's output, and its auxiliary outputs or `None`."""
+        feed_forward: Any = self.feed_forward
+        masks = {"token_mask": token_mask} if feed_forward.takes_token_mask else {}
+        return split_auxiliary(feed_forward(self.feed_forward_norm(hidden_states), **masks))

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec as P
 from .._types import checked
 from ._head_sharding import HeadSharding, MeshAxes, mesh_axis_names
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
+MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
 """The mesh axes of the default rules; a mesh may lack some of them."""
 
 UNSPLIT = "_"
@@ -124,19 +124,24 @@ DEFAULT_RULES = ShardingRules(
         "heads": "tensor",
         "kv_heads": "tensor",
         "mlp": "tensor",
+        "experts": "expert",
     },
     parameters={
         "gate.kernel": "embed mlp",
         "up.kernel": "embed mlp",
         "down.kernel": "mlp embed",
         "projection_layer.kernel": "embed _",
+        "router.kernel": "embed _",
+        "router.bias": "_",
+        "shared_gate.kernel": "embed _",
         "scale": "_",
     },
 )
 """Those of this library's own modules.
 
 Rows are split over `data` and `fsdp`, positions over `context`; parameters over `fsdp` along their
-features, and over `tensor` along heads, feed-forward features and token ids. The tables are
+features, over `tensor` along heads, feed-forward features and token ids, and over `expert` along
+experts. The tables are
 `DEFAULT_RULES.axes` and `DEFAULT_RULES.parameters`.
 """
 
