@@ -1,4 +1,4 @@
-"""Qwen3.5: Gated DeltaNet in most layers, gated attention in the others."""
+"""Qwen3.5 and Qwen3-Next: Gated DeltaNet in most layers, gated attention in the others."""
 
 import dataclasses
 from collections.abc import Collection
@@ -10,7 +10,7 @@ from jaxtyping import PRNGKeyArray
 
 from .. import nn
 from ._settings import Settings, rope_config
-from ._tables import Convolution, Family, Kernel, MTPTable, Part, Table, Tensor
+from ._tables import Convolution, Family, Kernel, Part, Table, Tensor
 from ._transformers import transformers_table
 
 _NORMS: Table = {
@@ -44,6 +44,37 @@ _DELTA_PROJECTIONS: Table = {
     "attention.beta_kernel": Tensor("linear_attn.in_proj_b.weight", Kernel()),
     "attention.decay_kernel": Tensor("linear_attn.in_proj_a.weight", Kernel()),
 }
+# Of each head of keys: its query, key, values and gates; and its values' rates and decays.
+_DELTA_PROJECTIONS_BY_HEAD: Table = {
+    **{
+        f"attention.{part}_kernel": Tensor(
+            "linear_attn.in_proj_qkvz.weight", Part(order, groups="key_kernel")
+        )
+        for order, part in enumerate(("query", "key", "value", "gate"))
+    },
+    **{
+        f"attention.{part}_kernel": Tensor(
+            "linear_attn.in_proj_ba.weight", Part(order, groups="key_kernel")
+        )
+        for order, part in enumerate(("beta", "decay"))
+    },
+}
+_MIXTURE: Table = {
+    "feed_forward.router.kernel": Tensor("mlp.gate.weight", Kernel()),
+    **{
+        f"feed_forward.experts.{part}": Tensor(
+            f"mlp.experts.{{expert}}.{part}_proj.weight", Kernel()
+        )
+        for part in ("gate", "up", "down")
+    },
+    **{
+        f"feed_forward.shared_expert.{part}.kernel": Tensor(
+            f"mlp.shared_expert.{part}_proj.weight", Kernel()
+        )
+        for part in ("gate", "up", "down")
+    },
+    "feed_forward.shared_gate.kernel": Tensor("mlp.shared_expert_gate.weight", Kernel()),
+}
 _SWIGLU: Table = {
     "feed_forward.gate.kernel": Tensor("mlp.gate_proj.weight", Kernel()),
     "feed_forward.up.kernel": Tensor("mlp.up_proj.weight", Kernel()),
@@ -52,29 +83,76 @@ _SWIGLU: Table = {
 
 
 def make_layer(
-    settings: Settings, index: int, names: Collection[str], *, key: PRNGKeyArray
+    settings: Settings,
+    index: int,
+    names: Collection[str],
+    *,
+    has_mixture: bool,
+    fraction: float,
+    key: PRNGKeyArray,
 ) -> nn.TransformerDecoderLayer:
-    """A layer of the kind that `layer_types` says; depths, which count on, have full attention."""
+    """A layer of the kind that `layer_types` says; depths, which count on, have full attention.
+
+    `has_mixture` and `fraction`, of the features that are rotated by default, are a family's.
+    """
     _check_parts(settings, names)
     attention_key, feed_forward_key = jax.random.split(key)
     embed_size, epsilon = settings.integer("hidden_size"), settings.number("rms_norm_eps", 1e-6)
-    make_attention = _attention if _is_full(settings, index) else _delta
+    if _is_full(settings, index):
+        attention = _attention(settings, fraction, attention_key)
+    else:
+        attention = _delta(settings, attention_key)
+    if has_mixture and _is_mixture(settings, index):
+        feed_forward = _mixture(settings, feed_forward_key)
+    else:
+        mlp_size = settings.integer("intermediate_size")
+        feed_forward = nn.SwiGLU(embed_size, mlp_size, key=feed_forward_key)
     return nn.TransformerDecoderLayer.of(
-        make_attention(settings, attention_key),
-        nn.SwiGLU(embed_size, settings.integer("intermediate_size"), key=feed_forward_key),
+        attention,
+        feed_forward,
         attention_norm=nn.RMSNorm(embed_size, epsilon=epsilon),
         feed_forward_norm=nn.RMSNorm(embed_size, epsilon=epsilon),
     )
 
 
-def _attention(settings: Settings, key: PRNGKeyArray) -> nn.GroupedQueryAttention:
+def _mixture(settings: Settings, key: PRNGKeyArray) -> nn.MixtureOfExperts:
+    router_key, experts_key, shared_key, gate_key = jax.random.split(key, 4)
+    embed_size, num_experts = settings.integer("hidden_size"), settings.integer("num_experts")
+    router = nn.Router(
+        embed_size,
+        num_experts,
+        top_k=settings.integer("num_experts_per_tok"),
+        normalize=settings.flag("norm_topk_prob", True),
+        key=router_key,
+    )
+    mlp_size = settings.integer("moe_intermediate_size")
+    shared_size = settings.integer("shared_expert_intermediate_size")
+    return nn.MixtureOfExperts(
+        router,
+        nn.Experts(num_experts, embed_size, mlp_size, key=experts_key),
+        shared_expert=nn.SwiGLU(embed_size, shared_size, key=shared_key),
+        shared_gate=nn.Linear(embed_size, 1, key=gate_key),
+    )
+
+
+def _is_mixture(settings: Settings, index: int) -> bool:
+    """Depths, which count on, have a mixture."""
+    if index >= settings.integer("num_hidden_layers"):
+        return True
+    dense = settings.get("mlp_only_layers", [])
+    if not isinstance(dense, list):
+        raise settings.error("mlp_only_layers", "a list of layers", dense)
+    return index not in dense and (index + 1) % settings.integer("decoder_sparse_step", 1) == 0
+
+
+def _attention(settings: Settings, fraction: float, key: PRNGKeyArray) -> nn.GroupedQueryAttention:
     heads = settings.integer("num_attention_heads")
     return nn.GroupedQueryAttention(
         settings.integer("hidden_size"),
         heads,
         settings.integer("num_key_value_heads", heads),
         settings.head_dim,
-        rotary=settings.rotary(),
+        rotary=settings.rotary(fraction=fraction),
         gate=True,
         norm_epsilon=settings.number("rms_norm_eps", 1e-6),
         key=key,
@@ -126,7 +204,7 @@ def _check_parts(settings: Settings, names: Collection[str]) -> None:
         )
 
 
-def config_of(decoder: nn.TransformerDecoder) -> dict[str, Any]:
+def config_of(decoder: nn.TransformerDecoder, *, has_mixture: bool) -> dict[str, Any]:
     """The keys of `config.json` that describe a decoder, from its first layer of each kind.
 
     `save` compares what these keys give with the whole model.
@@ -134,30 +212,14 @@ def config_of(decoder: nn.TransformerDecoder) -> dict[str, Any]:
     **Raises:** `ValueError` if its layers are of other kinds.
     """
     layers: list[Any] = [decoder.layer(index) for index in range(decoder.num_layers)]
-    kinds: dict[type, Any] = {nn.GatedDeltaNet: None, nn.GroupedQueryAttention: None}
-    for layer in reversed(layers):
-        attention, feed_forward = (getattr(layer, x, None) for x in ("attention", "feed_forward"))
-        if type(attention) not in kinds or not isinstance(feed_forward, nn.SwiGLU):
-            raise ValueError(
-                "`model` must have layers of Gated DeltaNet or grouped-query attention, and "
-                f"SwiGLU, for this layout; got a {type(attention).__name__} and a "
-                f"{type(feed_forward).__name__}."
-            )
-        kinds[type(attention)] = attention
-    delta, full = kinds.values()
-    if delta is None or full is None:
-        raise ValueError(
-            "`model` must have layers of both Gated DeltaNet and grouped-query attention for this "
-            f"layout; got {len(layers)} of one kind."
-        )
+    full = _first(layers, "attention", nn.GroupedQueryAttention)
+    delta = _first(layers, "attention", nn.GatedDeltaNet)
     embed_size, heads, head_dim = full.query_kernel.shape
-    rope = rope_config(full.rotary, head_dim)
     names = {True: "full_attention", False: "linear_attention"}
+    kinds = [names[isinstance(x.attention, nn.GroupedQueryAttention)] for x in layers]
     return {
-        "model_type": "qwen3_5_text",
         "vocab_size": decoder.embedding.shape[0],
         "hidden_size": embed_size,
-        "intermediate_size": layers[0].feed_forward.up.kernel.shape[1],
         "num_hidden_layers": len(layers),
         "num_attention_heads": heads,
         "num_key_value_heads": full.key_kernel.shape[1],
@@ -165,40 +227,91 @@ def config_of(decoder: nn.TransformerDecoder) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": layers[0].attention_norm.epsilon,
         "attention_bias": False,
-        "attn_output_gate": full.gate_kernel is not None,
         "tie_word_embeddings": decoder.head is None,
         "use_cache": True,
-        "layer_types": [
-            names[isinstance(layer.attention, nn.GroupedQueryAttention)] for layer in layers
-        ],
+        "layer_types": kinds,
         "linear_conv_kernel_dim": delta.key_convolution.shape[0],
         "linear_key_head_dim": delta.key_kernel.shape[2],
         "linear_value_head_dim": delta.value_kernel.shape[2],
         "linear_num_key_heads": delta.key_kernel.shape[1],
         "linear_num_value_heads": delta.value_kernel.shape[1],
-        **rope,
-        "rope_parameters": {
-            "rope_type": "default",
-            **(rope["rope_scaling"] or {}),
-            "rope_theta": full.rotary.theta,
-            "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
-        },
+        **_rope_config(full.rotary, head_dim),
+        **(_mixture_config(layers) if has_mixture else _dense_config(layers)),
     }
 
 
-def _layer_table(layer: Any, *, delta: Table, feed_forward: Table) -> Table:
+def _first(layers: list[Any], part: str, kind: type) -> Any:
+    """The part of the first layer that has one of a kind."""
+    found = [x for x in (getattr(layer, part, None) for layer in layers) if isinstance(x, kind)]
+    if not found:
+        others = sorted({type(getattr(layer, part, None)).__name__ for layer in layers})
+        raise ValueError(
+            f"`model` must have a layer with a {kind.__name__} for this layout; got "
+            f"{', '.join(others)}."
+        )
+    return found[0]
+
+
+def _rope_config(rotary: nn.Rotary, head_dim: int) -> dict[str, Any]:
+    """In the older form and the newer one."""
+    older = {"partial_rotary_factor": 1.0, **rope_config(rotary, head_dim)}
+    newer = {"rope_type": "default", **(older["rope_scaling"] or {})}
+    newer |= {name: older[name] for name in ("rope_theta", "partial_rotary_factor")}
+    return {**older, "rope_parameters": newer}
+
+
+def _dense_config(layers: list[Any]) -> dict[str, Any]:
+    feed_forward = _first(layers, "feed_forward", nn.SwiGLU)
+    mlp_size = feed_forward.up.kernel.shape[1]
+    # The name of the text model alone.
+    return {"model_type": "qwen3_5_text", "intermediate_size": mlp_size, "attn_output_gate": True}
+
+
+def _mixture_config(layers: list[Any]) -> dict[str, Any]:
+    mixture = _first(layers, "feed_forward", nn.MixtureOfExperts)
+    if mixture.shared_expert is None:
+        raise ValueError("`model` must have a shared expert for this layout; got none.")
+    dense = [i for i, x in enumerate(layers) if not isinstance(x.feed_forward, type(mixture))]
+    mlp_size = layers[dense[0]].feed_forward.up.kernel.shape[1] if dense else 1
+    return {
+        "intermediate_size": mlp_size,
+        "mlp_only_layers": dense,
+        "decoder_sparse_step": 1,
+        "num_experts": mixture.router.num_experts,
+        "num_experts_per_tok": mixture.router.top_k,
+        "norm_topk_prob": mixture.router.normalize,
+        "moe_intermediate_size": mixture.experts.up.shape[2],
+        "shared_expert_intermediate_size": mixture.shared_expert.up.kernel.shape[1],
+    }
+
+
+def _layer_table(layer: Any, *, delta: Table) -> Table:
     is_delta = isinstance(layer.attention, nn.GatedDeltaNet)
-    return {**_NORMS, **({**_DELTA, **delta} if is_delta else _GATED_ATTENTION), **feed_forward}
+    is_dense = isinstance(layer.feed_forward, nn.SwiGLU)
+    return {
+        **_NORMS,
+        **({**_DELTA, **delta} if is_delta else _GATED_ATTENTION),
+        **(_SWIGLU if is_dense else _MIXTURE),
+    }
 
-
-_MTP: MTPTable = transformers_table(1)
 
 QWEN3_5 = Family(
     name="qwen3_5",
     architectures=("Qwen3_5ForCausalLM",),
-    make_layer=make_layer,
-    config_of=config_of,
-    layer=partial(_layer_table, delta=_DELTA_PROJECTIONS, feed_forward=_SWIGLU),
+    make_layer=partial(make_layer, has_mixture=False, fraction=0.25),
+    config_of=partial(config_of, has_mixture=False),
+    layer=partial(_layer_table, delta=_DELTA_PROJECTIONS),
     scale_offset=1.0,
-    mtp=dataclasses.replace(_MTP, count_key="mtp_num_hidden_layers"),
+    mtp=dataclasses.replace(transformers_table(1), count_key="mtp_num_hidden_layers"),
+)
+QWEN3_NEXT = Family(
+    name="qwen3_next",
+    architectures=("Qwen3NextForCausalLM",),
+    make_layer=partial(make_layer, has_mixture=True, fraction=0.25),
+    config_of=partial(config_of, has_mixture=True),
+    layer=partial(_layer_table, delta=_DELTA_PROJECTIONS_BY_HEAD),
+    scale_offset=1.0,
+    mtp=dataclasses.replace(
+        transformers_table(1), count_key="num_nextn_predict_layers", is_implied=True
+    ),
 )

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from ._dense import LLAMA, MIMO, QWEN2, QWEN3
-from ._hybrid import QWEN3_5
+from ._hybrid import QWEN3_5, QWEN3_NEXT
 from ._settings import Settings
 from ._tables import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO, QWEN3_5)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO, QWEN3_5, QWEN3_NEXT)
 """What `load` and `save` know."""
 
 

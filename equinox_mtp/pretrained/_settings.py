@@ -94,14 +94,15 @@ class Settings:
         heads = self.integer("num_attention_heads")
         return self.integer("head_dim", max(1, self.integer("hidden_size") // heads))
 
-    def rotary(self, *, interleaved: bool = False) -> nn.Rotary:
+    def rotary(self, *, interleaved: bool = False, fraction: float = 1.0) -> nn.Rotary:
         """From `rope_theta` with `rope_scaling`, or the newer `rope_parameters`."""
         # As in transformers, `rope_scaling` wins where there are both.
         scaling = self.get("rope_scaling") or self.get("rope_parameters", {})
         if not isinstance(scaling, dict) or any(isinstance(x, dict) for x in scaling.values()):
             raise self.error("rope_scaling", "an object of numbers and names", scaling)
         theta = scaling.get("rope_theta", self.get("rope_theta", 10_000.0))
-        fraction = scaling.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
+        fraction = self.get("partial_rotary_factor", fraction)
+        fraction = scaling.get("partial_rotary_factor", fraction)
         length = {"original_max_position_embeddings": self.get("original_max_position_embeddings")}
         rest = {"rope_theta": theta, "fraction": fraction}
         rope = Settings({**length, **scaling, **rest}, self.path)
