@@ -7,8 +7,10 @@ Prefill should take time linear in the length. All are measured in turn.
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import equinox as eqx
 import jax
@@ -45,14 +47,18 @@ def prefill(layer: nn.GatedDeltaNet, x: jax.Array) -> Any:
     return layer.prefill(x, cache, position_ids=position_ids)
 
 
-def train(layer: nn.GatedDeltaNet, x: jax.Array) -> Any:
-    """Value and gradient of half the squared sum."""
+def train_by(size: int) -> Callable[..., Any]:
+    """Value and gradient of half the squared sum, by chunks of a size."""
 
-    def loss(layer: nn.GatedDeltaNet) -> jax.Array:
+    def loss(layer: nn.GatedDeltaNet, x: jax.Array) -> jax.Array:
         out = layer(x, position_ids=jnp.arange(x.shape[1])[None])
         return 0.5 * jnp.sum(jnp.square(out))
 
-    return eqx.filter_value_and_grad(loss)(layer)
+    def train(layer: nn.GatedDeltaNet, x: jax.Array) -> Any:
+        with mock.patch.object(_rule, "CHUNK_SIZE", size):  # read while this is traced
+            return eqx.filter_value_and_grad(loss)(layer, x)
+
+    return train
 
 
 def step(layer: nn.GatedDeltaNet, x: jax.Array, cache: Any, position_ids: jax.Array) -> Any:
@@ -66,11 +72,9 @@ def compiled_cases(preset: Preset) -> dict[tuple[str, int], Compiled]:
     layer = nn.GatedDeltaNet(*sizes, key=jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, max(preset.lengths), preset.embed))
     cases = {("prefill", n): Compiled(prefill, layer, x[:, :n]) for n in preset.lengths}
-    chosen = _rule.CHUNK_SIZE
     for size in preset.chunks:
-        _rule.CHUNK_SIZE = size  # read when the function is traced
-        cases["train by chunks of", size] = Compiled(train, layer, x[:, : preset.train_length])
-    _rule.CHUNK_SIZE = chosen
+        rows = x[:, : preset.train_length]
+        cases["train by chunks of", size] = Compiled(train_by(size), layer, rows)
     for count, rollback in ((1, 0), (preset.rollback, preset.rollback)):
         cache = layer.init_cache(1, 0, x.dtype, rollback=rollback)
         position_ids = jnp.arange(count)[None]
