@@ -14,6 +14,7 @@ from ._comparison import difference, layers_of
 from ._dense import LLAMA, QWEN2, QWEN3
 from ._fitting import fit_depths, with_biases
 from ._folder import CONFIG_FILE, CheckpointFolder
+from ._moe import QWEN3_MOE, has_experts
 from ._places import Layout
 from ._registry import family_of
 from ._settings import COMPUTE_DTYPE, HINTS, Settings
@@ -128,8 +129,16 @@ def _depth_tensors(
     return stored_tensors(block.layers, Layout(family, mtp).block_places(block.layers, num_layers))
 
 
-def _family(family: Family, model: MTPModel, origin: CheckpointFolder | None) -> Contents:
-    """A family's own layout; without a place for depths they must be none."""
+def _family(
+    family: Family,
+    model: MTPModel,
+    origin: CheckpointFolder | None,
+    copies_in: CheckpointFolder | None = None,
+) -> Contents:
+    """A family's own layout; without a place for depths they must be none.
+
+    `copies_in` is a folder without whose copies of embedding and head none are written.
+    """
     if family.needs_biases:
         model = with_biases(model)
     decoder, config = model.decoder, model.block.config
@@ -150,12 +159,31 @@ def _family(family: Family, model: MTPModel, origin: CheckpointFolder | None) ->
         return Contents(family, tensors, written, decoder)
     may_repeat = repeats or mtp.is_single
     block = fit_depths(model, mtp, family.name, any_input=True, may_repeat=may_repeat)
+    num_depths = 1 if repeats else config.num_depths
+    copies = _copies(tensors, family, mtp, num_depths, decoder.num_layers)
     tensors += _depth_tensors(family, mtp, block, decoder.num_layers)
+    tensors += [copy for copy in copies if copies_in is None or copy.name in copies_in]
     if not mtp.is_implied or (origin is not None and mtp.count_key in origin.config):
-        written[mtp.count_key] = 1 if repeats else config.num_depths
+        written[mtp.count_key] = num_depths
     hints = _hints(mtp, config)
     written |= {HINTS: hints} if hints else {}
     return Contents(family, tensors, written, decoder, block.layers)
+
+
+def _copies(
+    tensors: Sequence[StoredTensor], family: Family, mtp: MTPTable, num_depths: int, num_layers: int
+) -> list[StoredTensor]:
+    """Embedding and head among a decoder's tensors once more, where a depth's readers look."""
+    named = {tensor.name: tensor for tensor in tensors}
+    embedding, head = (family.decoder[part].name for part in ("embedding", "head"))
+    named.setdefault(head, named[embedding])  # if it is tied
+    return [
+        named[family.decoder[part].name]._replace(
+            name=mtp.prefix.format(depth=k, layer=num_layers + k) + name
+        )
+        for k in range(num_depths)
+        for name, part in mtp.copies.items()
+    ]
 
 
 def _hints(mtp: MTPTable, config: MTPConfig) -> dict[str, Any]:
@@ -173,7 +201,7 @@ def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family])
     family = family_of(settings, families)
     if family.mtp is None and model.block.config.num_depths and settings.get(COUNT_KEY):
         return _with_transformers_depths("transformers", model, origin)
-    contents = _family(family, model, origin)
+    contents = _family(family, model, origin, copies_in=origin)
     return dataclasses.replace(contents, config=_merged(origin.config, contents.config))
 
 
@@ -219,7 +247,9 @@ def _with_transformers_depths(
 ) -> Contents:
     decoder, num_depths = model.decoder, model.block.config.num_depths
     assert isinstance(decoder, TransformerDecoder)
-    family, mtp = _dense_family(decoder), transformers_table(num_depths)
+    is_sparse = has_experts(decoder)
+    family = QWEN3_MOE if is_sparse else _dense_family(decoder)
+    mtp = transformers_table(num_depths)
     if family.needs_biases:
         model = with_biases(model)
         decoder = model.decoder

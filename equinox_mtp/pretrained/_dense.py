@@ -11,31 +11,35 @@ from .. import nn
 from ._settings import Settings, rope_config
 from ._tables import Family, Flat, Kernel, MTPTable, Table, Tensor
 
-_LAYER: Table = {
+ATTENTION: Table = {
     "attention_norm.scale": Tensor("input_layernorm.weight"),
     "attention.query_kernel": Tensor("self_attn.q_proj.weight", Kernel()),
     "attention.key_kernel": Tensor("self_attn.k_proj.weight", Kernel()),
     "attention.value_kernel": Tensor("self_attn.v_proj.weight", Kernel()),
     "attention.out_kernel": Tensor("self_attn.o_proj.weight", Kernel(num_inputs=2)),
     "feed_forward_norm.scale": Tensor("post_attention_layernorm.weight"),
+}
+FEED_FORWARD: Table = {
     "feed_forward.gate.kernel": Tensor("mlp.gate_proj.weight", Kernel()),
     "feed_forward.up.kernel": Tensor("mlp.up_proj.weight", Kernel()),
     "feed_forward.down.kernel": Tensor("mlp.down_proj.weight", Kernel()),
 }
-_BIASES: Table = {
+BIASES: Table = {
     "attention.query_bias": Tensor("self_attn.q_proj.bias", Flat()),
     "attention.key_bias": Tensor("self_attn.k_proj.bias", Flat()),
     "attention.value_bias": Tensor("self_attn.v_proj.bias", Flat()),
 }
-_OUT_BIAS: Table = {"attention.out_bias": Tensor("self_attn.o_proj.bias")}
-_NORMS: Table = {
+OUT_BIAS: Table = {"attention.out_bias": Tensor("self_attn.o_proj.bias")}
+QUERY_KEY_NORMS: Table = {
     "attention.query_norm.scale": Tensor("self_attn.q_norm.weight"),
     "attention.key_norm.scale": Tensor("self_attn.k_norm.weight"),
 }
 
-Biases = Literal["always", "said", "found"]
-"""Which biases attention has in a family: queries, keys and values always; all, the output's too,
-if `attention_bias` says so; or those that there are tensors of."""
+_LAYER: Table = {**ATTENTION, **FEED_FORWARD}
+
+Biases = Literal["always", "said", "said_but_output", "found"]
+"""Which biases attention has in a family: queries, keys and values always; all, the output's too or
+not, if `attention_bias` says so; or those that there are tensors of."""
 
 
 def make_layer(
@@ -52,17 +56,64 @@ def make_layer(
 
     `biases`, `has_norm` and `has_window` say what a family has.
     """
+    attention_key, feed_forward_key = jax.random.split(key)
+    attention = make_attention(
+        settings,
+        index,
+        names,
+        biases=biases,
+        has_norm=has_norm,
+        has_window=has_window,
+        key=attention_key,
+    )
+    return layer_of(settings, attention, make_swiglu(settings, feed_forward_key))
+
+
+def layer_of(
+    settings: Settings, attention: nn.AbstractAttention, feed_forward: nn.AbstractFeedForward
+) -> nn.TransformerDecoderLayer:
+    """A layer of these parts, with a norm in front of each."""
+    embed_size, epsilon = settings.integer("hidden_size"), settings.number("rms_norm_eps", 1e-6)
+    return nn.TransformerDecoderLayer.of(
+        attention,
+        feed_forward,
+        attention_norm=nn.RMSNorm(embed_size, epsilon=epsilon),
+        feed_forward_norm=nn.RMSNorm(embed_size, epsilon=epsilon),
+    )
+
+
+def make_swiglu(settings: Settings, key: PRNGKeyArray) -> nn.SwiGLU:
+    """The dense feed-forward network."""
+    embed_size, mlp_size = (settings.integer(x) for x in ("hidden_size", "intermediate_size"))
+    return nn.SwiGLU(embed_size, mlp_size, key=key)
+
+
+def make_attention(
+    settings: Settings,
+    index: int,
+    names: Collection[str],
+    *,
+    biases: Biases,
+    has_norm: bool,
+    has_window: bool,
+    partial_rotary: float | None = None,
+    key: PRNGKeyArray,
+) -> nn.GroupedQueryAttention:
+    """Grouped-query attention; see `make_layer`.
+
+    `partial_rotary` is the default of `partial_rotary_factor`; `None` for families without it.
+    """
     has_bias, has_out_bias = _biases(settings, names, biases)
     _check_parts(settings, names)
-    attention_key, feed_forward_key = jax.random.split(key)
     embed_size, epsilon = settings.integer("hidden_size"), settings.number("rms_norm_eps", 1e-6)
-    heads, rotary = settings.integer("num_attention_heads"), settings.rotary()
-    if rotary.size is not None:
+    heads = settings.integer("num_attention_heads")
+    rotary = settings.rotary(fraction=1.0 if partial_rotary is None else partial_rotary)
+    if rotary.size is not None and partial_rotary is None:
         raise settings.error("partial_rotary_factor", "1 in this family", rotary.size)
     window = _window(settings, index)
     if window is not None and not has_window:
         raise settings.error("use_sliding_window", "false in this family", True)
-    attention = nn.GroupedQueryAttention(
+    return nn.GroupedQueryAttention(
         embed_size,
         heads,
         settings.integer("num_key_value_heads", heads),
@@ -72,13 +123,7 @@ def make_layer(
         out_bias=has_out_bias,
         norm_epsilon=epsilon if has_norm else None,
         window=window,
-        key=attention_key,
-    )
-    return nn.TransformerDecoderLayer.of(
-        attention,
-        nn.SwiGLU(embed_size, settings.integer("intermediate_size"), key=feed_forward_key),
-        attention_norm=nn.RMSNorm(embed_size, epsilon=epsilon),
-        feed_forward_norm=nn.RMSNorm(embed_size, epsilon=epsilon),
+        key=key,
     )
 
 
@@ -94,6 +139,8 @@ def _biases(settings: Settings, names: Collection[str], biases: Biases) -> tuple
         if (found or found_out) and not said:
             raise settings.error("attention_bias", "true: attention has biases here", said)
         return said, said
+    if biases == "said_but_output" and found and not said:
+        raise settings.error("attention_bias", "true: attention has biases here", said)
     if found_out:
         raise settings.error(
             "attention_bias",
@@ -101,7 +148,7 @@ def _biases(settings: Settings, names: Collection[str], biases: Biases) -> tuple
             "has no bias",
             said,
         )
-    return True, False
+    return said or biases == "always", False
 
 
 def _check_parts(settings: Settings, names: Collection[str]) -> None:
@@ -136,7 +183,7 @@ def _window(settings: Settings, index: int) -> int | None:
 
 
 def config_of(decoder: nn.TransformerDecoder) -> dict[str, Any]:
-    """The keys of `config.json` that describe a decoder, taken from its first layer.
+    """The keys of `config.json` that describe a dense decoder, taken from its first layer.
 
     `save` compares what these keys give with the whole model.
 
@@ -152,12 +199,17 @@ def config_of(decoder: nn.TransformerDecoder) -> dict[str, Any]:
                 "`model` must have layers of grouped-query attention and SwiGLU for this layout; "
                 f"got a {type(attention).__name__} and a {type(feed_forward).__name__}."
             )
+    mlp_size = layers[0].feed_forward.up.kernel.shape[1]
+    return {"intermediate_size": mlp_size, **attention_config(decoder, layers)}
+
+
+def attention_config(decoder: nn.TransformerDecoder, layers: list[Any]) -> dict[str, Any]:
+    """The keys for everything but the feed-forward networks."""
     first = layers[0].attention
     embed_size, heads, head_dim = first.query_kernel.shape
     config = {
         "vocab_size": decoder.embedding.shape[0],
         "hidden_size": embed_size,
-        "intermediate_size": layers[0].feed_forward.up.kernel.shape[1],
         "num_hidden_layers": len(layers),
         "num_attention_heads": heads,
         "num_key_value_heads": first.key_kernel.shape[1],
@@ -189,14 +241,14 @@ LLAMA = Family(
     architectures=("LlamaForCausalLM",),
     make_layer=partial(make_layer, biases="said", has_norm=False, has_window=False),
     config_of=config_of,
-    layer={**_LAYER, **_BIASES, **_OUT_BIAS},
+    layer={**_LAYER, **BIASES, **OUT_BIAS},
 )
 QWEN2 = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
     make_layer=partial(make_layer, biases="always", has_norm=False, has_window=True),
     config_of=config_of,
-    layer={**_LAYER, **_BIASES},
+    layer={**_LAYER, **BIASES},
     needs_biases=True,
 )
 QWEN3 = Family(
@@ -204,14 +256,14 @@ QWEN3 = Family(
     architectures=("Qwen3ForCausalLM",),
     make_layer=partial(make_layer, biases="found", has_norm=True, has_window=True),
     config_of=config_of,
-    layer={**_LAYER, **_BIASES, **_OUT_BIAS, **_NORMS},
+    layer={**_LAYER, **BIASES, **OUT_BIAS, **QUERY_KEY_NORMS},
 )
 MIMO = Family(
     name="mimo",
     architectures=("MiMoForCausalLM",),
     make_layer=partial(make_layer, biases="always", has_norm=False, has_window=True),
     config_of=config_of,
-    layer={**_LAYER, **_BIASES},
+    layer={**_LAYER, **BIASES},
     needs_biases=True,
     mtp=MTPTable(
         prefix="model.mtp_layers.{depth}.",

@@ -56,6 +56,22 @@ def _count(settings: Settings, mtp: MTPTable, names: Collection[str]) -> int:
     return settings.integer(mtp.count_key, int(is_there), at_least=0)
 
 
+def copied_tensors(
+    settings: Settings, family: Family, mtp: MTPTable, names: Collection[str]
+) -> dict[str, str]:
+    """Tensors of a folder's own depths that are there again: from their names to the decoder's."""
+    # A head that is tied is the embedding.
+    decoder = {part: tensor.name for part, tensor in family.decoder.items()}
+    if decoder["head"] not in names:
+        decoder["head"] = decoder["embedding"]
+    return {
+        prefix + name: decoder[part]
+        for prefix in depth_prefixes(settings, mtp, names)
+        for name, part in mtp.copies.items()
+        if prefix + name in names
+    }
+
+
 def fresh_config(
     num_depths: int | None, preset: Preset | None, key: PRNGKeyArray | None
 ) -> MTPConfig:

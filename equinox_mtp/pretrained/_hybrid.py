@@ -9,23 +9,17 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from .. import nn
+from ._dense import ATTENTION, FEED_FORWARD, QUERY_KEY_NORMS, layer_of, make_swiglu
+from ._moe import EXPERTS
 from ._settings import Settings, rope_config
 from ._tables import Convolution, Family, Kernel, Part, Table, Tensor
 from ._transformers import transformers_table
 
-_NORMS: Table = {
-    "attention_norm.scale": Tensor("input_layernorm.weight"),
-    "feed_forward_norm.scale": Tensor("post_attention_layernorm.weight"),
-}
 _GATED_ATTENTION: Table = {
+    **QUERY_KEY_NORMS,
     # Of each head its query, and then its gate.
     "attention.query_kernel": Tensor("self_attn.q_proj.weight", Part(0, groups="query_kernel")),
     "attention.gate_kernel": Tensor("self_attn.q_proj.weight", Part(1, groups="query_kernel")),
-    "attention.key_kernel": Tensor("self_attn.k_proj.weight", Kernel()),
-    "attention.value_kernel": Tensor("self_attn.v_proj.weight", Kernel()),
-    "attention.out_kernel": Tensor("self_attn.o_proj.weight", Kernel(num_inputs=2)),
-    "attention.query_norm.scale": Tensor("self_attn.q_norm.weight"),
-    "attention.key_norm.scale": Tensor("self_attn.k_norm.weight"),
 }
 _DELTA: Table = {
     "attention.query_convolution": Tensor("linear_attn.conv1d.weight", Part(0, Convolution())),
@@ -60,13 +54,7 @@ _DELTA_PROJECTIONS_BY_HEAD: Table = {
     },
 }
 _MIXTURE: Table = {
-    "feed_forward.router.kernel": Tensor("mlp.gate.weight", Kernel()),
-    **{
-        f"feed_forward.experts.{part}": Tensor(
-            f"mlp.experts.{{expert}}.{part}_proj.weight", Kernel()
-        )
-        for part in ("gate", "up", "down")
-    },
+    **EXPERTS,
     **{
         f"feed_forward.shared_expert.{part}.kernel": Tensor(
             f"mlp.shared_expert.{part}_proj.weight", Kernel()
@@ -74,11 +62,6 @@ _MIXTURE: Table = {
         for part in ("gate", "up", "down")
     },
     "feed_forward.shared_gate.kernel": Tensor("mlp.shared_expert_gate.weight", Kernel()),
-}
-_SWIGLU: Table = {
-    "feed_forward.gate.kernel": Tensor("mlp.gate_proj.weight", Kernel()),
-    "feed_forward.up.kernel": Tensor("mlp.up_proj.weight", Kernel()),
-    "feed_forward.down.kernel": Tensor("mlp.down_proj.weight", Kernel()),
 }
 
 
@@ -97,22 +80,13 @@ def make_layer(
     """
     _check_parts(settings, names)
     attention_key, feed_forward_key = jax.random.split(key)
-    embed_size, epsilon = settings.integer("hidden_size"), settings.number("rms_norm_eps", 1e-6)
     if _is_full(settings, index):
         attention = _attention(settings, fraction, attention_key)
     else:
         attention = _delta(settings, attention_key)
-    if has_mixture and _is_mixture(settings, index):
-        feed_forward = _mixture(settings, feed_forward_key)
-    else:
-        mlp_size = settings.integer("intermediate_size")
-        feed_forward = nn.SwiGLU(embed_size, mlp_size, key=feed_forward_key)
-    return nn.TransformerDecoderLayer.of(
-        attention,
-        feed_forward,
-        attention_norm=nn.RMSNorm(embed_size, epsilon=epsilon),
-        feed_forward_norm=nn.RMSNorm(embed_size, epsilon=epsilon),
-    )
+    is_mixture = has_mixture and _is_mixture(settings, index)
+    make_feed_forward = _mixture if is_mixture else make_swiglu
+    return layer_of(settings, attention, make_feed_forward(settings, feed_forward_key))
 
 
 def _mixture(settings: Settings, key: PRNGKeyArray) -> nn.MixtureOfExperts:
@@ -285,14 +259,11 @@ def _mixture_config(layers: list[Any]) -> dict[str, Any]:
     }
 
 
-def _layer_table(layer: Any, *, delta: Table) -> Table:
+def _table_of(layer: Any, *, delta: Table) -> Table:
     is_delta = isinstance(layer.attention, nn.GatedDeltaNet)
     is_dense = isinstance(layer.feed_forward, nn.SwiGLU)
-    return {
-        **_NORMS,
-        **({**_DELTA, **delta} if is_delta else _GATED_ATTENTION),
-        **(_SWIGLU if is_dense else _MIXTURE),
-    }
+    attention = {**_DELTA, **delta} if is_delta else _GATED_ATTENTION
+    return {**attention, **(FEED_FORWARD if is_dense else _MIXTURE)}
 
 
 QWEN3_5 = Family(
@@ -300,7 +271,8 @@ QWEN3_5 = Family(
     architectures=("Qwen3_5ForCausalLM",),
     make_layer=partial(make_layer, has_mixture=False, fraction=0.25),
     config_of=partial(config_of, has_mixture=False),
-    layer=partial(_layer_table, delta=_DELTA_PROJECTIONS),
+    layer=ATTENTION,
+    layer_of_kind=partial(_table_of, delta=_DELTA_PROJECTIONS),
     scale_offset=1.0,
     mtp=dataclasses.replace(transformers_table(1), count_key="mtp_num_hidden_layers"),
 )
@@ -309,7 +281,8 @@ QWEN3_NEXT = Family(
     architectures=("Qwen3NextForCausalLM",),
     make_layer=partial(make_layer, has_mixture=True, fraction=0.25),
     config_of=partial(config_of, has_mixture=True),
-    layer=partial(_layer_table, delta=_DELTA_PROJECTIONS_BY_HEAD),
+    layer=ATTENTION,
+    layer_of_kind=partial(_table_of, delta=_DELTA_PROJECTIONS_BY_HEAD),
     scale_offset=1.0,
     mtp=dataclasses.replace(
         transformers_table(1), count_key="num_nextn_predict_layers", is_implied=True

@@ -1,6 +1,6 @@
 """From a checkpoint folder to an `MTPModel`."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +18,20 @@ from .._model import MTPModel
 from .._types import checked, module_of, warn_caller
 from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
 from ._array_place import Place
-from ._depths import depth_prefixes, fresh_block, fresh_config, made_there, own_depths
+from ._depths import (
+    copied_tensors,
+    depth_prefixes,
+    fresh_block,
+    fresh_config,
+    made_there,
+    own_depths,
+)
 from ._folder import CONFIG_FILE, CheckpointFolder
 from ._places import Layout
 from ._read import Reader
 from ._registry import FAMILIES, family_of
 from ._settings import Settings, errors_of
-from ._shapes import decoder_shapes, depth_shapes
+from ._shapes import check_same, decoder_shapes, depth_shapes
 from ._speculators import HEAD_KIND_KEY, depths_of_head, head_table, verifier_folder
 from ._tables import Family
 from ._tokenizer import load_tokenizer
@@ -50,9 +57,9 @@ def load(
 ) -> tuple[MTPModel, Any]:
     """Reads a released model: `config.json`, `*.safetensors` and `tokenizer.json` of a folder.
 
-    Llama 3, Qwen2, Qwen3 and MiMo-7B, and FastMTP heads in the format of speculators, over the
-    folder of the model that they were made for. The prediction depths are those of the folder, or
-    fresh ones.
+    Llama 3, Qwen2, Qwen3, Qwen3-MoE, GLM-4.5 and MiMo-7B, and FastMTP heads in the format of
+    speculators, over the folder of the model that they were made for. The prediction depths are
+    those of the folder, or fresh ones.
 
         model, tokenizer = pretrained.load("MiMo-7B")  # with its own depth
         model, tokenizer = pretrained.load("Qwen3-0.6B", num_depths=3, preset="fast_mtp", key=key)
@@ -121,11 +128,14 @@ def load(
             layers = depth_shapes(settings, family, source, config)
         parts.append(_Part(source, layers, layout.block_places(layers, decoder.num_layers)))
     left_out = [] if own is stored else depth_prefixes(settings, stored, checkpoint)
-    _check_all_used(parts, family, left_out)
+    copies = copied_tensors(settings, family, stored, checkpoint) if own is stored else {}
+    _check_all_used(parts, family, left_out, copies)
     readers = [Reader(part.folder, dtype, settings.dtype) for part in parts]
     for part, reader in zip(parts, readers, strict=True):
         for place in part.places:
             reader.check(place)
+    for copy, of in copies.items():
+        check_same(checkpoint, of, copy, "and depths have no embedding or head of their own here.")
     make = partial(fresh_block, settings, family, checkpoint, config, dtype)
     is_made = own is None and config.num_depths > 0
     layers = parts[1].shapes if own is not None else None
@@ -214,12 +224,15 @@ def _check_counts(settings: Settings, family: Family, folder: CheckpointFolder) 
             raise settings.error(key, f"at most {len(folder)}, the number of tensors", count)
 
 
-def _check_all_used(parts: Sequence[_Part], family: Family, left_out: list[str]) -> None:
+def _check_all_used(
+    parts: Sequence[_Part], family: Family, left_out: list[str], copies: Collection[str]
+) -> None:
     """**Raises:** `ValueError` for a tensor that nothing is made of.
 
-    Depths whose names begin like those `left_out` may be there, and a head that is tied.
+    Depths whose names begin like those `left_out` may be there, copies, and a head that is tied.
     """
-    used = {name for part in parts for place in part.places for name in place.flat_names}
+    used = set(copies)
+    used |= {name for part in parts for place in part.places for name in place.flat_names}
     used.add(family.decoder["head"].name)
     for folder in {id(part.folder): part.folder for part in parts}.values():
         for name in folder:

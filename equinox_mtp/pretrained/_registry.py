@@ -4,10 +4,14 @@ from collections.abc import Sequence
 
 from ._dense import LLAMA, MIMO, QWEN2, QWEN3
 from ._hybrid import QWEN3_5, QWEN3_NEXT
+from ._moe import GLM4_MOE, QWEN3_MOE
 from ._settings import Settings
 from ._tables import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO, QWEN3_5, QWEN3_NEXT)
+FAMILIES: tuple[Family, ...] = (
+    *(LLAMA, QWEN2, QWEN3, MIMO, QWEN3_MOE, GLM4_MOE),
+    *(QWEN3_5, QWEN3_NEXT),
+)
 """What `load` and `save` know."""
 
 

@@ -30,7 +30,8 @@ def decoder_shapes(
     # Not said: as the weights are. Said otherwise than they are: a tensor is missing.
     is_tied = settings.flag("tie_word_embeddings", head not in names)
     if is_tied and head in names and isinstance(names, CheckpointFolder):
-        _check_tied(names, family.decoder["embedding"].name, head)
+        mend = "and `tie_word_embeddings` is true. Set it to false in config.json to use this head."
+        check_same(names, family.decoder["embedding"].name, head, mend)
 
     def make() -> TransformerDecoder:
         keys = jax.random.split(jax.random.key(0), settings.integer("num_hidden_layers"))
@@ -49,21 +50,19 @@ def decoder_shapes(
     return eqx.filter_eval_shape(make)
 
 
-def _check_tied(folder: CheckpointFolder, embedding: str, head: str) -> None:
-    """**Raises:** `ValueError` if a head that is there again is another one."""
-    one, other = folder.view(embedding), folder.view(head)
+def check_same(folder: CheckpointFolder, name: str, copy: str, mend: str) -> None:
+    """**Raises:** `ValueError` if a tensor that is there again is another one."""
+    one, other = folder.view(name), folder.view(copy)
     is_same = one.shape == other.shape
     step = max(1, 2**24 // max(one[:1].nbytes, 1))
     for start in range(0, len(one) if is_same else 0, step):
         piece = slice(start, start + step)
         is_same = is_same and np.array_equal(one[piece], other[piece])
-        folder.forget(embedding)
-        folder.forget(head)
+        folder.forget(name)
+        folder.forget(copy)
     if not is_same:
-        raise ValueError(
-            f"{folder.where(head)}: it differs from the embedding, and `tie_word_embeddings` is "
-            "true. Set it to false in config.json to use this head."
-        )
+        what = "the embedding" if "embed" in name else f"`{name}`"
+        raise ValueError(f"{folder.where(copy)}: it differs from {what}, {mend}")
 
 
 def depth_shapes(

@@ -1,7 +1,7 @@
 """A family of checkpoints as data: which tensor is which array of the tree, and how it is laid out.
 
 A family is one file with one `Family` in it; nothing else changes. For instance, a layer whose
-feed-forward network has experts, which are stored one by one:
+feed-forward network has experts, which are stored one by one (`_moe.py` has such families):
 
     LAYER = {
         **llama.layer,
@@ -218,6 +218,9 @@ class MTPTable:
         those of the family's layers.
     - `layer_prefix`: of the transformer layer's tensors, behind `prefix`.
     - `config`: fields of `MTPConfig`.
+    - `copies`: tensors that each depth may hold once more, from their names behind `prefix` to the
+        arrays of the decoder, `"embedding"` or `"head"`. They are read if they are the same, and
+        written.
     - `count_key`: of the configuration: how many depths there are; 0 without it.
     - `is_implied`: whether there is one without it, if there are tensors of it.
     """
@@ -227,6 +230,7 @@ class MTPTable:
     config: Mapping[str, Any]
     count_key: str = "num_nextn_predict_layers"
     layer_prefix: str = ""
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     is_implied: bool = False
 
     @property
@@ -250,8 +254,9 @@ class Family:
     - `make_layer`: `make_layer(settings, index, names, key=key)` builds the layer of an index, of
         parts; `names` are the tensors there are, which tell of optional ones.
     - `config_of`: the keys of `config.json` that describe a decoder: the inverse.
-    - `layer`: the arrays of a layer, by their tensors' names behind `layer_prefix`; or a function
-        of a layer that gives them, where arrays of one name have other tensors in other layers.
+    - `layer`: the arrays of a layer, by their tensors' names behind `layer_prefix`.
+    - `layer_of_kind`: a function of a layer that gives those of its arrays that have other tensors
+        than `layer` says, where layers are of several kinds; `None` if they are of one.
     - `decoder`, `layer_prefix`: the arrays outside of layers; `{layer}` counts from 0.
     - `mtp`: the prediction depths; `None` if the family has none.
     - `needs_biases`: whether attention has biases, of 0 if a model has none.
@@ -263,7 +268,8 @@ class Family:
     architectures: tuple[str, ...]
     make_layer: Callable[..., AbstractCachedDecoderLayer]
     config_of: Callable[[TransformerDecoder], dict[str, Any]]
-    layer: Table | Callable[[Any], Table]
+    layer: Table
+    layer_of_kind: Callable[[Any], Table] | None = None
     decoder: Table = dataclasses.field(default_factory=lambda: DECODER)
     layer_prefix: str = "model.layers.{layer}."
     mtp: MTPTable | None = None
@@ -273,7 +279,8 @@ class Family:
 
     def layer_table(self, layer: Any) -> Table:
         """The arrays of one layer."""
-        return self.layer(layer) if callable(self.layer) else self.layer
+        of_kind = {} if self.layer_of_kind is None else self.layer_of_kind(layer)
+        return {**self.layer, **of_kind}
 
     def __repr__(self) -> str:
         # Without the tables: families are default values of arguments.

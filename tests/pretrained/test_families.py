@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from equinox_mtp import nn, pretrained, speculative
 from equinox_mtp._decoder import split_auxiliary
 from equinox_mtp.pretrained._folder import CheckpointFolder
 
-FAMILIES = ("qwen3", "llama3", "mimo", "fastmtp", "qwen3_5", "qwen3_next")
-WITH_DEPTHS = ("mimo", "fastmtp", "qwen3_5", "qwen3_next")
+FAMILIES = (
+    *("qwen3", "llama3", "mimo", "fastmtp", "qwen3_moe", "glm4_moe"),
+    *("qwen3_5", "qwen3_next"),
+)
+WITH_DEPTHS = ("mimo", "fastmtp", "glm4_moe", "qwen3_5", "qwen3_next")
 TOLERANCE = 1e-4
 
 
@@ -34,8 +38,8 @@ def close(actual: Any, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
 
 
-def whole_pass(decoder: Any, tokens: Any, positions: Any) -> Any:
-    """Hidden states, without the statistics of routers."""
+def hidden_states(decoder: Any, tokens: Any, positions: Any) -> Any:
+    """Without a router's statistics."""
     return split_auxiliary(decoder(tokens, position_ids=positions))[0]
 
 
@@ -62,7 +66,7 @@ def test_hidden_states_and_logits(name: str, models: dict[str, emtp.MTPModel]) -
         return hidden, normed, normed @ decoder.output_head().T
 
     def in_parallel(decoder: Any) -> tuple[Any, ...]:
-        return outputs(decoder, whole_pass(decoder, tokens, positions))
+        return outputs(decoder, hidden_states(decoder, tokens, positions))
 
     def in_cached_steps(decoder: Any) -> tuple[Any, ...]:
         cache, parts = decoder.init_cache(2, 16), []
@@ -102,6 +106,7 @@ def test_the_other_hidden_state_at_the_entrance(models: dict[str, emtp.MTPModel]
     for name, other, suffix in (
         ("mimo", "after_norm", "from_post"),
         ("fastmtp", "before_norm", "from_pre"),
+        ("glm4_moe", "before_norm", "from_pre"),
     ):
         model = with_config(models[name], input_hidden_state=other)
         numbers = reference(name)
@@ -116,12 +121,12 @@ def test_recursion_in_training(models: dict[str, emtp.MTPModel]) -> None:
     numbers, model = reference("fastmtp"), models["fastmtp"]
     assert model.block.config.num_depths == 3
     tokens = numbers["tokens"][:, :17]
-    hidden_states = quick_jit(lambda model: model(emtp.make_batch(tokens)))(model).mtp.hidden_states
+    output = quick_jit(lambda model: model(emtp.make_batch(tokens)))(model)
     head: Any = model.decoder.output_head()
     for depth in range(3):
         length = 15 - depth
         normed, _ = model.block.layer(1).normed_and_carried(
-            hidden_states[depth][:, :length], model.decoder.final_norm
+            output.mtp.hidden_states[depth][:, :length], model.decoder.final_norm
         )
         close(normed, numbers[f"recursive_step{depth}_hidden"])
         close(normed @ head.T, numbers[f"recursive_step{depth}_logits"])
@@ -168,7 +173,7 @@ def test_recursive_drafts(name: str, carried: str, models: dict[str, emtp.MTPMod
     # And the logits, in a whole pass over the text and the drafts before each.
     pairs = jnp.concatenate([jnp.asarray(numbers["greedy"][:, 1:8]), ids], axis=1)
     decoder: Any = model.decoder
-    hidden = whole_pass(decoder, jnp.asarray(numbers["prompt"]), jnp.arange(7)[None])
+    hidden = hidden_states(decoder, jnp.asarray(numbers["prompt"]), jnp.arange(7)[None])
     enters = model.block.config.input_hidden_state == "after_norm"
     states, layer = decoder.final_norm(hidden) if enters else hidden, model.block.layer(1)
     for index in range(3):
@@ -215,19 +220,20 @@ def same_logits(folder: Path, name: str) -> None:
     decoder: Any = model.decoder
     tokens = jnp.asarray(numbers["tokens"][:, :16])
     positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
-    normed = decoder.final_norm(decoder(tokens, position_ids=positions))
+    normed = decoder.final_norm(hidden_states(decoder, tokens, positions))
     close(normed @ decoder.output_head().T, numbers["logits"])
 
 
 def logits_by_loop(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """A dense model in float64, from the tensors and settings of its folder."""
+    """A model in float64, from the tensors and settings of its folder."""
     tensors = {name: x.astype(np.float64) for name, x in tensors_of(folder).items()}
     config = config_of(folder)
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim", config["hidden_size"] // heads)
     group = heads // config["num_key_value_heads"]
+    turned = int(head_dim * config.get("partial_rotary_factor", 1.0))
     angles = np.arange(tokens.shape[1])[:, None] * config["rope_theta"] ** -(
-        np.arange(0, head_dim, 2) / head_dim
+        np.arange(0, turned, 2) / turned
     )
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -238,9 +244,37 @@ def logits_by_loop(folder: Path, tokens: np.ndarray) -> np.ndarray:
         return x @ tensors[f"{name}.weight"].T + tensors.get(f"{name}.bias", 0.0)
 
     def rotate(x: np.ndarray) -> np.ndarray:
-        one, other = np.split(x, 2, -1)
+        one, other, rest = np.split(x, [turned // 2, turned], -1)
         sine, cosine = np.sin(angles)[:, None], np.cos(angles)[:, None]
-        return np.concatenate([one * cosine - other * sine, other * cosine + one * sine], -1)
+        first = one * cosine - other * sine
+        return np.concatenate([first, other * cosine + one * sine, rest], -1)
+
+    def swiglu(x: np.ndarray, name: str) -> np.ndarray:
+        gate = linear(x, f"{name}.gate_proj")
+        return linear(
+            gate / (1 + np.exp(-gate)) * linear(x, f"{name}.up_proj"), f"{name}.down_proj"
+        )
+
+    def mixture(token: np.ndarray, name: str) -> np.ndarray:
+        """Softmax, or sigmoids with a correction and groups if there is one."""
+        logits, correction = linear(token, f"{name}.gate"), f"{name}.gate.e_score_correction_bias"
+        scores = np.exp(logits) / np.exp(logits).sum()
+        chosen = scores
+        if correction in tensors:
+            scores = 1 / (1 + np.exp(-logits))
+            chosen = scores + tensors[correction]
+            groups = np.sort(chosen.reshape(config["n_group"], -1), -1)
+            kept = np.argsort(-groups[:, -2:].sum(-1))[: config["topk_group"]]
+            is_kept = np.isin(np.arange(len(chosen)) // groups.shape[1], kept)
+            chosen = np.where(is_kept, chosen, -np.inf)
+        ids = np.argsort(-chosen)[: config["num_experts_per_tok"]]
+        weights = scores[ids] / (scores[ids].sum() if config["norm_topk_prob"] else 1)
+        parts = [
+            w * swiglu(token, f"{name}.experts.{i}") for w, i in zip(weights, ids, strict=True)
+        ]
+        shared = f"{name}.shared_experts"
+        out = config.get("routed_scaling_factor", 1.0) * sum(parts)
+        return out + swiglu(token, shared) if f"{shared}.up_proj.weight" in tensors else out
 
     x = tensors["model.embed_tokens.weight"][tokens]
     for index in range(config["num_hidden_layers"]):
@@ -261,9 +295,12 @@ def logits_by_loop(folder: Path, tokens: np.ndarray) -> np.ndarray:
             attended[b, s, h] = weights @ value[b, : s + 1, h // group] / weights.sum()
         x = x + linear(attended.reshape(*x.shape[:2], -1), f"{layer}.self_attn.o_proj")
         hidden = norm(x, f"{layer}.post_attention_layernorm")
-        gate = linear(hidden, f"{layer}.mlp.gate_proj")
-        up = linear(hidden, f"{layer}.mlp.up_proj")
-        x = x + linear(gate / (1 + np.exp(-gate)) * up, f"{layer}.mlp.down_proj")
+        if f"{layer}.mlp.gate.weight" in tensors:
+            tokens_of = hidden.reshape(-1, hidden.shape[-1])
+            mixed = np.stack([mixture(token, f"{layer}.mlp") for token in tokens_of])
+            x = x + mixed.reshape(x.shape)
+        else:
+            x = x + swiglu(hidden, f"{layer}.mlp")
     return linear(norm(x, "model.norm"), "lm_head")
 
 
@@ -311,6 +348,175 @@ def test_biases_of_attention(name: str, tmp_path: Path) -> None:
         assert eqx.tree_equal(pretrained.load(out, tokenizer=False)[0], one)
     with pytest.raises(ValueError, match=r"has no tensor for `attention\.(out_bias|query_norm)"):
         pretrained.save(tmp_path / "mimo", fresh, layout="mimo")
+
+
+def dense_layer(index: int) -> Callable[[dict[str, np.ndarray]], None]:
+    """Makes the feed-forward network of a layer a dense one."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        rng, prefix = np.random.default_rng(index), f"model.layers.{index}.mlp."
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            del tensors[name]
+        for part, shape in (("gate", (80, 64)), ("up", (80, 64)), ("down", (64, 80))):
+            values = rng.normal(size=shape) / np.sqrt(shape[1])
+            tensors[f"{prefix}{part}_proj.weight"] = values.astype(np.float32)
+
+    return change
+
+
+def with_norms(tensors: dict[str, np.ndarray]) -> None:
+    rng = np.random.default_rng(0)
+    for layer in range(4):
+        for part in "qk":
+            scale = rng.normal(size=16).astype(np.float32)
+            tensors[f"model.layers.{layer}.self_attn.{part}_norm.weight"] = scale
+
+
+def without_biases(tensors: dict[str, np.ndarray]) -> None:
+    for name in [name for name in tensors if name.endswith("_proj.bias")]:
+        del tensors[name]
+
+
+def two_shared_experts(tensors: dict[str, np.ndarray]) -> None:
+    for name in [name for name in tensors if "shared_experts" in name]:
+        axis = 1 if "down" in name else 0
+        tensors[name] = np.concatenate([tensors[name], 0.5 * tensors[name]], axis)
+
+
+def no_shared_expert(tensors: dict[str, np.ndarray]) -> None:
+    for name in [name for name in tensors if "shared_experts" in name]:
+        del tensors[name]
+
+
+GROUPS = {"n_group": 4, "topk_group": 2}
+MIXTURES: dict[str, tuple[str, dict[str, Any], Callable[..., Any] | None]] = {
+    "qwen3_moe": ("qwen3_moe", {}, None),
+    "as-they-are": ("qwen3_moe", {"norm_topk_prob": False}, None),
+    "dense-by-name": ("qwen3_moe", {"mlp_only_layers": [1]}, dense_layer(1)),
+    "dense-by-step": ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [2]}, None),
+    "glm4_moe": ("glm4_moe", {}, None),
+    "groups": ("glm4_moe", GROUPS, None),
+    "norms": ("glm4_moe", {"use_qk_norm": True}, with_norms),
+    "no-biases": ("glm4_moe", {"attention_bias": False}, without_biases),
+    "two-shared": ("glm4_moe", {"n_shared_experts": 2}, two_shared_experts),
+    "none-shared": ("glm4_moe", {"n_shared_experts": 0, "norm_topk_prob": False}, no_shared_expert),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_experts(name: str, tmp_path: Path) -> None:
+    """What their configurations may say, against a loop; written in their layouts and back."""
+    source, config, tensors = MIXTURES[name]
+    if name == "dense-by-step":
+        tensors = lambda t: [dense_layer(0)(t), dense_layer(2)(t)]  # noqa: E731
+    folder = changed(source, tmp_path / "in", config=lambda c: c.update(config), tensors=tensors)
+    model, _ = pretrained.load(folder)
+    tokens = reference(source)["tokens"][:, :6]
+    decoder: Any = model.decoder
+    positions = jnp.broadcast_to(jnp.arange(6), tokens.shape)
+
+    @quick_jit
+    def logits(decoder: Any) -> Any:
+        hidden = hidden_states(decoder, jnp.asarray(tokens), positions)
+        return decoder.final_norm(hidden) @ decoder.output_head().T
+
+    close(logits(decoder), logits_by_loop(folder, tokens))
+    pretrained.save(tmp_path / "out", model, layout=source)
+    written, stored = tensors_of(tmp_path / "out"), tensors_of(folder)
+    assert written.keys() == stored.keys()
+    for key, x in stored.items():
+        np.testing.assert_array_equal(written[key], x, strict=True)
+    assert eqx.tree_equal(pretrained.load(tmp_path / "out")[0], model)
+
+
+def test_copies_of_embedding_and_head(tmp_path: Path) -> None:
+    """A depth's readers may want them; they need not be there, and must be the same."""
+    names = ("model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight")
+    model, _ = pretrained.load(FOLDER / "glm4_moe")
+
+    def drop(tensors: dict[str, np.ndarray]) -> None:
+        for name in names:
+            del tensors[name]
+
+    without = changed("glm4_moe", tmp_path / "without", tensors=drop)
+    alone, _ = pretrained.load(without)
+    assert eqx.tree_equal(alone, model)
+    pretrained.save(tmp_path / "as-it-came", alone, source=without)
+    assert tensors_of(tmp_path / "as-it-came").keys() == tensors_of(without).keys()
+    pretrained.save(tmp_path / "new", alone, layout="glm4_moe")
+    written = tensors_of(tmp_path / "new")
+    for copy, of in zip(names, ("model.embed_tokens.weight", "lm_head.weight"), strict=True):
+        np.testing.assert_array_equal(written[copy], written[of])
+    for name in names:
+
+        def change(tensors: dict[str, np.ndarray], name: str = name) -> None:
+            tensors[name][3, 5] += 1
+
+        other = changed("glm4_moe", tmp_path / name, tensors=change)
+        with pytest.raises(ValueError, match=f"{name}`: it differs from .* of their own here") as e:
+            pretrained.load(other)
+        assert "\n" not in str(e.value)
+        # Fresh depths leave the folder's own out, whatever they hold.
+        assert pretrained.load(other, num_depths=0)[0].block.layers is None
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "message"),
+    [
+        (
+            "qwen3_moe",
+            {"num_experts_per_tok": 9},
+            "`top_k` must be at most `num_experts`; got 9 and",
+        ),
+        ("qwen3_moe", {"mlp_only_layers": "1"}, "`mlp_only_layers` must be a list of numbers"),
+        ("glm4_moe", {"n_group": 3}, "`num_groups` must divide `num_experts`; got 3 and 8"),
+        ("glm4_moe", {"topk_group": 2}, "`top_groups` must be at most `num_groups`; got 2 and 1"),
+        ("glm4_moe", {"n_group": 8}, "`top_k` must be at most the 1 experts of `top_groups`"),
+        (
+            "glm4_moe",
+            {"scoring_func": "softmax"},
+            "`scoring_func` must be 'sigmoid'; got 'softmax'",
+        ),
+        ("glm4_moe", {"topk_method": "greedy"}, "`topk_method` must be 'noaux_tc'; got 'greedy'"),
+        ("glm4_moe", {"attention_bias": False}, "`attention_bias` must be true: attention has bia"),
+        ("glm4_moe", {"n_routed_experts": 9}, r"mlp.experts.8.gate_proj.weight` is missing"),
+        ("glm4_moe", {"n_routed_experts": 7}, r"has shape|must have shape|no place for it"),
+    ],
+)
+def test_mixtures_that_cannot_be(
+    source: str, config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = changed(source, tmp_path / "in", config=lambda c: c.update(config))
+    with pytest.raises(ValueError, match=message) as error:
+        pretrained.load(folder)
+    assert str(error.value).startswith(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_layouts_of_other_layers(tmp_path: Path) -> None:
+    dense, _ = pretrained.load(FOLDER / "qwen3", tokenizer=False)
+    mixture, _ = pretrained.load(FOLDER / "qwen3_moe")
+    with pytest.raises(ValueError, match="must have a mixture of experts in one of its layers"):
+        pretrained.save(tmp_path / "out", dense, layout="qwen3_moe")
+    with pytest.raises(ValueError, match=r"has no tensor for `feed_forward\.experts\.gate`"):
+        pretrained.save(tmp_path / "out", mixture, layout="qwen3")
+    with pytest.raises(ValueError, match=r"has no tensor for `attention\.query_norm\.scale`"):
+        pretrained.save(tmp_path / "out", mixture, layout="glm4_moe")
+
+
+def test_chained_drafts(models: dict[str, emtp.MTPModel]) -> None:
+    """The first draft is depth 1's; there is one depth."""
+    numbers, model = reference("glm4_moe"), models["glm4_moe"]
+    np.testing.assert_array_equal(numbers["greedy_use_mtp"], numbers["greedy"])
+    pairs = jnp.asarray(numbers["greedy"][:, 1:8])
+    decoder, layer = model.decoder, model.block.layer(1)
+    positions = jnp.arange(7)[None]
+    states = decoder.final_norm(hidden_states(decoder, jnp.asarray(numbers["prompt"]), positions))
+    out, _ = layer(states, decoder.embed(pairs, positions), position_ids=positions)
+    normed, _ = layer.normed_and_carried(out, decoder.final_norm)
+    head: Any = decoder.output_head()
+    close(normed[:, -1] @ head.T, numbers["chain_logits"][:, 0])
+    assert int(jnp.argmax(normed[:, -1] @ head.T)) == numbers["chain_drafts"][0, 0]
 
 
 def test_biases_that_a_configuration_denies(tmp_path: Path) -> None:

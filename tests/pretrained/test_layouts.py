@@ -38,7 +38,9 @@ def losses(model: emtp.MTPModel) -> list[float]:
 
 
 @pytest.mark.parametrize("max_bytes", [5_000_000_000, 100_000])
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "mimo", "qwen3_5", "qwen3_next"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "llama3", "mimo", "qwen3_moe", "glm4_moe", "qwen3_5", "qwen3_next"]
+)
 def test_a_round_trip_gives_every_tensor_back(name: str, max_bytes: int, tmp_path: Path) -> None:
     model = load(name)
     pretrained.save(tmp_path / "out", model, layout=FOLDER / name, max_shard_bytes=max_bytes)
@@ -120,7 +122,7 @@ def test_a_head_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["transformers", "stitched"])
 @pytest.mark.parametrize("num_depths", [1, 2])
-@pytest.mark.parametrize("name", ["qwen3", "llama3"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen3_moe"])
 def test_depths_as_transformers_has_them(
     name: str, num_depths: int, layout: str, tmp_path: Path
 ) -> None:
@@ -130,20 +132,22 @@ def test_depths_as_transformers_has_them(
     written, config = tensors_of(tmp_path / "out"), config_of(tmp_path / "out")
     assert_same_tensors({n: written[n] for n in before}, before)
     assert config["num_mtp_layers"] == num_depths
-    assert ("mtp_layer_types" in config) == (name == "qwen3")
+    assert ("mtp_layer_types" in config) == (name != "llama3")
+    expert = "experts.1." if name == "qwen3_moe" else ""
     added = set(written) - set(before)
     if num_depths == 1:
         assert {n for n in added if "layers" not in n} == {
             f"mtp.{part}.weight"
             for part in ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
         }
-        kernel = written["mtp.layers.0.mlp.up_proj.weight"]
+        kernel = written[f"mtp.layers.0.mlp.{expert}up_proj.weight"]
     else:
         assert written["model.layers.4.eh_proj.weight"].shape == (64, 128)
         assert "model.layers.3.shared_head.norm.weight" in added
-        kernel = written["model.layers.3.mlp.up_proj.weight"]
+        kernel = written[f"model.layers.3.mlp.{expert}up_proj.weight"]
     layer: Any = model.block.layer(1)
-    up = layer.transformer_layer.feed_forward.up.kernel
+    feed_forward = layer.transformer_layer.feed_forward
+    up = feed_forward.experts.up[1] if expert else feed_forward.up.kernel
     np.testing.assert_array_equal(kernel, up.T)
     again, _ = pretrained.load(tmp_path / "out")
     assert eqx.tree_equal(again, model)
