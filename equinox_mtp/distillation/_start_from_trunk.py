@@ -87,15 +87,16 @@ def _started(
     """One depth, whose hidden states come from before or after the final norm."""
     identity = _SCALE * jnp.eye(decoder.embedding.shape[1])
     halves = [_EMBEDDING_SHARE * identity, identity]
-    scale = decoder.norm.scale
+    scale = decoder.norm.scale.astype(jnp.float32) + decoder.norm.scale_offset
+    entering = jnp.ones_like(scale) if placement == "before_norm" else _inverse(scale)
     new = [
         transformer_layer,
         jnp.concatenate(halves if layer.concat_order == "embedding_first" else halves[::-1]),
-        jnp.ones_like(scale),
-        jnp.ones_like(scale) if placement == "before_norm" else _inverse(scale),
+        jnp.ones_like(scale) - layer.embedding_norm.scale_offset,
+        entering - layer.hidden_state_norm.scale_offset,
     ]
     if layer.output_norm is not None:
-        new.append(scale)
+        new.append(scale - layer.output_norm.scale_offset)
     return eqx.tree_at(_parts, layer, jax.tree.map(_in_dtype, new, _parts(layer)))
 
 

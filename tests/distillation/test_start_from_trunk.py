@@ -67,6 +67,27 @@ def test_depths_begin_as_the_main_models_output(preset: Any, getkey: Any) -> Non
         assert_close(normed, scale * normalised(total), rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("preset", ["megatron", "maxtext"])
+def test_norms_that_store_their_scale_less_1(preset: Any, getkey: Any) -> None:
+    """The same depths as with other norms of the same function."""
+    plain = make_model(emtp.MTPConfig.preset(preset, 2), getkey())
+
+    def less_1(x: Any) -> Any:
+        if not isinstance(x, emtp.nn.RMSNorm):
+            return x
+        norm = emtp.nn.RMSNorm(EMBED, epsilon=x.epsilon, scale_offset=1.0)
+        return eqx.tree_at(lambda norm: norm.scale, norm, x.scale - 1)
+
+    is_norm = lambda x: isinstance(x, emtp.nn.RMSNorm)  # noqa: E731
+    offset = jax.tree.map(less_1, plain, is_leaf=is_norm)
+    batch = emtp.make_batch(np.random.default_rng(0).integers(0, VOCAB, (2, 9)))
+    one, other = (
+        start_from_trunk(model)(batch, inference=True).mtp.hidden_states
+        for model in (plain, offset)
+    )
+    assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
 def test_the_layer_is_the_last_one_without_its_outputs(getkey: Any) -> None:
     model = make_model(emtp.MTPConfig(1), getkey())
     decoder: Any = model.decoder

@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Float32, Integer
 from ..._types import checked
 
 CHUNK_SIZE = 64
-"""Positions that are computed at once, by products of matrices; a power of 2."""
+"""Positions that are computed at once, by products of matrices; a power of 2.
+
+As measured in `tests/benchmarks/gated_delta.py` for heads of 128 features."""
 
 
 @checked
