@@ -322,7 +322,7 @@ def test_bfloat16_keeps_its_state_in_float32() -> None:
     assert ready.query_convolution.dtype == jnp.bfloat16
     assert ready.a_log.dtype == jnp.float32
     outs = [one.decode(x[:, :1].astype(jnp.bfloat16), cache, **step)[0] for one in (layer, ready)]
-    np.testing.assert_array_equal(*map(f64, outs))
+    np.testing.assert_array_equal(f64(outs[0]), f64(outs[1]))
 
 
 def test_vmap_and_remat_change_no_value() -> None:

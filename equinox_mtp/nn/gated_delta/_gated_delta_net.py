@@ -107,9 +107,10 @@ class GatedDeltaNet(AbstractAttention):
         self.query_convolution = convolution(keys[6], *of_keys)
         self.key_convolution = convolution(keys[7], *of_keys)
         self.value_convolution = convolution(keys[8], *of_values)
-        self.a_log = jnp.log(jax.random.uniform(keys[9], num_value_heads, minval=1, maxval=16))
-        log_range = {"minval": math.log(0.001), "maxval": math.log(0.1)}
-        steps = jnp.exp(jax.random.uniform(keys[10], num_value_heads, **log_range))
+        self.a_log = jnp.log(jax.random.uniform(keys[9], (num_value_heads,), minval=1, maxval=16))
+        low, high = math.log(0.001), math.log(0.1)
+        steps = jax.random.uniform(keys[10], (num_value_heads,), minval=low, maxval=high)
+        steps = jnp.exp(steps)
         self.dt_bias = jnp.log(jnp.expm1(steps))  # the softplus of which is `steps`
         self.output_norm = RMSNorm(value_dim, epsilon=norm_epsilon)
         fan_in = num_value_heads * value_dim
@@ -274,7 +275,7 @@ def _causal_convolution(
     runs: Integer[Array, "batch seq"] | None,
 ) -> Array:
     """Each feature by itself, over its last `width` positions of one document; in float32."""
-    width, out = kernel.shape[0], 0.0
+    width, out = kernel.shape[0], jnp.zeros(x.shape, jnp.float32)
     for distance in range(width):
         weighted = x.astype(jnp.float32) * kernel[width - 1 - distance].astype(jnp.float32)
         shifted = _shifted(weighted, distance)
