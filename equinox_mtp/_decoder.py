@@ -128,6 +128,12 @@ Cache: TypeAlias = PyTree[Any]
 class AbstractCachedDecoderLayer(AbstractDecoderLayer):
     """A layer that can also run a few positions at a time, given a cache of those before.
 
+    A cache of states, of a recurrence or a convolution, cannot be written again position by
+    position: to go back a layer must keep what it was before, and what pads a row at its end would
+    enter its state. Such a layer sets `takes_rollback` in its class, as `nn.GatedDeltaNet` does,
+    and has two keyword arguments more: `rollback: int = 0` of `init_cache`, and `lengths:
+    Integer[Array, "batch"] | None = None` of `prefill`. A decoder of such layers does the same.
+
     >>> layer = decoder.layer(0)
     >>> cache = layer.init_cache(batch_size=2, max_length=8, dtype=jnp.float32)
     >>> x, first = jnp.ones((2, 1, 16)), jnp.zeros((2, 1), int)
@@ -137,11 +143,15 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
     (2, 1, 16)
     """
 
+    takes_rollback: ClassVar[bool] = False
+
     @abc.abstractmethod
     def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> Cache:
         """An empty cache for positions `0 … max_length - 1` of `batch_size` rows.
 
-        `dtype` is the hidden states' own.
+        `dtype` is the hidden states' own. `rollback`, for those who take it, is how many of the
+        last positions may be run again: how far behind the end of the furthest position that was
+        run a call of `decode` may begin.
         """
 
     @abc.abstractmethod
@@ -184,6 +194,8 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
         - `hidden_states`: of the first positions.
         - `cache`: of `init_cache`.
         - `position_ids`: 0 … seq-1 in every row.
+        - `lengths`, for those who take `rollback`: how many positions of each row are tokens; what
+            follows them pads it. All are if `None`.
 
         **Returns:** the layer's output, and the cache.
         """
@@ -210,9 +222,14 @@ class AbstractCachedDecoder(AbstractDecoder):
     (2, 1, 16)
     """
 
+    takes_rollback: ClassVar[bool] = False
+
     @abc.abstractmethod
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for positions `0 … max_length - 1` of `batch_size` rows."""
+        """An empty cache for positions `0 … max_length - 1` of `batch_size` rows.
+
+        See `AbstractCachedDecoderLayer` for `rollback`.
+        """
 
     @abc.abstractmethod
     def decode(
@@ -241,6 +258,7 @@ class AbstractCachedDecoder(AbstractDecoder):
         - `input_ids`: the first tokens; what pads a row at its end is run like tokens.
         - `cache`: of `init_cache`.
         - `position_ids`: 0 … seq-1 in every row.
+        - `lengths`: see `AbstractCachedDecoderLayer.prefill`.
 
         **Returns:** hidden states before the final norm, and the cache.
         """
@@ -253,6 +271,11 @@ class AbstractCachedDecoder(AbstractDecoder):
         should take them apart here: in the loop they would be copied in every step.
         """
         return self
+
+
+def if_taken(part: Any, **arguments: Any) -> dict[str, Any]:
+    """The keyword arguments `rollback` and `lengths`, for a part that takes them."""
+    return arguments if part.takes_rollback else {}
 
 
 def split_auxiliary(output: HiddenStates) -> tuple[Float[Array, "batch seq embed"], Any]:

@@ -14,6 +14,7 @@ from ._decoder import (
     AbstractCachedDecoderLayer,
     AbstractDecoderLayer,
     Cache,
+    if_taken,
     split_auxiliary,
 )
 from ._types import MakeLayer, checked
@@ -168,12 +169,14 @@ class MultiTokenPredictionLayer(eqx.Module):
         cache: Cache,
         *,
         position_ids: Integer[Array, "batch seq"],
+        lengths: Integer[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
         """One depth at the first positions; see `AbstractCachedDecoderLayer.prefill`."""
         layer = self.transformer_layer
         assert isinstance(layer, AbstractCachedDecoderLayer)
         combined = self._combine(hidden_states, token_embeddings)
-        return layer.prefill(combined, cache, position_ids=position_ids)
+        taken = if_taken(layer, lengths=lengths)
+        return layer.prefill(combined, cache, position_ids=position_ids, **taken)
 
     def for_decoding(self, dtype: Any) -> "MultiTokenPredictionLayer":
         """The same depth, laid out for many small steps; see `AbstractCachedDecoderLayer`."""

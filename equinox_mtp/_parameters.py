@@ -18,6 +18,7 @@ from ._types import checked, is_array_or_shape
 
 # Equinox's own layers have annotations without axis words.
 _VECTORS = ((eqx.nn.LayerNorm, "weight"), (eqx.nn.RMSNorm, "weight"))
+_NO_MATRIX = {"vocab", "width"}
 _MATRICES_OUTPUT_FIRST = ((eqx.nn.Linear, "weight"),)
 
 
@@ -94,10 +95,10 @@ def muon_dimension_numbers(tree: PyTree[Any]) -> PyTree[Any]:
     The last two axis words of a parameter's annotation name the matrix, `x @ kernel`; `heads` (or
     `kv_heads`) and `head_dim`, or a word that ends so, are one axis of it. So `"embed heads
     head_dim"` is a matrix from `embed` to `heads · head_dim`. No matrices are: what has the axis
-    word `vocab`, that is embeddings and output heads; biases and the scales of norms, which have
-    one word; and what has no axis words. `equinox.nn.Linear` is known, and its `weight` a matrix.
-    Muon is described in <https://kellerjordan.github.io/posts/muon>, for language models in arXiv
-    2502.16982.
+    word `vocab`, that is embeddings and output heads, or `width`, convolutions of single features;
+    biases and the scales of norms, which have one word; and what has no axis words.
+    `equinox.nn.Linear` is known, and its `weight` a matrix. Muon is described in
+    <https://kellerjordan.github.io/posts/muon>, for language models in arXiv 2502.16982.
 
     **Arguments:**
 
@@ -115,7 +116,7 @@ def muon_dimension_numbers(tree: PyTree[Any]) -> PyTree[Any]:
         if _is_field(leaf, _MATRICES_OUTPUT_FIRST):
             return MuonDimensionNumbers(reduction_axis=(-1,), output_axis=(-2,))
         is_named = names_last_axes(leaf.words, x.shape)
-        if "vocab" in leaf.words or not is_named or _is_vector(leaf):
+        if _NO_MATRIX & set(leaf.words) or not is_named or _is_vector(leaf):
             return None
         features = _feature_axes(leaf.words)
         return MuonDimensionNumbers(*features[-2:]) if len(features) >= 2 else None

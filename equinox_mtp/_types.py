@@ -14,6 +14,7 @@
 | `query_rank` | features of the latent that queries are projected from |
 | `kv_rank` | features of the latent that keys and values are projected from |
 | `experts` | networks of a mixture of experts |
+| `width` | positions that a short convolution sees |
 """
 
 import functools
@@ -34,7 +35,7 @@ from jaxtyping import Array, Float, Integer, TypeCheckError, jaxtyped
 AXIS_WORDS = frozenset(
     (
         *("batch", "seq", "embed", "vocab", "depth", "heads", "kv_heads", "head_dim", "mlp"),
-        *("query_rank", "kv_rank", "experts"),
+        *("query_rank", "kv_rank", "experts", "width"),
     )
 )
 """Those of the table above."""

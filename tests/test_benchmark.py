@@ -87,6 +87,21 @@ def test_attention_rows(tmp_path: Path) -> None:
     assert "| 1, 160, 2, 8 | packed |" in printed
 
 
+def test_gated_delta_rows(tmp_path: Path) -> None:
+    arguments = ["--preset", "tiny", "--rounds", "1"]
+    report, printed = report_of("gated_delta.py", arguments, tmp_path)
+    rows = {(row["what"], row["size"]): row for row in report["rows"]}
+    assert list(rows) == [
+        *(("prefill", length) for length in (8, 32)),
+        *(("train by chunks of", size) for size in (4, 8)),
+        *(("step of", count) for count in (1, 4)),
+    ]
+    assert all(row["seconds"] > 0 for row in rows.values())
+    ratio = rows["prefill", 32]["seconds"] / rows["prefill", 8]["seconds"]
+    assert report["of_short"] == pytest.approx(ratio)
+    assert f"32 positions take {ratio:.2f} of the time of 8" in printed
+
+
 @pytest.mark.slow
 def test_latent_attention_rows(tmp_path: Path) -> None:
     arguments = ["--sizes", "tiny", "--rounds", "1"]

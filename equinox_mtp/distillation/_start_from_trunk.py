@@ -170,16 +170,17 @@ def _started(
     layer: MultiTokenPredictionLayer, linear_map: _LinearMap, size: float
 ) -> MultiTokenPredictionLayer:
     kernels = linear_map.kernels
+    norms = [layer.embedding_norm, layer.hidden_state_norm]
+    scales = [*linear_map.scales]
+    if layer.output_norm is not None:
+        norms.append(layer.output_norm)
+        scales.append(np.full(layer.output_norm.scale.shape, size))
     new: list[Any] = [
         np.concatenate(kernels if layer.concat_order == "embedding_first" else kernels[::-1]),
-        *linear_map.scales,
+        *(scale - norm.scale_offset for scale, norm in zip(scales, norms, strict=True)),
     ]
-    if layer.output_norm is not None:
-        new.append(np.full(layer.output_norm.scale.shape, size))
-    old = _parts(layer)
-    return eqx.tree_at(
-        _parts, layer, [jnp.asarray(x, y.dtype) for x, y in zip(new, old, strict=True)]
-    )
+    pairs = zip(new, _parts(layer), strict=True)
+    return eqx.tree_at(_parts, layer, [jnp.asarray(x, old.dtype) for x, old in pairs])
 
 
 def _parts(layer: MultiTokenPredictionLayer) -> list[Any]:

@@ -30,6 +30,7 @@ from .experts import (
     router_statistics,
     update_router_bias,
 )
+from .gated_delta import GatedDeltaCache, GatedDeltaInputs, GatedDeltaNet, gated_delta_rule
 
 __all__ = [
     "AbstractAttention",
@@ -37,6 +38,9 @@ __all__ = [
     "AbstractRotaryScaling",
     "AttentionFunction",
     "Experts",
+    "GatedDeltaCache",
+    "GatedDeltaInputs",
+    "GatedDeltaNet",
     "GroupedQueryAttention",
     "KeyValueCache",
     "LatentCache",
@@ -60,6 +64,7 @@ __all__ = [
     "causal_attention",
     "causal_attention_by_position",
     "embed_tokens",
+    "gated_delta_rule",
     "rotary_embedding",
     "router_statistics",
     "update_router_bias",

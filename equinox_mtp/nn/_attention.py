@@ -21,7 +21,8 @@ class GroupedQueryAttention(AbstractAttention):
 
     Grouped-query attention is arXiv 2305.13245. Queries, keys, values and the output may have
     biases, queries and keys a norm over the features of each head, before their rotation (arXiv
-    2302.05442). Runs in the dtype of its input.
+    2302.05442). With a gate what a head has attended to is multiplied by `sigmoid(x · W_gate)`
+    (arXiv 2505.06708). Runs in the dtype of its input.
 
     >>> attention = emtp.nn.GroupedQueryAttention(16, 2, 2, 8, key=jax.random.key(0))
     >>> attention(jnp.ones((1, 3, 16)), position_ids=jnp.asarray([[0, 1, 2]])).shape
@@ -36,6 +37,7 @@ class GroupedQueryAttention(AbstractAttention):
     key_bias: Float[Array, "kv_heads head_dim"] | None
     value_bias: Float[Array, "kv_heads head_dim"] | None
     out_bias: Float[Array, "embed"] | None
+    gate_kernel: Float[Array, "embed heads head_dim"] | None
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
     attention: AttentionFunction = eqx.field(static=True)
@@ -53,6 +55,7 @@ class GroupedQueryAttention(AbstractAttention):
         rotary: Rotary = Rotary(),  # noqa: B008
         bias: bool = False,
         out_bias: bool = False,
+        gate: bool = False,
         norm_epsilon: float | None = None,
         window: int | None = None,
         scale: float | None = None,
@@ -67,6 +70,7 @@ class GroupedQueryAttention(AbstractAttention):
         - `rotary`: the positional encoding of queries and keys.
         - `bias`: whether queries, keys and values have biases, which are 0 at first.
         - `out_bias`: whether the output has one, which is 0 at first.
+        - `gate`: whether each head's output has a gate.
         - `norm_epsilon`: the epsilon of norms of queries and keys; `None` for no norms.
         - `window`: how many positions a position sees, itself included; `None` for all before it.
         - `scale`: of the attention logits; `1 / sqrt(head_dim)` if `None`. For another one
@@ -106,6 +110,9 @@ class GroupedQueryAttention(AbstractAttention):
         self.key_bias = jnp.zeros((num_kv_heads, head_dim)) if has_bias else None
         self.value_bias = jnp.zeros((num_kv_heads, head_dim)) if has_bias else None
         self.out_bias = jnp.zeros(embed_size) if check_flag("out_bias", out_bias) else None
+        gate_shape, gate_key = (embed_size, num_heads, head_dim), jax.random.fold_in(query_key, 1)
+        has_gate = check_flag("gate", gate)
+        self.gate_kernel = fan_in_normal(gate_key, gate_shape, embed_size) if has_gate else None
         has_norm = norm_epsilon is not None
         self.query_norm = RMSNorm(head_dim, epsilon=norm_epsilon) if has_norm else None
         self.key_norm = RMSNorm(head_dim, epsilon=norm_epsilon) if has_norm else None
@@ -124,7 +131,8 @@ class GroupedQueryAttention(AbstractAttention):
     ) -> Float[Array, "batch seq embed"]:
         """Attends; see `AbstractDecoderLayer` for the arguments."""
         query, key, value = self._project(hidden_states, position_ids)
-        return self._project_out(self._attend(query, key, value, position_ids, segment_ids))
+        attended = self._attend(query, key, value, position_ids, segment_ids)
+        return self._project_out(hidden_states, attended)
 
     def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> KeyValueCache:
         """An empty cache; see `AbstractCachedDecoderLayer`."""
@@ -146,7 +154,7 @@ class GroupedQueryAttention(AbstractAttention):
         attended = cache.attend(query, key, value, position_ids, self.scale, self.window)
         # Adds nothing, but has the cache written after it is read: XLA would copy it otherwise.
         nothing = 0 * attended[:, :, : key.shape[2]]
-        return self._project_out(attended), cache.write(
+        return self._project_out(hidden_states, attended), cache.write(
             key + nothing, value + nothing, position_ids
         )
 
@@ -160,7 +168,7 @@ class GroupedQueryAttention(AbstractAttention):
         """Attends among the first positions of rows; see `AbstractCachedDecoderLayer`."""
         query, key, value = self._project(hidden_states, position_ids)
         attended = self._attend(query, key, value, position_ids, None)
-        return self._project_out(attended), cache.write_first(key, value)
+        return self._project_out(hidden_states, attended), cache.write_first(key, value)
 
     def _attend(
         self,
@@ -195,7 +203,10 @@ class GroupedQueryAttention(AbstractAttention):
         value = project(self.value_kernel, self.value_bias, None)
         return self.rotary(query, position_ids), self.rotary(key, position_ids), value
 
-    def _project_out(self, attended: Array) -> Array:
+    def _project_out(self, hidden_states: Array, attended: Array) -> Array:
+        if self.gate_kernel is not None:
+            kernel = self.gate_kernel.astype(attended.dtype)
+            attended *= jax.nn.sigmoid(jnp.einsum("bse,ehd->bshd", hidden_states, kernel))
         # As one matrix: an `einsum` over two axes would transpose the kernel, in every step.
         kernel = self.out_kernel.astype(attended.dtype).reshape(-1, self.out_kernel.shape[-1])
         out = attended.reshape(*attended.shape[:-2], kernel.shape[0]) @ kernel

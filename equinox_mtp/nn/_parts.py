@@ -19,6 +19,8 @@ class AbstractAttention(eqx.Module):
     True
     """
 
+    takes_rollback: ClassVar[bool] = False
+
     @abc.abstractmethod
     def __call__(
         self,

@@ -9,7 +9,13 @@ import jax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .._checks import check_checkpoint_policy, check_choice, check_integer
-from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer, Cache, HiddenStates
+from .._decoder import (
+    AbstractCachedDecoder,
+    AbstractCachedDecoderLayer,
+    Cache,
+    HiddenStates,
+    if_taken,
+)
 from .._types import checked, module_of
 from ._embedding import embed_tokens
 from ._init import fan_in_normal
@@ -42,6 +48,7 @@ class TransformerDecoder(AbstractCachedDecoder):
     """
 
     STACKED: ClassVar = ("layers",)
+    takes_rollback: ClassVar[bool] = True
 
     embedding: Float[Array, "vocab embed"]
     layers: Layers
@@ -160,11 +167,16 @@ class TransformerDecoder(AbstractCachedDecoder):
         auxiliary = stacked_auxiliary(of_runs)
         return hidden_states if auxiliary is None else (hidden_states, auxiliary)
 
-    def init_cache(self, batch_size: int, max_length: int) -> tuple[Cache, ...]:
-        """A cache for each layer."""
+    def init_cache(
+        self, batch_size: int, max_length: int, *, rollback: int = 0
+    ) -> tuple[Cache, ...]:
+        """A cache for each layer; see `AbstractCachedDecoder`."""
+        layers = [self.layer(index) for index in range(self.num_layers)]
         return tuple(
-            self.layer(index).init_cache(batch_size, max_length, self.dtype)
-            for index in range(self.num_layers)
+            layer.init_cache(
+                batch_size, max_length, self.dtype, **if_taken(layer, rollback=rollback)
+            )
+            for layer in layers
         )
 
     @checked
@@ -185,9 +197,10 @@ class TransformerDecoder(AbstractCachedDecoder):
         cache: tuple[Cache, ...],
         *,
         position_ids: Integer[Array, "batch seq"],
+        lengths: Integer[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], tuple[Cache, ...]]:
         """Runs the first tokens of rows; see `AbstractCachedDecoder`."""
-        return self._run_cached("prefill", input_ids, cache, position_ids)
+        return self._run_cached("prefill", input_ids, cache, position_ids, lengths=lengths)
 
     def _run_cached(
         self,
@@ -195,13 +208,19 @@ class TransformerDecoder(AbstractCachedDecoder):
         input_ids: Array,
         cache: tuple[Cache, ...],
         position_ids: Array,
+        **for_rollback: Any,
     ) -> tuple[Array, tuple[Cache, ...]]:
         hidden_states = self.embed(input_ids, position_ids)
         caches = []
         # Layer by layer: a scan would copy every cache and parameter.
         for index, layer_cache in enumerate(cache):
-            run = getattr(self.layer(index), method)
-            hidden_states, layer_cache = run(hidden_states, layer_cache, position_ids=position_ids)
+            layer = self.layer(index)
+            hidden_states, layer_cache = getattr(layer, method)(
+                hidden_states,
+                layer_cache,
+                position_ids=position_ids,
+                **if_taken(layer, **for_rollback),
+            )
             caches.append(layer_cache)
         return hidden_states, tuple(caches)
 

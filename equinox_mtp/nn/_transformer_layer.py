@@ -16,7 +16,13 @@ from .._checks import (
     check_integer,
     check_number,
 )
-from .._decoder import AbstractCachedDecoderLayer, Cache, HiddenStates, split_auxiliary
+from .._decoder import (
+    AbstractCachedDecoderLayer,
+    Cache,
+    HiddenStates,
+    if_taken,
+    split_auxiliary,
+)
 from .._types import checked, module_of
 from ..attention import AttentionFunction, causal_attention
 from ..sharding import constrain_hidden_states
@@ -146,6 +152,7 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
     """
 
     takes_token_mask: ClassVar[bool] = True
+    takes_rollback: ClassVar[bool] = True
 
     attention_norm: RMSNorm
     attention: AbstractAttention
@@ -245,9 +252,12 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         hidden_states = constrain_hidden_states(hidden_states + fed_forward)
         return hidden_states if auxiliary is None else (hidden_states, auxiliary)
 
-    def init_cache(self, batch_size: int, max_length: int, dtype: Any) -> Cache:
-        """What the attention keeps."""
-        return self.attention.init_cache(batch_size, max_length, dtype)
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: Any, *, rollback: int = 0
+    ) -> Cache:
+        """What the attention keeps; see `AbstractCachedDecoderLayer`."""
+        taken = if_taken(self.attention, rollback=rollback)
+        return self.attention.init_cache(batch_size, max_length, dtype, **taken)
 
     def for_decoding(self, dtype: Any) -> "TransformerDecoderLayer":
         """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
@@ -278,10 +288,12 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         cache: Cache,
         *,
         position_ids: Integer[Array, "batch seq"],
+        lengths: Integer[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], Cache]:
         """Runs the first positions, without dropout; see `AbstractCachedDecoderLayer`."""
+        taken = if_taken(self.attention, lengths=lengths)
         attended, cache = self.attention.prefill(
-            self.attention_norm(hidden_states), cache, position_ids=position_ids
+            self.attention_norm(hidden_states), cache, position_ids=position_ids, **taken
         )
         return self._add(hidden_states, attended), cache
 

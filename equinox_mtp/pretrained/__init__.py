@@ -28,16 +28,28 @@ from ._load import load
 from ._registry import FAMILIES
 from ._save import save
 from ._speculators import model_folder
-from ._tables import AbstractStep, Family, Flat, Kernel, MTPTable, Same, Tensor
+from ._tables import (
+    AbstractStep,
+    Convolution,
+    Family,
+    Flat,
+    Kernel,
+    MTPTable,
+    Part,
+    Same,
+    Tensor,
+)
 from ._tokenizer import load_tokenizer
 
 __all__ = [
     "FAMILIES",
     "AbstractStep",
+    "Convolution",
     "Family",
     "Flat",
     "Kernel",
     "MTPTable",
+    "Part",
     "Same",
     "Tensor",
     "load",

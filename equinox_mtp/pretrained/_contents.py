@@ -153,16 +153,19 @@ def _family(
                 "depths alone; or load the model with `num_depths=0`."
             )
         return Contents(family, tensors, written, decoder)
-    repeats = config.repeated_layer
-    block = fit_depths(
-        model, family.mtp, family.name, any_input=family.mtp.any_input, may_repeat=repeats
-    )
+    mtp, repeats = family.mtp, config.repeated_layer
+    if mtp.is_single and not config.num_depths:
+        written[mtp.count_key] = 0
+        return Contents(family, tensors, written, decoder)
+    may_repeat = repeats or mtp.is_single
+    block = fit_depths(model, mtp, family.name, any_input=mtp.any_input, may_repeat=may_repeat)
     num_depths = 1 if repeats else config.num_depths
-    copies = _copies(tensors, family, family.mtp, num_depths, decoder.num_layers)
-    tensors += _depth_tensors(family, family.mtp, block, decoder.num_layers)
+    copies = _copies(tensors, family, mtp, num_depths, decoder.num_layers)
+    tensors += _depth_tensors(family, mtp, block, decoder.num_layers)
     tensors += [copy for copy in copies if copies_in is None or copy.name in copies_in]
-    written[family.mtp.count_key] = num_depths
-    hints = _hints(family.mtp, config)
+    if not mtp.is_implied or (origin is not None and mtp.count_key in origin.config):
+        written[mtp.count_key] = num_depths
+    hints = _hints(mtp, config)
     written |= {HINTS: hints} if hints else {}
     return Contents(family, tensors, written, decoder, block.layers)
 
@@ -202,7 +205,10 @@ def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family])
     return dataclasses.replace(contents, config=_merged(origin.config, contents.config))
 
 
-_COUNTED = ("tie_word_embeddings", "num_nextn_predict_layers", COUNT_KEY, HINTS)
+_COUNTED = (
+    *("tie_word_embeddings", "num_nextn_predict_layers", "mtp_num_hidden_layers", COUNT_KEY),
+    HINTS,
+)
 
 
 def _merged(stored: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:

@@ -22,13 +22,17 @@ Tree = TypeVar("Tree")
 _MOST_DEPTHS = 1000
 
 
-def own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]:
-    """The tables and conventions of a folder's own depths."""
+def own_depths(
+    settings: Settings, family: Family, names: Collection[str]
+) -> tuple[MTPTable, MTPConfig]:
+    """The tables and conventions of a folder's own depths; `names` are the tensors there are."""
     mtp = family.mtp
     if mtp is None:
         num_depths = settings.integer(COUNT_KEY, 0, at_least=0)
         mtp = transformers_table(num_depths)
-    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
+    num_depths = _count(settings, mtp, names)
+    if mtp.is_single and num_depths > 1:
+        raise settings.error(mtp.count_key, "0 or 1: this layout holds one depth", num_depths)
     if not num_depths:
         return mtp, MTPConfig(num_depths=0)
     hints = {name: x for name, x in settings.hints.items() if name != COMPUTE_DTYPE}
@@ -40,11 +44,16 @@ def own_depths(settings: Settings, family: Family) -> tuple[MTPTable, MTPConfig]
         return mtp, config
 
 
-def depth_prefixes(settings: Settings, mtp: MTPTable) -> list[str]:
+def depth_prefixes(settings: Settings, mtp: MTPTable, names: Collection[str]) -> list[str]:
     """What the names of a folder's own depths begin with."""
     num_layers = settings.integer("num_hidden_layers")
-    num_depths = settings.integer(mtp.count_key, 0, at_least=0)
-    return [mtp.prefix.format(depth=k, layer=num_layers + k) for k in range(num_depths)]
+    depths = range(_count(settings, mtp, names))
+    return [mtp.prefix.format(depth=k, layer=num_layers + k) for k in depths]
+
+
+def _count(settings: Settings, mtp: MTPTable, names: Collection[str]) -> int:
+    is_there = mtp.is_implied and any(name.startswith(mtp.prefix) for name in names)
+    return settings.integer(mtp.count_key, int(is_there), at_least=0)
 
 
 def copied_tensors(
@@ -57,7 +66,7 @@ def copied_tensors(
         decoder["head"] = decoder["embedding"]
     return {
         prefix + name: decoder[part]
-        for prefix in depth_prefixes(settings, mtp)
+        for prefix in depth_prefixes(settings, mtp, names)
         for name, part in mtp.copies.items()
         if prefix + name in names
     }

@@ -17,6 +17,7 @@ from .._config import Preset
 from .._model import MTPModel
 from .._types import checked, module_of, warn_caller
 from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
+from ._array_place import Place
 from ._depths import (
     copied_tensors,
     depth_prefixes,
@@ -26,7 +27,7 @@ from ._depths import (
     own_depths,
 )
 from ._folder import CONFIG_FILE, CheckpointFolder
-from ._places import Layout, Place
+from ._places import Layout
 from ._read import Reader
 from ._registry import FAMILIES, family_of
 from ._settings import Settings, errors_of
@@ -56,8 +57,9 @@ def load(
 ) -> tuple[MTPModel, Any]:
     """Reads a released model: `config.json`, `*.safetensors` and `tokenizer.json` of a folder.
 
-    Llama 3, Qwen2, Qwen3, Qwen3-MoE, GLM-4.5, DeepSeek-V3 and MiMo-7B, and FastMTP heads in the
-    format of speculators, over the folder of the model that they were made for. The prediction
+    Llama 3, Qwen2, Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next, GLM-4.5, DeepSeek-V3 and MiMo-7B, and
+    FastMTP heads in the format of speculators, over the folder of the model that they were made
+    for. The prediction
     depths are those of the folder, or fresh ones.
 
         model, tokenizer = pretrained.load("MiMo-7B")  # with its own depth
@@ -112,7 +114,7 @@ def load(
     _check_counts(settings, family, checkpoint)
     with errors_of(settings):
         decoder = decoder_shapes(settings, family, checkpoint, compute_dtype)
-    stored, config = own_depths(settings, family)
+    stored, config = own_depths(settings, family, checkpoint)
     own = stored if config.num_depths else None
     is_fresh = num_depths is not None and (head_folder is None or num_depths == 0)
     if is_fresh or preset is not None:
@@ -126,7 +128,7 @@ def load(
         with errors_of(settings):
             layers = depth_shapes(settings, family, source, config)
         parts.append(_Part(source, layers, layout.block_places(layers, decoder.num_layers)))
-    left_out = [] if own is stored else depth_prefixes(settings, stored)
+    left_out = [] if own is stored else depth_prefixes(settings, stored, checkpoint)
     copies = copied_tensors(settings, family, stored, checkpoint) if own is stored else {}
     _check_all_used(parts, family, left_out, copies)
     readers = [Reader(part.folder, dtype, settings.dtype) for part in parts]

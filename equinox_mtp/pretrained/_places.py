@@ -9,33 +9,10 @@ import jax
 from .._config import MTPConfig
 from .._types import dotted_name, is_array_or_shape
 from ..nn import LayerRun, TransformerDecoder
-from ._tables import AbstractStep, Family, MTPTable, Shape, Table, Tensor
+from ._array_place import Place, with_rows
+from ._tables import Family, MTPTable, Shape, Table, Tensor
 
 _EXPERT = "{expert}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """The tensors of one array of a model.
-
-    **Fields:**
-
-    - `leaf`: the array's dotted name.
-    - `names`: the tensor's name; or a list of names, one for each entry of the array's first axis,
-        which may be lists in turn.
-    - `step`: how each of them lies.
-    - `shape`: of the part that one tensor has.
-    """
-
-    leaf: str
-    names: Any
-    step: AbstractStep
-    shape: Shape
-
-    @property
-    def flat_names(self) -> list[str]:
-        """All tensors, in the order of the leading axes."""
-        return jax.tree.leaves(self.names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +38,8 @@ class Layout:
         if not isinstance(decoder.layers, tuple):
             lengths = [decoder.num_layers]
         starts = [0, *itertools.accumulate(lengths)]
+        layers_of = [run.layers if isinstance(run, LayerRun) else run for run in runs]
+        tables = [self.family.layer_table(layer) for layer in layers_of]
         places = []
         for leaf, x in _leaves(decoder):
             first, *rest = leaf.split(".")
@@ -73,12 +52,12 @@ class Layout:
                 run, rest = int(rest[0]), rest[1:]
                 is_run = isinstance(decoder.layers[run], LayerRun)
                 rest = rest[1:] if is_run else rest
-            tensor = self._find(self.family.layer, ".".join(rest), self.family.layer_prefix)
+            tensor = self._find(tables[run], ".".join(rest), self.family.layer_prefix)
             numbers = range(starts[run], starts[run] + lengths[run])
             layers = [{"layer": number} for number in numbers]
             place = _place(leaf, tensor, x.shape, layers)
             places.append(dataclasses.replace(place, names=place.names[0]) if not is_run else place)
-        return places
+        return with_rows(places)
 
     def block_places(self, layers: Any, num_layers: int) -> list[Place]:
         """The places of the arrays of a block's layers, behind `num_layers` of a decoder."""
@@ -88,12 +67,13 @@ class Layout:
             part, _, rest = leaf.partition(".")
             if part == "transformer_layer":
                 prefix = self.mtp.prefix + self.mtp.layer_prefix
-                tensor = self._find(self.family.layer, rest, prefix)
+                table = self.family.layer_table(layers.transformer_layer)
+                tensor = self._find(table, rest, prefix)
             else:
                 tensor = self._find(self.mtp.table, leaf, self.mtp.prefix)
             depths = [{"depth": k, "layer": num_layers + k} for k in range(x.shape[0])]
             places.append(_place(leaf, tensor, x.shape, depths))
-        return places
+        return with_rows(places)
 
     def _find(self, table: Table, name: str, prefix: str) -> Tensor:
         if name not in table:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from ._array_place import Place
 from ._folder import CheckpointFolder
-from ._places import Place
 
 _CHUNK = 1 << 24
 """Bytes that are read of a file at a time."""

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 
 from ._deepseek import DEEPSEEK_V3
 from ._dense import LLAMA, MIMO, QWEN2, QWEN3
+from ._hybrid import QWEN3_5, QWEN3_NEXT
 from ._moe import GLM4_MOE, QWEN3_MOE
 from ._settings import Settings
 from ._tables import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MIMO, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3)
+FAMILIES: tuple[Family, ...] = (
+    *(LLAMA, QWEN2, QWEN3, MIMO, QWEN3_MOE, GLM4_MOE),
+    *(DEEPSEEK_V3, QWEN3_5, QWEN3_NEXT),
+)
 """What `load` and `save` know."""
 
 

@@ -1,6 +1,7 @@
 """The modules that a configuration describes, with shapes in place of arrays."""
 
 from collections.abc import Collection
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -11,10 +12,13 @@ from jaxtyping import PRNGKeyArray
 from .._block import MultiTokenPredictionBlock
 from .._config import MTPConfig
 from .._layer import MultiTokenPredictionLayer
-from ..nn import RMSNorm, TransformerDecoder
+from .._types import module_of
+from ..nn import GatedDeltaNet, RMSNorm, TransformerDecoder
 from ._folder import CheckpointFolder
 from ._settings import Settings
 from ._tables import Family
+
+Tree = TypeVar("Tree")
 
 
 def decoder_shapes(
@@ -34,13 +38,14 @@ def decoder_shapes(
         layers = [
             family.make_layer(settings, index, names, key=key) for index, key in enumerate(keys)
         ]
-        return TransformerDecoder.of(
+        decoder = TransformerDecoder.of(
             layers,
             embedding=jnp.zeros((vocab_size, embed_size)),
             norm=RMSNorm(embed_size, epsilon=settings.number("rms_norm_eps", 1e-6)),
             head=None if is_tied else jnp.zeros((vocab_size, embed_size)),
             dtype=settings.compute_dtype if compute_dtype is None else compute_dtype,
         )
+        return _with_scale_offset(decoder, family.scale_offset)
 
     return eqx.filter_eval_shape(make)
 
@@ -76,10 +81,25 @@ def make_block(
 ) -> MultiTokenPredictionBlock:
     """A block with fresh layers."""
     num_layers = settings.integer("num_hidden_layers")
-    return MultiTokenPredictionBlock(
+    block = MultiTokenPredictionBlock(
         config,
         lambda key: family.make_layer(settings, num_layers, names, key=key),
         embed_size=settings.integer("hidden_size"),
         norm_epsilon=settings.number("rms_norm_eps", 1e-6),
         key=key,
     )
+    return _with_scale_offset(block, family.scale_offset)
+
+
+def _with_scale_offset(tree: Tree, offset: float) -> Tree:
+    """The same function by norms that store their scale less `offset`."""
+
+    def change(x: Any) -> Any:
+        if not isinstance(x, RMSNorm):
+            return x
+        scale = x.scale + (x.scale_offset - offset)
+        return module_of(RMSNorm, scale=scale, epsilon=x.epsilon, scale_offset=offset)
+
+    # What a `GatedDeltaNet` reads has a norm of its own kind.
+    is_leaf = lambda x: isinstance(x, RMSNorm | GatedDeltaNet)  # noqa: E731
+    return jax.tree.map(change, tree, is_leaf=is_leaf)

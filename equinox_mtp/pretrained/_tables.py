@@ -125,6 +125,60 @@ class Kernel(AbstractStep):
         return moved.reshape(self.stored_shape(array.shape))
 
 
+@dataclasses.dataclass(frozen=True)
+class Convolution(AbstractStep):
+    """The kernel of a convolution of single features, stored `[features, 1, width]`.
+
+    >>> pretrained.Convolution().stored_shape((4, 3, 2))  # `[width heads head_dim]`
+    (6, 1, 4)
+    """
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """See `AbstractStep`."""
+        return (math.prod(shape[1:]), 1, shape[0])
+
+    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
+        """See `AbstractStep`."""
+        return np.moveaxis(stored.reshape(*shape[1:], shape[0]), -1, 0)
+
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """See `AbstractStep`."""
+        return np.moveaxis(array, 0, -1).reshape(self.stored_shape(array.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(AbstractStep):
+    """One of several arrays of a module that share a tensor, along whose first axis they follow.
+
+    >>> gate = pretrained.Part(1, groups="query_kernel")  # of each head: its query, then its gate
+    >>> gate.stored_shape((6, 4, 2))  # by itself
+    (8, 6)
+
+    **Fields:**
+
+    - `order`: which of them the array is, from 0.
+    - `step`: how it lies by itself.
+    - `groups`: they follow within each head in turn, of as many heads as the array of this name in
+        the module has; `None` if each of them is whole.
+    """
+
+    order: int
+    step: AbstractStep = Kernel()
+    groups: str | None = None
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """Of this array's part."""
+        return self.step.stored_shape(shape)
+
+    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
+        """From this array's part."""
+        return self.step.view(stored, shape)
+
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """This array's part."""
+        return self.step.stored(array)
+
+
 class Tensor(NamedTuple):
     """A stored tensor's name, and how it lies.
 
@@ -169,6 +223,7 @@ class MTPTable:
         written.
     - `count_key`: of the configuration: how many depths there are; 0 without it.
     - `any_input`: whether readers differ in the main hidden state that enters depth 1.
+    - `is_implied`: whether there is one without it, if there are tensors of it.
     """
 
     prefix: str
@@ -178,6 +233,12 @@ class MTPTable:
     layer_prefix: str = ""
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     any_input: bool = True
+    is_implied: bool = False
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is a place for one depth alone."""
+        return "{" not in self.prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +257,12 @@ class Family:
         parts; `names` are the tensors there are, which tell of optional ones.
     - `config_of`: the keys of `config.json` that describe a decoder: the inverse.
     - `layer`: the arrays of a layer, by their tensors' names behind `layer_prefix`.
+    - `layer_of_kind`: a function of a layer that gives those of its arrays that have other tensors
+        than `layer` says, where layers are of several kinds; `None` if they are of one.
     - `decoder`, `layer_prefix`: the arrays outside of layers; `{layer}` counts from 0.
     - `mtp`: the prediction depths; `None` if the family has none.
     - `needs_biases`: whether attention has biases, of 0 if a model has none.
+    - `scale_offset`: of all norms, but those inside of a `nn.GatedDeltaNet`; see `nn.RMSNorm`.
     - `ignored`: the last parts of names that hold no parameter.
     """
 
@@ -207,11 +271,18 @@ class Family:
     make_layer: Callable[..., AbstractCachedDecoderLayer]
     config_of: Callable[[TransformerDecoder], dict[str, Any]]
     layer: Table
+    layer_of_kind: Callable[[Any], Table] | None = None
     decoder: Table = dataclasses.field(default_factory=lambda: DECODER)
     layer_prefix: str = "model.layers.{layer}."
     mtp: MTPTable | None = None
     needs_biases: bool = False
+    scale_offset: float = 0.0
     ignored: Collection[str] = ("rotary_emb.inv_freq",)
+
+    def layer_table(self, layer: Any) -> Table:
+        """The arrays of one layer."""
+        of_kind = {} if self.layer_of_kind is None else self.layer_of_kind(layer)
+        return {**self.layer, **of_kind}
 
     def __repr__(self) -> str:
         # Without the tables: families are default values of arguments.

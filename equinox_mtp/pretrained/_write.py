@@ -1,6 +1,7 @@
 """Tensors into safetensors files: in shards, with an index, and whole or not at all."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -16,18 +17,22 @@ import numpy as np
 
 from .._safetensors import DTYPE_NAMES, METADATA, array_entries, header_bytes
 from .._types import is_array_or_shape
+from ._array_place import Place, Rows
 from ._folder import INDEX_FILE
-from ._places import Place
 from ._tables import Shape
 
 
 class StoredTensor(NamedTuple):
-    """A tensor to be written; its values are made when its turn comes."""
+    """A tensor to be written; its values are made when its turn comes.
+
+    `start` is where the values lie in each group of the tensor, if they are a part of it.
+    """
 
     name: str
     dtype: np.dtype
     shape: Shape
     values: Callable[[], np.ndarray]
+    start: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -50,7 +55,22 @@ def stored_tensors(tree: Any, places: Sequence[Place]) -> list[StoredTensor]:
                 f"at `{place.leaf}`. `equinox_mtp.save` writes any array."
             )
         found += _parts(x, place.names, place, dtype)
-    return found
+    by_name: dict[str, list[StoredTensor]] = {}
+    for tensor in found:
+        by_name.setdefault(tensor.name, []).append(tensor)
+    return [parts[0] if parts[0].start is None else _joined(parts) for parts in by_name.values()]
+
+
+def _joined(parts: list[StoredTensor]) -> StoredTensor:
+    """The tensor of which these are the parts, in the widest of their dtypes."""
+    parts = sorted(parts, key=lambda part: part.start or 0)
+    dtype = np.dtype(functools.reduce(jnp.promote_types, [part.dtype for part in parts]))
+
+    def values() -> np.ndarray:
+        rows = np.concatenate([part.values().astype(dtype) for part in parts], axis=1)
+        return rows.reshape(parts[0].shape)
+
+    return StoredTensor(parts[0].name, dtype, parts[0].shape, values)
 
 
 def _parts(x: Any, names: Any, place: Place, dtype: np.dtype) -> Iterator[StoredTensor]:
@@ -63,7 +83,8 @@ def _parts(x: Any, names: Any, place: Place, dtype: np.dtype) -> Iterator[Stored
         array = np.asarray(x.take() if isinstance(x, _Part) else x)
         return np.ascontiguousarray(place.step.stored(array))
 
-    yield StoredTensor(names, dtype, place.step.stored_shape(place.shape), values)
+    start = place.step.start if isinstance(place.step, Rows) else None
+    yield StoredTensor(names, dtype, place.step.stored_shape(place.shape), values, start)
 
 
 class _Part(NamedTuple):

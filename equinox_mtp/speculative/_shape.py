@@ -47,6 +47,23 @@ class DecodingShape:
         """
         return self.num_drafts + 1 if self.num_drafts else 0
 
+    @property
+    def main_rollback(self) -> int:
+        """How far `verify` begins before the end of its last pass; farthest in rows that are done.
+
+        It has run the last token and all drafts, and begins at that token again if none is
+        committed. Without drafts the cache of a row that is done may be of no use.
+        """
+        return self.window
+
+    def draft_rollback(self, model: DecodingModel) -> int:
+        """How far a depth begins before the end of its last pass.
+
+        By its window if nothing is committed, and by the positions that drafts beyond the last
+        depth have extended it by.
+        """
+        return self.window + self.num_drafts - self.num_depths(model)
+
     def num_depths(self, model: DecodingModel) -> int:
         """How many drafts are of a depth with a cache of its own; the others extend the last."""
         num_layers = len(model.layers) if self.recursion == "extended" else self.num_drafts

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from .._decoder import Cache
+from .._decoder import Cache, if_taken
 from .._types import checked
 from ._model import DecodingModel
 from ._sampling import Sampler, accept_best, accept_drawn, committed_mask
@@ -50,8 +50,12 @@ def prefill(
     # Padding may be no token at all.
     prompt_ids = jnp.where(jnp.arange(prompt) < prompt_lengths[:, None], prompt_ids, 0)
     position_ids = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32), prompt_ids.shape)
+    lengths = {"lengths": prompt_lengths}
+    main_cache = decoder.init_cache(
+        batch, max_length, **if_taken(decoder, rollback=shape.main_rollback)
+    )
     hidden_states, main_cache = decoder.prefill(
-        prompt_ids, decoder.init_cache(batch, max_length), position_ids=position_ids
+        prompt_ids, main_cache, position_ids=position_ids, **if_taken(decoder, **lengths)
     )
     key, draw_key = jax.random.split(key)
     last = _gather_rows(hidden_states, prompt_lengths[:, None] - 1)
@@ -65,9 +69,10 @@ def prefill(
     states, draft_caches = model.enter(hidden_states), []
     for depth in range(1, shape.num_depths(model) + 1):
         layer: Any = model.layer(depth).transformer_layer
-        cache = layer.init_cache(batch, max_length, hidden_states.dtype)
+        rollback = if_taken(layer, rollback=shape.draft_rollback(model))
+        cache = layer.init_cache(batch, max_length, hidden_states.dtype, **rollback)
         states, _, cache = _run_depth(
-            model, depth, states, tokens, cache, position_ids, method="prefill"
+            model, depth, states, tokens, cache, position_ids, method="prefill", **lengths
         )
         draft_caches.append(cache)
     positions = prompt_lengths[:, None] - shape.window + jnp.arange(shape.window, dtype=jnp.int32)
@@ -282,6 +287,7 @@ def _run_depth(
     positions: Int32[Array, "batch seq"],
     *,
     method: Literal["decode", "prefill"] = "decode",
+    **lengths: Array,
 ) -> tuple[Array, Array, Cache]:
     """One depth at some positions: hidden states for the next depth and for the head, the cache."""
     layer = model.layer(depth)
@@ -289,7 +295,7 @@ def _run_depth(
     ids = jnp.maximum(_gather_rows(tokens, position_ids), 0)  # -1 is no token
     embeddings = model.decoder.embed(ids, jnp.maximum(position_ids, 0))
     run = getattr(layer, method)
-    hidden_states, cache = run(hidden_states, embeddings, cache, position_ids=positions)
+    hidden_states, cache = run(hidden_states, embeddings, cache, position_ids=positions, **lengths)
     normed, carried = layer.normed_and_carried(hidden_states, model.decoder.final_norm)
     return carried, normed, cache
 

@@ -91,6 +91,27 @@ def test_depths_begin_as_least_squares(preset: Any, getkey: Any) -> None:
             assert_close(layer.output_norm.scale, np.full(EMBED, size), rtol=1e-4)
 
 
+@pytest.mark.parametrize("preset", ["megatron", "maxtext"])
+def test_norms_that_store_their_scale_less_1(preset: Any, getkey: Any) -> None:
+    """The same depths as with other norms of the same function."""
+    plain = make_model(emtp.MTPConfig.preset(preset, 2), getkey())
+
+    def less_1(x: Any) -> Any:
+        if not isinstance(x, emtp.nn.RMSNorm):
+            return x
+        norm = emtp.nn.RMSNorm(EMBED, epsilon=x.epsilon, scale_offset=1.0)
+        return eqx.tree_at(lambda norm: norm.scale, norm, x.scale - 1)
+
+    is_norm = lambda x: isinstance(x, emtp.nn.RMSNorm)  # noqa: E731
+    offset = jax.tree.map(less_1, plain, is_leaf=is_norm)
+    batch = emtp.make_batch(np.random.default_rng(0).integers(0, VOCAB, (2, 9)))
+    one, other = (
+        start_from_trunk(model, make_batches())(batch, inference=True).mtp.hidden_states
+        for model in (plain, offset)
+    )
+    assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
 def test_a_depth_passes_its_projection_on(getkey: Any) -> None:
     """Its layer adds nothing at first, and keeps all but its outputs."""
     model = make_model(emtp.MTPConfig.preset("deepseek_v3", 1), getkey())

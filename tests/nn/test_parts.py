@@ -114,6 +114,8 @@ def oracle(x: np.ndarray, module: Any, *, packed: bool) -> np.ndarray:
     value = project(module.value_kernel, module.value_bias)
     query, key = rotate(query, module.rotary), rotate(key, module.rotary)
     attended = attend(query, key, value, module.window or SEQ, packed)
+    if module.gate_kernel is not None:
+        attended /= 1 + np.exp(-project(module.gate_kernel, None))
     out = np.einsum("bshd,hde->bse", attended, f64(module.out_kernel))
     return out if module.out_bias is None else out + f64(module.out_bias)
 
@@ -129,11 +131,13 @@ CASES: dict[str, dict[str, Any]] = {
     "bias": {"bias": True},
     "out-bias": {"out_bias": True},
     "norm": {"norm_epsilon": 0.1},
+    "gate": {"gate": True},
     "window": {"window": 3},
     "window-of-one": {"window": 1},
     "all": {
         "bias": True,
         "out_bias": True,
+        "gate": True,
         "norm_epsilon": 0.1,
         "window": 4,
         "rotary": ROTARIES["partial-interleaved"],
@@ -218,6 +222,22 @@ def test_attention_in_bfloat16_and_its_gradient() -> None:
         assert float(difference) < 0.05 * float(jnp.linalg.norm(other.ravel())) + 1e-3
 
 
+def test_norms_that_store_their_scale_less_1() -> None:
+    fresh, plain = nn.RMSNorm(6, scale_offset=1.0), nn.RMSNorm(6)
+    assert not fresh.scale.any()
+    x = 3 * jax.random.normal(jax.random.key(0), (4, 6))
+    np.testing.assert_array_equal(fresh(x), plain(x))
+    # A scale that bfloat16 has only less 1.
+    scale = jnp.full(6, 2.0**-12, jnp.bfloat16)
+    narrow = eqx.tree_at(lambda norm: norm.scale, fresh, scale)
+    x64 = f64(x)
+    expected = x64 / np.sqrt(np.mean(x64**2, -1, keepdims=True) + 1e-5) * (1 + 2.0**-12)
+    assert_close(narrow(x), expected, 1e-6)
+    gradient = jax.grad(lambda norm: norm(x).sum())(fresh)
+    assert_close(gradient.scale, jax.grad(lambda norm: norm(x).sum())(plain).scale, 1e-6)
+    assert emtp.weight_decay_mask(fresh).scale is False
+
+
 def test_yarn_at_its_ends() -> None:
     scaling = nn.YarnScaling(4.0, original_length=64)
     scaled = nn.Rotary(500.0, scaling=scaling).frequencies(32)
@@ -241,6 +261,8 @@ def test_yarn_at_its_ends() -> None:
         (lambda: nn.Llama3Scaling(8.0, 4.0, 1.0), "`low_freq_factor` must be below"),
         (lambda: nn.YarnScaling(4.0, attention_factor=-1.0), "`attention_factor` must be above 0"),
         (lambda: make_attention(window=0), "`window` must be at least 1"),
+        (lambda: make_attention(gate=1), "`gate` must be True or False"),
+        (lambda: nn.RMSNorm(4, scale_offset=math.inf), "`scale_offset` must be finite"),
         (
             lambda: nn.Rotary(size=10)(jnp.zeros((1, 1, 1, 8)), jnp.zeros((1, 1), int)),
             "`head_dim` must be even and at least `size`",

@@ -21,8 +21,11 @@ from equinox_mtp import nn, pretrained, speculative
 from equinox_mtp._decoder import split_auxiliary
 from equinox_mtp.pretrained._folder import CheckpointFolder
 
-FAMILIES = ("qwen3", "llama3", "mimo", "fastmtp", "qwen3_moe", "glm4_moe", "deepseek_v3")
-WITH_DEPTHS = ("mimo", "fastmtp", "glm4_moe", "deepseek_v3")
+FAMILIES = (
+    *("qwen3", "llama3", "mimo", "fastmtp", "qwen3_moe", "glm4_moe"),
+    *("deepseek_v3", "qwen3_5", "qwen3_next"),
+)
+WITH_DEPTHS = ("mimo", "fastmtp", "glm4_moe", "deepseek_v3", "qwen3_5", "qwen3_next")
 TOLERANCE = 1e-4
 
 
@@ -135,7 +138,8 @@ def test_greedy_continuations(name: str, models: dict[str, emtp.MTPModel]) -> No
     numbers, model = reference(name), models[name]
     ways: list[dict[str, Any]] = [{"num_drafts": 0}]
     if model.block.config.num_depths:
-        ways += [{"num_drafts": 3}, {"num_drafts": 3, "recursion": "extended"}]
+        ways += [{"num_drafts": 1}, {"num_drafts": 3}]
+        ways += [{"num_drafts": 3, "recursion": "extended"}]
     for way in ways:
         generation = speculative.generate(model, numbers["prompt"], max_new_tokens=16, **way)
         np.testing.assert_array_equal(generation.tokens[:, :23], numbers["greedy"])
@@ -590,6 +594,83 @@ def newer(config: dict[str, Any]) -> None:
     config["dtype"] = config.pop("torch_dtype")
     names = [name for name in config if name != "architectures"]
     config["text_config"] = {name: config.pop(name) for name in names}
+
+
+def test_hybrid_layers(models: dict[str, emtp.MTPModel]) -> None:
+    for name, size in (("qwen3_5", 8), ("qwen3_next", 4)):
+        model = models[name]
+        decoder: Any = model.decoder
+        kinds = [type(decoder.layer(i).attention) for i in range(4)]
+        assert kinds == [nn.GatedDeltaNet] * 3 + [nn.GroupedQueryAttention]
+        assert [run.num_layers for run in decoder.layers] == [3, 1]
+        assert decoder.layer(3).attention.rotary == nn.Rotary(10_000_000.0, size=size)
+        layer: Any = model.block.layer(1)
+        assert layer.transformer_layer.attention.gate_kernel is not None
+        norms = [decoder.norm, layer.embedding_norm, layer.hidden_state_norm, layer.output_norm]
+        norms += [layer.transformer_layer.attention.key_norm, decoder.layer(0).attention_norm]
+        assert {norm.scale_offset for norm in norms} == {1.0}
+        assert decoder.layer(0).attention.output_norm.scale_offset == 0.0
+        assert model.block.config == emtp.MTPConfig.preset("megatron", 1)
+        # Fresh depths begin with scales of 1, which are stored as 0.
+        fresh, _ = pretrained.load(FOLDER / name, num_depths=1, key=jax.random.key(0))
+        fresh_layer: Any = fresh.block.layer(1)
+        for norm in (fresh_layer.embedding_norm, fresh_layer.transformer_layer.attention_norm):
+            assert (norm.scale_offset, not norm.scale.any()) == (1.0, True)
+
+
+def test_older_and_newer_configurations_of_hybrid_layers(tmp_path: Path) -> None:
+    def nested(config: dict[str, Any]) -> None:
+        names = [name for name in config if name not in ("architectures", "tie_word_embeddings")]
+        config["text_config"] = {name: config.pop(name) for name in names}
+        del config["text_config"]["layer_types"]  # every fourth
+
+    same_logits(changed("qwen3_5", tmp_path / "nested", config=nested), "qwen3_5")
+
+
+def test_a_depth_that_the_configuration_does_not_name(tmp_path: Path) -> None:
+    """Qwen3-Next has one if there are tensors of it."""
+
+    def without_depth(tensors: dict[str, np.ndarray]) -> None:
+        for name in [name for name in tensors if name.startswith("mtp.")]:
+            del tensors[name]
+
+    folder = changed("qwen3_next", tmp_path / "main", tensors=without_depth)
+    model, _ = pretrained.load(folder)
+    assert model.block.config.num_depths == 0
+    whole, _ = pretrained.load(FOLDER / "qwen3_next", num_depths=0)
+    pretrained.save(tmp_path / "out", whole, source=FOLDER / "qwen3_next")
+    assert config_of(tmp_path / "out") == config_of(FOLDER / "qwen3_next")
+    assert eqx.tree_equal(pretrained.load(tmp_path / "out")[0], model)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("qwen3_5", {"layer_types": ["full_attention"]}, "`layer_types` must be 4 times"),
+        ("qwen3_5", {"layer_types": ["sliding_attention"] * 4}, "`layer_types` must be 4 times"),
+        ("qwen3_5", {"attn_output_gate": False}, "`attn_output_gate` must be True in this family"),
+        ("qwen3_5", {"attention_bias": True}, "`attention_bias` must be False in this family"),
+        ("qwen3_5", {"hidden_act": "gelu"}, "`hidden_act` must be 'silu'"),
+        ("qwen3_5", {"linear_num_key_heads": 3}, "`num_key_heads` must divide `num_value_heads`"),
+        ("qwen3_5", {"linear_num_value_heads": None}, "`linear_num_value_heads` must be an int"),
+        ("qwen3_5", {"linear_key_head_dim": 6}, "in_proj_qkv.weight`: it must have shape"),
+        ("qwen3_5", {"linear_conv_kernel_dim": 3}, "conv1d.weight`: it must have shape"),
+        ("qwen3_5", {"mtp_num_hidden_layers": 2}, "`mtp_num_hidden_layers` must be 0 or 1"),
+        (
+            "qwen3_5",
+            {"mtp_use_dedicated_embeddings": True},
+            "`mtp_use_dedicated_embeddings` must be False",
+        ),
+        ("qwen3_next", {"mlp_only_layers": 3}, "`mlp_only_layers` must be a list"),
+        ("qwen3_next", {"num_experts_per_tok": 7}, "`top_k` must"),
+    ],
+)
+def test_hybrid_layers_that_are_not_right(
+    name: str, config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = changed(name, tmp_path / "in", config=lambda c: c.update(config))
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(folder)
 
 
 def test_newer_configurations(tmp_path: Path) -> None:

@@ -39,7 +39,11 @@ def losses(model: emtp.MTPModel) -> list[float]:
 
 @pytest.mark.parametrize("max_bytes", [5_000_000_000, 100_000])
 @pytest.mark.parametrize(
-    "name", ["qwen3", "llama3", "mimo", "qwen3_moe", "glm4_moe", "deepseek_v3"]
+    "name",
+    [
+        *("qwen3", "llama3", "mimo", "qwen3_moe", "glm4_moe"),
+        *("deepseek_v3", "qwen3_5", "qwen3_next"),
+    ],
 )
 def test_a_round_trip_gives_every_tensor_back(name: str, max_bytes: int, tmp_path: Path) -> None:
     model = load(name)
@@ -57,6 +61,29 @@ def test_a_round_trip_gives_every_tensor_back(name: str, max_bytes: int, tmp_pat
     again, tokenizer = pretrained.load(tmp_path / "out")
     assert eqx.tree_equal(again, model)
     assert (tokenizer is not None) == (FOLDER / name / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next"])
+def test_hybrid_layers_in_a_folder_of_their_own(name: str, tmp_path: Path) -> None:
+    """Without a source, of which the configuration would be taken."""
+    model = load(name)
+    pretrained.save(tmp_path / "out", model, layout=name)
+    assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(FOLDER / name))
+    assert eqx.tree_equal(load(tmp_path / "out"), model)
+    written, stored = config_of(tmp_path / "out"), config_of(FOLDER / name)
+    same = set(written) & set(stored) - {
+        *("rope_parameters", "max_position_embeddings", "intermediate_size"),
+    }
+    assert {n: written[n] for n in same} == {n: stored[n] for n in same}
+    # One layer that is repeated is noted; two different ones have no place.
+    twice = load(name, num_depths=2, preset="megatron", key=KEY)
+    with pytest.raises(ValueError, match="holds one layer, which is repeated"):
+        pretrained.save(tmp_path / "two", twice, layout=name)
+    with pytest.raises(ValueError, match=r"got GatedDeltaNet|no tensor for `attention.gate_kernel"):
+        pretrained.save(tmp_path / "other", twice, layout="transformers")
+    dense = load("qwen3", num_depths=1, preset="megatron", key=KEY)
+    with pytest.raises(ValueError, match="`model` must have a layer with a GatedDeltaNet"):
+        pretrained.save(tmp_path / "dense", dense, layout=name)
 
 
 def test_a_round_trip_of_narrow_weights_in_a_family_of_its_own(tmp_path: Path) -> None:
