@@ -261,7 +261,6 @@ def test_yarn_at_its_ends() -> None:
         (lambda: nn.Llama3Scaling(8.0, 4.0, 1.0), "`low_freq_factor` must be below"),
         (lambda: nn.YarnScaling(4.0, attention_factor=-1.0), "`attention_factor` must be above 0"),
         (lambda: make_attention(window=0), "`window` must be at least 1"),
-        (lambda: make_attention(gate=1), "`gate` must be True or False"),
         (lambda: nn.RMSNorm(4, scale_offset=math.inf), "`scale_offset` must be finite"),
         (
             lambda: nn.Rotary(size=10)(jnp.zeros((1, 1, 1, 8)), jnp.zeros((1, 1), int)),
