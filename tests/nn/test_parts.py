@@ -309,7 +309,7 @@ def test_unlike_layers_are_scanned_in_runs() -> None:
     assert lengths == [2, 2, 1, 1]
     ids = np.random.default_rng(0).integers(0, 11, (BATCH, SEQ))
     rows = {"position_ids": jnp.asarray(POSITIONS), "segment_ids": jnp.asarray(SEGMENTS)}
-    hidden = decoder.embedding[ids]
+    hidden: Any = decoder.embedding[ids]
     for index, layer in enumerate(layers):
         hidden = layer(hidden, **rows, inference=True)
         assert eqx.tree_equal(decoder.layer(index), layer)
@@ -327,7 +327,7 @@ def test_unlike_layers_draw_their_own_dropout() -> None:
     decoder, layers = make_decoder()
     ids = jnp.zeros((BATCH, SEQ), int)
     positions, key = jnp.asarray(POSITIONS), jax.random.key(1)
-    hidden = decoder.embedding[ids]
+    hidden: Any = decoder.embedding[ids]
     for layer, layer_key in zip(layers, jax.random.split(key, len(layers)), strict=True):
         hidden = layer(hidden, position_ids=positions, key=layer_key, inference=False)
     actual = quick_jit(
