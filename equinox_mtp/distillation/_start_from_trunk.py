@@ -70,13 +70,13 @@ def start_from_trunk(model: MTPModel, batches: Iterable[Batch]) -> MTPModel:
     for batch in batches:
         found = jax.tree.map(lambda x: np.asarray(x, np.float64), _sums(model, batch))
         sums = found if sums is None else jax.tree.map(np.add, sums, found)
-    if sums is None or sums.count == 0:
+    if sums is None or sums.num_pairs == 0:
         raise ValueError(
             "`batches` must hold text to fit the depths to, with two tokens of one document beside "
             "each other; got none."
         )
     maps = {space: _fitted(sums, space) for space in sums.squares}
-    size = np.sqrt(sums.read_squares / sums.count)
+    size = float(np.sqrt(sums.read_squares / sums.num_pairs))
     entering, carried = _spaces(config)
     depths = [
         _started(layer, maps[carried if depth else entering], size)
@@ -91,7 +91,7 @@ class _Sums(NamedTuple):
     squares: dict[Space, Float[Array, "features features"]]
     products: dict[Space, Float[Array, "features embed"]]
     read_squares: Float[Array, ""]
-    count: Float[Array, ""]
+    num_pairs: Float[Array, ""]
 
 
 class _LinearMap(NamedTuple):
@@ -116,19 +116,16 @@ def _target(config: MTPConfig) -> Space:
 @eqx.filter_jit
 def _sums(model: MTPModel, batch: Batch) -> _Sums:
     decoder, config = model.decoder, model.block.config
-    batch = jax.tree.map(jnp.asarray, batch)
-    output = decoder(
-        batch.input_ids,
-        position_ids=batch.position_ids,
-        segment_ids=batch.segment_ids,
-        inference=True,
-    )
+    input_ids, position_ids = jnp.asarray(batch.input_ids), jnp.asarray(batch.position_ids)
+    segment_ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
+    output = decoder(input_ids, position_ids=position_ids, segment_ids=segment_ids, inference=True)
     hidden_states, _ = split_auxiliary(output)
-    embeddings = decoder.embed(batch.input_ids[:, 1:], batch.position_ids[:, 1:])
+    embeddings = decoder.embed(input_ids[:, 1:], position_ids[:, 1:])
     states: dict[Space, Array] = {"raw": hidden_states, "read": decoder.final_norm(hidden_states)}
-    are_neighbours = jnp.ones(batch.input_ids[:, 1:].shape, bool)
-    if (ids := batch.segment_ids) is not None:
-        are_neighbours = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)
+    are_neighbours = jnp.ones(input_ids[:, 1:].shape, bool)
+    if segment_ids is not None:
+        are_neighbours = segment_ids[:, 1:] == segment_ids[:, :-1]
+        are_neighbours &= segment_ids[:, 1:] != 0
 
     def counted(x: Array) -> Array:
         # What does not count must be finite, as 0 · NaN is NaN.
@@ -139,7 +136,7 @@ def _sums(model: MTPModel, batch: Batch) -> _Sums:
 
     embeddings = _normalised(counted(embeddings))
     target = _normalised(counted(states[_target(config)][:, 1:]))
-    features = {
+    features: dict[Space, Array] = {
         space: jnp.concatenate([embeddings, _normalised(counted(states[space][:, :-1]))], axis=-1)
         for space in set(_spaces(config))
     }
@@ -147,7 +144,7 @@ def _sums(model: MTPModel, batch: Batch) -> _Sums:
         squares={space: product(x, x) for space, x in features.items()},
         products={space: product(x, target) for space, x in features.items()},
         read_squares=jnp.sum(jnp.mean(jnp.square(counted(states["read"][:, 1:])), axis=-1)),
-        count=jnp.sum(are_neighbours, dtype=jnp.float32),
+        num_pairs=jnp.sum(are_neighbours, dtype=jnp.float32),
     )
 
 
@@ -157,7 +154,7 @@ def _normalised(x: Array) -> Array:
 
 def _fitted(sums: _Sums, space: Space) -> _LinearMap:
     """Least squares with a ridge, over features that are scaled to a mean square of 1."""
-    squares, count = np.asarray(sums.squares[space]), float(sums.count)
+    squares, count = np.asarray(sums.squares[space]), float(sums.num_pairs)
     scale = 1 / np.sqrt(np.diag(squares) / count + _EPSILON)
     scaled = squares * scale[:, None] * scale
     ridge = _RIDGE * count * np.eye(len(scale))
@@ -207,11 +204,8 @@ def _without_outputs(layer: MultiTokenPredictionLayer) -> MultiTokenPredictionLa
         )
 
     def outputs(layer: Any) -> list[Any]:
-        attention, feed_forward = (
-            layer.transformer_layer.attention,
-            layer.transformer_layer.feed_forward,
-        )
-        found = [attention.out_kernel, feed_forward.down.kernel]
+        attention = layer.transformer_layer.attention
+        found = [attention.out_kernel, layer.transformer_layer.feed_forward.down.kernel]
         return found if attention.out_bias is None else [*found, attention.out_bias]
 
     return eqx.tree_at(outputs, layer, [jnp.zeros_like(x) for x in outputs(layer)])

@@ -10,6 +10,7 @@ import equinox_mtp as emtp
 from equinox_mtp.distillation import draft_losses
 
 from .._decoder import split_auxiliary
+from .._types import HostOrDeviceArray
 from ._config import TrainConfig
 
 
@@ -19,7 +20,7 @@ def model_losses(
     config: TrainConfig,
     objective: Any,
     key: Array,
-    draft_vocab: Array | None = None,
+    draft_vocab: HostOrDeviceArray | None = None,
 ) -> tuple[emtp.TokenLoss, Array, emtp.MTPLosses]:
     """The main model's loss, what the depths minimise, and its parts."""
     if config.objective == "cross_entropy":
@@ -43,7 +44,7 @@ def depth_losses(
     config: TrainConfig,
     objective: Any,
     key: Array,
-    draft_vocab: Array | None = None,
+    draft_vocab: HostOrDeviceArray | None = None,
     hidden_states: Array | None = None,
 ) -> tuple[Array, emtp.MTPLosses]:
     """What the depths minimise over a frozen main model, and its parts.

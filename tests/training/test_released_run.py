@@ -157,7 +157,7 @@ def test_depths_learn_to_draft_from_frequent_tokens(
     train(config)
     record = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])
     rows = run.train_rows.read(run.train_rows.of_step(0, config.batch_size, config.seed))
-    model = eqx.combine(run.released, run.frozen)
+    model: Any = eqx.combine(run.released, run.frozen)
     output = draft_losses(model, aligned_batch(rows, config.depths), draft_vocab=vocab)
     assert_close(record["mtp_losses"], output.losses.mean, rtol=1e-5)
     drafted = []
@@ -307,7 +307,8 @@ def test_depths_begin_as_fitted_to_the_main_model(config: TrainConfig, tmp_path:
     num_rows = 2 * math.ceil(num_tokens / (2 * config.seq_len))
     rows = run.train_rows.read(run.train_rows.of_step(0, num_rows, config.seed))
     batches = [aligned_batch(rows, config.depths)]
-    wanted = start_from_trunk(eqx.combine(run.released, run.frozen), batches)
+    model: Any = eqx.combine(run.released, run.frozen)
+    wanted = start_from_trunk(model, batches)
     for x, y in zip(arrays(started), arrays(wanted), strict=True):
         assert_close(x, y, rtol=1e-2, atol=1e-3)
 
