@@ -20,7 +20,7 @@ class RMSNorm(eqx.Module):
 
     scale: Float[Array, "embed"]
     epsilon: float = eqx.field(static=True)
-    scale_offset: float = eqx.field(static=True)
+    scale_offset: float = eqx.field(static=True, default=0.0)
 
     def __init__(self, embed_size: int, *, epsilon: float = 1e-5, scale_offset: float = 0.0):
         """**Arguments:**
