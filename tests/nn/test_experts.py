@@ -16,7 +16,7 @@ from jaxtyping import Array, TypeCheckError
 
 import equinox_mtp as emtp
 from equinox_mtp import nn
-from equinox_mtp.nn.experts._grouped import grouped_product
+from equinox_mtp.nn.experts._grouped import Groups, Matrices, grouped_swiglu
 
 BATCH, SEQ, EMBED, MLP, EXPERTS = 2, 7, 6, 5, 8
 MASK = np.asarray([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 1, 1]], bool)
@@ -326,37 +326,49 @@ def test_bfloat16() -> None:
         (700, [600, 70], 30),
     ],
 )
-def test_products_in_groups(num_rows: int, sizes: list[int], first: int) -> None:
-    """One matrix after the other; and rows of no group are 0, and get no gradient."""
+def test_networks_of_groups(num_rows: int, sizes: list[int], first: int) -> None:
+    """One group after the other; rows of no group are 0, and get no gradient."""
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(num_rows, 5)).astype(np.float32)
-    matrices = rng.normal(size=(len(sizes), 5, 3)).astype(np.float32)
-    cotangent = rng.normal(size=(num_rows, 3)).astype(np.float32)
-    product, of_rows = np.zeros((num_rows, 3)), np.zeros((num_rows, 5))
-    of_matrices, start = np.zeros(matrices.shape), first
+    rows, cotangent = rng.normal(size=(2, num_rows, 5))
+    weights = rng.normal(size=num_rows)
+    gate, up = rng.normal(size=(2, len(sizes), 5, 3))
+    matrices = Matrices(gate, up, rng.normal(size=(len(sizes), 3, 5)))
+    output, of_rows, of_weights = np.zeros_like(rows), np.zeros_like(rows), np.zeros_like(weights)
+    of_matrices, start = [np.zeros_like(x) for x in matrices], first
     for group, size in enumerate(sizes):
         own = slice(start, start + size)
-        product[own] = f64(rows[own]) @ matrices[group]
-        of_rows[own] = f64(cotangent[own]) @ matrices[group].T
-        of_matrices[group] = f64(rows[own]).T @ cotangent[own]
+        x, w, out = rows[own], weights[own, None], cotangent[own]
+        gate, up, down = (x[group] for x in matrices)
+        inner, ups = x @ gate, x @ up
+        silu, slope = inner * sigmoid(inner), sigmoid(inner) * (1 + inner * sigmoid(-inner))
+        hidden = silu * ups
+        output[own] = w * (hidden @ down)
+        of_hidden = w * out @ down.T
+        of_weights[own] = np.sum(out * (hidden @ down), 1)
+        parts = (of_hidden * ups * slope, of_hidden * silu)
+        of_rows[own] = parts[0] @ gate.T + parts[1] @ up.T
+        for total, new in zip(
+            of_matrices, (x.T @ parts[0], x.T @ parts[1], hidden.T @ (w * out)), strict=True
+        ):
+            total[group] = new
         start += size
 
-    def run(rows: Array, matrices: Array, cotangent: Array) -> Any:
-        group_sizes, first_row = jnp.asarray(sizes, jnp.int32), jnp.int32(first)
+    def run(rows: Array, weights: Array, matrices: Any, cotangent: Array) -> Any:
+        groups = Groups(jnp.asarray(sizes, jnp.int32), jnp.int32(first))
         found, pull = jax.vjp(
-            lambda rows, matrices: grouped_product(rows, matrices, group_sizes, first_row),
-            rows,
-            matrices,
+            lambda *a: grouped_swiglu(*a, groups), rows, weights, Matrices(*matrices)
         )
         return found, *pull(cotangent)
 
-    found = quick_jit(run)(rows, matrices, cotangent)
-    for one, other in zip(found, (product, of_rows, of_matrices), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    arguments = jax.tree.map(low, (rows, weights, tuple(matrices), cotangent))
+    found = jax.tree.leaves(quick_jit(run)(*arguments))
+    expected = (output, of_rows, of_weights, *of_matrices)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)
 
 
 def test_no_array_is_larger_than_the_copies_of_the_tokens() -> None:
-    """Nor is one in the gradient's program, but for what the batch and parameters have."""
+    """Their inner features are kept for the gradient alone."""
     experts, embed, mlp, top_k, tokens = 16, 10, 12, 4, 300
     keys = jax.random.split(jax.random.key(0))
     mixture = nn.MixtureOfExperts(
@@ -369,9 +381,10 @@ def test_no_array_is_larger_than_the_copies_of_the_tokens() -> None:
         return jnp.sum(y**2) + statistics.balance_loss + statistics.sequence_balance_loss
 
     x = jnp.ones((2, tokens // 2, embed))
-    for function in (lambda m, x: m(x), jax.value_and_grad(loss, argnums=(0, 1))):
+    gradient = jax.value_and_grad(loss, argnums=(0, 1))
+    for function, features in ((lambda m, x: m(x), embed), (gradient, mlp)):
         sizes = array_sizes(compiled_text(function, mixture, x))
-        assert max(sizes.values()) == tokens * top_k * mlp, max(sizes, key=sizes.__getitem__)
+        assert max(sizes.values()) == tokens * top_k * features, max(sizes, key=sizes.__getitem__)
 
 
 # In layers, decoders and models

@@ -16,7 +16,7 @@ from .._feed_forward import SwiGLU
 from .._init import fan_in_normal
 from .._linear import Linear, cast_matrices, check_features
 from .._parts import AbstractFeedForward
-from ._grouped import grouped_product
+from ._grouped import Groups, Matrices, grouped_swiglu
 from ._partitioning import ExpertSpecs
 from ._router import Router, Routing
 from ._statistics import RouterStatistics, router_statistics
@@ -194,61 +194,67 @@ def _weighed_outputs(
     x: Array, routing: Routing, experts: Experts, first: Any, num_experts: int
 ) -> Array:
     """The weighed sum of each token's experts, as far as they are `first`, `first + 1`, …"""
-    top_k = routing.expert_ids.shape[-1]
     chosen = routing.expert_ids.reshape(-1)
-    order = jnp.argsort(chosen, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
+    order = _stable_order(chosen, num_experts)
+    numbers = jnp.arange(len(order), dtype=order.dtype)
+    places = jnp.zeros_like(order).at[order].set(numbers).reshape(-1, routing.weights.shape[-1])
     loads = jnp.zeros(num_experts, jnp.int32).at[chosen].add(1)
-    of_these = jnp.arange(num_experts) - first
-    group_sizes = lax.dynamic_slice_in_dim(loads, first, len(experts.gate))
-    first_row = jnp.sum(jnp.where(of_these < 0, loads, 0))
-    product = partial(grouped_product, group_sizes=group_sizes, first_row=first_row)
-
-    copies = _copies(x.reshape(-1, x.shape[-1]), order, inverse, top_k)
-    hidden = jax.nn.silu(product(copies, experts.gate)) * product(copies, experts.up)
-    outputs = _permuted(product(hidden, experts.down), inverse, order)
-    outputs = outputs.reshape(*routing.weights.shape, x.shape[-1])
-    dtype = accumulation_dtype(x)
-    weighed = outputs.astype(dtype) * routing.weights[..., None].astype(dtype)
-    return jnp.sum(weighed, axis=-2).astype(x.dtype)
+    groups = Groups(
+        sizes=lax.dynamic_slice_in_dim(loads, first, len(experts.gate)),
+        first_row=jnp.sum(jnp.where(jnp.arange(num_experts) < first, loads, 0)),
+    )
+    copies = _copies(x.reshape(-1, x.shape[-1]), order, places)
+    weights = routing.weights.reshape(-1)[order]
+    matrices = Matrices(experts.gate, experts.up, experts.down)
+    outputs = grouped_swiglu(copies, weights, matrices, groups)
+    return _sum_of_copies(outputs, order, places).reshape(x.shape)
 
 
-# Gradients of these two are written out: of a gather XLA makes a scatter, row by row.
+def _stable_order(ids: Array, num_ids: int) -> Array:
+    """`argsort`; with the places in the keys XLA sorts one array of integers, in a quarter."""
+    size = len(ids)
+    if size * num_ids >= 2**31:
+        return jnp.argsort(ids, stable=True).astype(jnp.int32)
+    places = jnp.arange(size, dtype=jnp.int32)
+    return lax.sort(ids * size + places, is_stable=False) % max(size, 1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _copies(x: Array, order: Array, inverse: Array, top_k: int) -> Array:
-    """`top_k` copies of each row, in the order of their experts."""
-    return x[order // top_k]
-
-
-def _copies_forward(
-    x: Array, order: Array, inverse: Array, top_k: int
-) -> tuple[Array, tuple[Array, ...]]:
-    return _copies(x, order, inverse, top_k), (inverse,)
-
-
-def _copies_backward(top_k: int, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Any, ...]:
-    (inverse,) = residuals
-    of_tokens = cotangent[inverse].reshape(-1, top_k, cotangent.shape[-1])
-    total = jnp.sum(of_tokens, axis=1, dtype=accumulation_dtype(cotangent))
-    return total.astype(cotangent.dtype), None, None
-
-
-_copies.defvjp(_copies_forward, _copies_backward)
+# Each is the other's transpose. They are written out, as XLA makes a scatter of a gather's.
 
 
 @jax.custom_vjp
-def _permuted(x: Array, order: Array, inverse: Array) -> Array:
-    return x[order]
+def _copies(tokens: Array, order: Array, places: Array) -> Array:
+    """A copy of a token for each of its experts, in the order of the experts.
+
+    `places` `[tokens top_k]` says where copies are, and `order` is the inverse of it.
+    """
+    return tokens[order // max(places.shape[1], 1)]
 
 
-def _permuted_forward(x: Array, order: Array, inverse: Array) -> tuple[Array, tuple[Array, ...]]:
-    return x[order], (inverse,)
+@jax.custom_vjp
+def _sum_of_copies(copies: Array, order: Array, places: Array) -> Array:
+    """The sum of the copies of each token."""
+    # One after the other: XLA would fuse the gather with the sum, and lose a factor of twenty.
+    dtype = accumulation_dtype(copies)
+    parts = [copies[places[:, k]].astype(dtype) for k in range(places.shape[1])]
+    return sum(parts[1:], parts[0]).astype(copies.dtype)
 
 
-def _permuted_backward(residuals: tuple[Array, ...], cotangent: Array) -> tuple[Any, ...]:
-    return cotangent[residuals[0]], None, None
+def _copies_forward(tokens: Array, order: Array, places: Array) -> tuple[Array, Any]:
+    return _copies(tokens, order, places), (order, places)
 
 
-_permuted.defvjp(_permuted_forward, _permuted_backward)
+def _copies_backward(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+    return _sum_of_copies(cotangent, *residuals), None, None
+
+
+def _sum_forward(copies: Array, order: Array, places: Array) -> tuple[Array, Any]:
+    return _sum_of_copies(copies, order, places), (order, places)
+
+
+def _sum_backward(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+    return _copies(cotangent, *residuals), None, None
+
+
+_copies.defvjp(_copies_forward, _copies_backward)
+_sum_of_copies.defvjp(_sum_forward, _sum_backward)
