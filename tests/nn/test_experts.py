@@ -62,7 +62,7 @@ def mixture_by_loop(x: np.ndarray, mixture: Any) -> np.ndarray:
         total = sum(scores[i] for i in ids) if router.normalize else 1.0
         for i in ids:
             weights = [w[i] for w in (mixture.experts.gate, mixture.experts.up)]
-            expert = swiglu(token, *weights, mixture.experts.down[i])
+            expert = swiglu(token, weights[0], weights[1], mixture.experts.down[i])
             out[place] += router.scaling_factor * scores[i] / total * expert
         if mixture.shared_expert is not None:
             shared = mixture.shared_expert
@@ -332,7 +332,7 @@ def test_networks_of_groups(num_rows: int, sizes: list[int], first: int) -> None
     rows, cotangent = rng.normal(size=(2, num_rows, 5))
     weights = rng.normal(size=num_rows)
     gate, up = rng.normal(size=(2, len(sizes), 5, 3))
-    matrices = Matrices(gate, up, rng.normal(size=(len(sizes), 3, 5)))
+    matrices: Any = (gate, up, rng.normal(size=(len(sizes), 3, 5)))
     output, of_rows, of_weights = np.zeros_like(rows), np.zeros_like(rows), np.zeros_like(weights)
     of_matrices, start = [np.zeros_like(x) for x in matrices], first
     for group, size in enumerate(sizes):
@@ -356,11 +356,11 @@ def test_networks_of_groups(num_rows: int, sizes: list[int], first: int) -> None
     def run(rows: Array, weights: Array, matrices: Any, cotangent: Array) -> Any:
         groups = Groups(jnp.asarray(sizes, jnp.int32), jnp.int32(first))
         found, pull = jax.vjp(
-            lambda *a: grouped_swiglu(*a, groups), rows, weights, Matrices(*matrices)
+            lambda x, w, m: grouped_swiglu(x, w, m, groups), rows, weights, Matrices(*matrices)
         )
         return found, *pull(cotangent)
 
-    arguments = jax.tree.map(low, (rows, weights, tuple(matrices), cotangent))
+    arguments = jax.tree.map(low, (rows, weights, matrices, cotangent))
     found = jax.tree.leaves(quick_jit(run)(*arguments))
     expected = (output, of_rows, of_weights, *of_matrices)
     for one, other in zip(found, expected, strict=True):
@@ -485,7 +485,8 @@ def test_models_pass_statistics_out(repeated: bool) -> None:
     output = quick_jit(lambda model: model(batch))(model)
     segments = np.asarray(batch.segment_ids)
     np.testing.assert_array_equal(output.auxiliary.tokens, [np.sum(segments != 0)] * 2)
-    tokens = np.asarray(batch.align(num_depths=2).targets.token_mask).sum((1, 2))
+    targets: Any = batch.align(num_depths=2).targets
+    tokens = np.asarray(targets.token_mask).sum((1, 2))
     assert output.mtp.auxiliary.load.shape == (2, EXPERTS)
     np.testing.assert_array_equal(output.mtp.auxiliary.tokens, tokens)
     np.testing.assert_array_equal(output.mtp.auxiliary.load.sum(-1), 2 * tokens)
@@ -585,4 +586,4 @@ def test_errors(make: Any, message: str) -> None:
 
 def test_unknown_scores() -> None:
     with pytest.raises((ValueError, TypeCheckError), match="softmax"):
-        router(top_k=1, scores="relu")
+        router(top_k=1, scores="relu")  # pyright: ignore[reportArgumentType]

@@ -52,7 +52,7 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
 
 
 def step(mixture: Any, x: Array, mask: Array) -> Any:
-    return eqx.filter_value_and_grad(lambda p: loss(*p, mask), has_aux=True)((mixture, x))
+    return eqx.filter_value_and_grad(lambda p: loss(p[0], p[1], mask), has_aux=True)((mixture, x))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,8 @@ def test_experts_are_those_of_one_device(name: str, rows: Any, expected: Any) ->
         actual = compiled(mixture, x, mask)
     for one, other in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         assert_close(one, other, 1e-4, 1e-5)
-    assert mixture.experts.up.sharding.spec == DEFAULT_RULES.spec("experts embed mlp", mesh)
+    placed: Any = mixture.experts.up.sharding
+    assert placed.spec == DEFAULT_RULES.spec("experts embed mlp", mesh)
     # Weights stay where they are, but for what `fsdp` splits, and no token's output is gathered.
     found = collectives(program)
     gathered = [c for c in found if c.operation in ("all-gather", "all-to-all")]
