@@ -39,9 +39,9 @@ def start_from_trunk(model: MTPModel, batches: Iterable[Batch]) -> MTPModel:
     the depth's attention and feed-forward network are 0 at first, so that a depth begins as that
     linear map, in one pass over some text and without a step of training.
 
-    Over SmolLM2-135M, fitted on 32,768 tokens of Python, 39 of 100 sampled drafts of depth 1 are
-    accepted, and with three depths of one layer a pass commits 1.62 tokens. Train from there with
-    small steps (a rate of 1e-4 or a little more): large ones undo it.
+    Over SmolLM2-135M, fitted on 18,432 tokens of Python, 21 of 100 greedy drafts of depth 1 are
+    accepted on files that were held out, 29 of sampled ones; and after 351 steps of 1,024 tokens
+    (hybrid, rates up to 3e-4) 32 and 35. Large steps undo the fit.
 
     >>> started = emtp.distillation.start_from_trunk(model, [batch])
     >>> started.block.layer(1).transformer_layer.attention.out_kernel.any().item()
