@@ -82,6 +82,22 @@ def check_checkpoint_policy(policy: Any) -> None:
         )
 
 
+def check_draft_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """**Raises:** `ValueError` for a `draft_vocab` on the host that is empty, names an id twice, or
+    one outside of the vocabulary."""
+    if ids.size == 0:
+        raise ValueError(
+            "`draft_vocab` must hold at least one token id; got none. Leave it out to draft from "
+            "all ids."
+        )
+    check_ids("draft_vocab", ids, vocab_size)
+    if len(np.unique(ids)) < ids.size:
+        raise ValueError(
+            f"`draft_vocab` must hold each token id once; got {ids.size} ids, "
+            f"{len(np.unique(ids))} of them different. Pass it through `np.unique`."
+        )
+
+
 def check_ids(name: str, ids: Any, vocab_size: int | None = None, where: Any = None) -> Any:
     """Token ids, or other ids, as integers that JAX does not cut.
 

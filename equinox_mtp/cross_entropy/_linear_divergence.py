@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from .._checks import check_ids, check_number
+from .._checks import check_draft_ids, check_number
 from .._platform import accumulation_dtype
 from .._types import HostOrDeviceArray, OutputHead, Scalar, checked, on_host
 from ..sharding import with_auto_axes
@@ -93,7 +93,7 @@ def linear_divergence(
         seq embed]`; the teacher's logits are then computed once.
     - `head`: the student's: a matrix `[vocab embed]` or a `LinearHead`.
     - `teacher_head`: the same as `head` if `None`. It must have as many ids.
-    - `draft_vocab`: the ids that the student drafts from, in ascending order; `None` for all. Its
+    - `draft_vocab`: the ids that the student drafts from; `None` for all. Its
         logits are of these alone, so that q is 0 elsewhere, and its products take less time.
         `"forward_kl"`, which is infinite then, and that of `"hybrid"`, are sums over these ids.
     - `temperature`: positive; of both. May be traced.
@@ -105,7 +105,7 @@ def linear_divergence(
 
     **Raises:** `ValueError` for a temperature that is not positive, a head
     that is another callable, heads or hidden states that do not fit each other, or a `draft_vocab`
-    over a vocabulary that is split over devices, or with ids outside of it.
+    over a vocabulary that is split over devices, without ids, with an id twice, or outside of it.
     """
     _check_temperature(temperature)
     student = _linear(head, "head")
@@ -199,7 +199,9 @@ def _checked_draft_vocab(draft_vocab: Any, head: LinearHead) -> Int32[Array, "dr
             "`draft_vocab` is for a vocabulary that is whole on each device; got one that is split "
             f"over the mesh axes {head.vocab_axes}. Leave it out, or give the rule `vocab` no axis."
         )
-    return jnp.asarray(check_ids("draft_vocab", draft_vocab, head.weight.shape[0]), jnp.int32)
+    if isinstance(draft_vocab, np.ndarray) or draft_vocab.size == 0:
+        check_draft_ids(np.asarray(draft_vocab), head.weight.shape[0])
+    return jnp.asarray(draft_vocab, jnp.int32)
 
 
 def _as_batch_seq(x: Array, features: int) -> Array:

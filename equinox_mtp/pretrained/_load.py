@@ -59,8 +59,7 @@ def load(
 
     Llama 3, Qwen2, Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next, GLM-4.5, DeepSeek-V3 and MiMo-7B, and
     FastMTP heads in the format of speculators, over the folder of the model that they were made
-    for. The prediction
-    depths are those of the folder, or fresh ones.
+    for. The prediction depths are those of the folder, or fresh ones.
 
         model, tokenizer = pretrained.load("MiMo-7B")  # with its own depth
         model, tokenizer = pretrained.load("Qwen3-0.6B", num_depths=3, preset="fast_mtp", key=key)
@@ -98,15 +97,7 @@ def load(
     the file and the tensor, for a folder that is damaged, of an unknown family, or not what its
     configuration says, before anything is allocated.
     """
-    if dtype is not None:
-        check_choice("dtype", dtype, _DTYPES)
-    if compute_dtype is not None:
-        check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16"))
-    if preset is not None and not num_depths:
-        raise ValueError(
-            f"`preset` is for fresh depths, and needs `num_depths` of at least 1; got {preset!r} "
-            f"and {num_depths}. Say how many to make, or leave `preset` out for the folder's own."
-        )
+    _check_options(dtype, compute_dtype, preset, num_depths)
     checkpoint, head_folder = _open_folders(folder, verifier)
     compute_dtype = _compute_dtype(compute_dtype, head_folder)
     settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
@@ -152,6 +143,20 @@ def load(
         block = made_there(make, key, shardings.block)
     _report_not_finite(readers)
     return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
+
+
+def _check_options(
+    dtype: str | None, compute_dtype: str | None, preset: Preset | None, num_depths: int | None
+) -> None:
+    if dtype is not None:
+        check_choice("dtype", dtype, _DTYPES)
+    if compute_dtype is not None:
+        check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16"))
+    if preset is not None and not num_depths:
+        raise ValueError(
+            f"`preset` is for fresh depths, and needs `num_depths` of at least 1; got {preset!r} "
+            f"and {num_depths}. Say how many to make, or leave `preset` out for the folder's own."
+        )
 
 
 def _open_folders(

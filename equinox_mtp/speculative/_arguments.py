@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer
 
-from .._checks import check_ids, check_integer
+from .._checks import check_draft_ids, check_ids, check_integer
 from .._types import HostOrDeviceArray, at_hand
 from ..cross_entropy import LinearHead, head_vocab_size
 
@@ -25,18 +25,8 @@ def check_draft_vocab(draft_vocab: Any, head: Any) -> Array | None:
         return None
     vocab_size = check_rows(head)
     ids = _integers("draft_vocab", draft_vocab, 1)
-    if ids.size == 0:
-        raise ValueError(
-            "`draft_vocab` must hold at least one token id; got none. Leave it out to draft from "
-            "all ids."
-        )
-    if isinstance(ids, np.ndarray):
-        check_ids("draft_vocab", ids, vocab_size)
-        if len(np.unique(ids)) < ids.size:
-            raise ValueError(
-                f"`draft_vocab` must hold each token id once; got {ids.size} ids, "
-                f"{len(np.unique(ids))} of them different. Pass it through `np.unique`."
-            )
+    if isinstance(ids, np.ndarray) or ids.size == 0:
+        check_draft_ids(np.asarray(ids), vocab_size)
     return jnp.asarray(ids, jnp.int32)
 
 

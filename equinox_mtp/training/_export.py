@@ -26,12 +26,16 @@ _READERS = {
     "qwen3": _ENGINES,
     "mimo": _WITH_FLAGS,
     "deepseek_v3": _WITH_FLAGS,
+    "qwen3_moe": _ENGINES,
+    "qwen3_5": _ENGINES,
+    "qwen3_next": _ENGINES,
+    "glm4_moe": _ENGINES,
     "transformers": _TRANSFORMERS,
     "speculators": "vLLM: vllm serve FOLDER",
     "stitched": _TRANSFORMERS,
 }
 _WITHOUT_MAIN_MODEL = ("speculators", "stitched")
-_OF_DEPTHS = ("mimo", "deepseek_v3", "transformers", *_WITHOUT_MAIN_MODEL)
+_OF_DEPTHS = ("mimo", "deepseek_v3", "glm4_moe", "transformers", *_WITHOUT_MAIN_MODEL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +50,8 @@ class ExportConfig:
     """A run of `train`, or one of its checkpoints."""
     layout: str
     """transformers (main model and depths), stitched (depths beside links to the files of the
-    released model), speculators (depths alone, for vLLM), mimo, deepseek_v3, llama, qwen2 or qwen3;
-    or a folder, whose layout is taken."""
+    released model), speculators (depths alone, for vLLM), or a family: llama, qwen2, qwen3, mimo,
+    qwen3_moe, glm4_moe, deepseek_v3, qwen3_5, qwen3_next; or a folder, whose layout is taken."""
     out: Path
     """The folder to write; the name must be free."""
     model: Path | None = None

@@ -57,7 +57,8 @@ class Placement:
         except ValueError as error:
             raise ValueError(f"`mesh` {config.mesh} does not fit: {error}") from error
         rules = DEFAULT_RULES
-        if vocab_size % rules.num_shards("vocab", mesh):
+        # Ids that are drafted are picked from all: each device has the whole output head then.
+        if vocab_size % rules.num_shards("vocab", mesh) or config.draft_vocab is not None:
             rules = rules.replace(vocab=None)
         rows, positions = rules.num_shards("batch", mesh), rules.num_shards("seq", mesh)
         if config.batch_size // config.accumulate % rows:

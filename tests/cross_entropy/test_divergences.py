@@ -372,6 +372,8 @@ def test_transformations() -> None:
             "`teacher_hidden_states` must be of the same positions",
         ),
         ({"draft_vocab": np.asarray([0, VOCAB])}, "`draft_vocab` must lie in 0 … 22"),
+        ({"draft_vocab": np.asarray([1, 2, 1])}, "`draft_vocab` must hold each token id once"),
+        ({"draft_vocab": jnp.zeros(0, int)}, "`draft_vocab` must hold at least one token id"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], message: str) -> None:

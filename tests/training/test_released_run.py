@@ -182,6 +182,21 @@ def test_depths_learn_to_draft_from_frequent_tokens(
     assert_equal(drafted[1], frequent_ids(counts, 3))
 
 
+def test_drafts_of_frequent_tokens_and_fitted_depths_on_a_mesh(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """Whose axis `tensor` splits matrices, and would split the vocabulary."""
+    common: dict[str, Any] = {"draft_vocab": 5, "initial_depths": "trunk", "steps": 1}
+    common["batch_size"] = 4
+    losses = []
+    for mesh in (None, "data=2,fsdp=2,tensor=2"):
+        out = tmp_path / str(mesh)
+        train(dataclasses.replace(config, warmup_steps=0, mesh=mesh, out=out, **common))
+        record = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+        losses.append(record["mtp_losses"])
+    assert_close(losses[1], losses[0], rtol=1e-3)
+
+
 def test_whole_training_with_an_objective(config: TrainConfig, tmp_path: Path) -> None:
     """Beside the main loss, of a model from scratch, by Muon."""
     scratch = dataclasses.replace(
