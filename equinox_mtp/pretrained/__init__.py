@@ -3,6 +3,7 @@
     from equinox_mtp import pretrained
     model, tokenizer = pretrained.load("Qwen3-0.6B", num_depths=3, preset="fast_mtp", key=key)
     pretrained.save("out", model, layout="mimo", source="Qwen3-0.6B")
+    model = pretrained.from_config("config.json", num_depths=1, key=key)  # to train from scratch
 
 The families are data: `Family` says which tensor is which array of the tree. `load` and `save` read
 and write all of them by the same walk over the tree:
@@ -24,6 +25,7 @@ The examples of this package begin with a small folder of their own:
 >>> pretrained.save(folder, main_model, layout="llama")
 """
 
+from ._fresh import from_config
 from ._load import load
 from ._registry import FAMILIES
 from ._save import save
@@ -52,6 +54,7 @@ __all__ = [
     "Part",
     "Same",
     "Tensor",
+    "from_config",
     "load",
     "load_tokenizer",
     "model_folder",

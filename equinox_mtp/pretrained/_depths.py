@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from .._block import MultiTokenPredictionBlock
-from .._checks import check_integer
+from .._checks import check_choice, check_integer
 from .._config import MTPConfig, Preset
 from ._places import conventions
 from ._settings import COMPUTE_DTYPE, HINTS, Settings, errors_of
@@ -19,7 +19,22 @@ from ._transformers import COUNT_KEY, transformers_table
 
 Tree = TypeVar("Tree")
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _MOST_DEPTHS = 1000
+
+
+def check_options(
+    dtype: str | None, compute_dtype: str | None, preset: Preset | None, num_depths: int | None
+) -> None:
+    if dtype is not None:
+        check_choice("dtype", dtype, _DTYPES)
+    if compute_dtype is not None:
+        check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16"))
+    if preset is not None and not num_depths:
+        raise ValueError(
+            f"`preset` is for fresh depths, and needs `num_depths` of at least 1; got {preset!r} "
+            f"and {num_depths}. Say how many to make, or leave `preset` out for the folder's own."
+        )
 
 
 def own_depths(

@@ -12,13 +12,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PRNGKeyArray
 
 from .._block import MultiTokenPredictionBlock
-from .._checks import check_choice
 from .._config import Preset
 from .._model import MTPModel
 from .._types import checked, module_of, warn_caller
 from ..sharding import DEFAULT_RULES, ShardingRules, parameter_shardings
 from ._array_place import Place
 from ._depths import (
+    check_options,
     copied_tensors,
     depth_prefixes,
     fresh_block,
@@ -36,8 +36,6 @@ from ._speculators import HEAD_KIND_KEY, depths_of_head, head_table, verifier_fo
 from ._tables import Family
 from ._tokenizer import load_tokenizer
 from ._transformers import COUNT_KEY
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @checked
@@ -97,7 +95,7 @@ def load(
     the file and the tensor, for a folder that is damaged, of an unknown family, or not what its
     configuration says, before anything is allocated.
     """
-    _check_options(dtype, compute_dtype, preset, num_depths)
+    check_options(dtype, compute_dtype, preset, num_depths)
     checkpoint, head_folder = _open_folders(folder, verifier)
     compute_dtype = _compute_dtype(compute_dtype, head_folder)
     settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
@@ -143,20 +141,6 @@ def load(
         block = made_there(make, key, shardings.block)
     _report_not_finite(readers)
     return MTPModel(decoder, block), load_tokenizer(checkpoint.path) if tokenizer else None
-
-
-def _check_options(
-    dtype: str | None, compute_dtype: str | None, preset: Preset | None, num_depths: int | None
-) -> None:
-    if dtype is not None:
-        check_choice("dtype", dtype, _DTYPES)
-    if compute_dtype is not None:
-        check_choice("compute_dtype", compute_dtype, ("float32", "bfloat16"))
-    if preset is not None and not num_depths:
-        raise ValueError(
-            f"`preset` is for fresh depths, and needs `num_depths` of at least 1; got {preset!r} "
-            f"and {num_depths}. Say how many to make, or leave `preset` out for the folder's own."
-        )
 
 
 def _open_folders(

@@ -1,13 +1,15 @@
 """The modules that a configuration describes, with shapes in place of arrays."""
 
+import math
 from collections.abc import Collection
+from functools import partial
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from .._block import MultiTokenPredictionBlock
 from .._config import MTPConfig
@@ -25,29 +27,49 @@ def decoder_shapes(
     settings: Settings, family: Family, names: Collection[str], compute_dtype: str | None
 ) -> TransformerDecoder:
     """The decoder that a configuration describes, with shapes in place of arrays."""
-    vocab_size, embed_size = settings.integer("vocab_size"), settings.integer("hidden_size")
-    head = family.decoder["head"].name
-    # Not said: as the weights are. Said otherwise than they are: a tensor is missing.
-    is_tied = settings.flag("tie_word_embeddings", head not in names)
+    head, is_tied = family.decoder["head"].name, _is_tied(settings, family, names)
     if is_tied and head in names and isinstance(names, CheckpointFolder):
         mend = "and `tie_word_embeddings` is true. Set it to false in config.json to use this head."
         check_same(names, family.decoder["embedding"].name, head, mend)
 
-    def make() -> TransformerDecoder:
-        keys = jax.random.split(jax.random.key(0), settings.integer("num_hidden_layers"))
-        layers = [
-            family.make_layer(settings, index, names, key=key) for index, key in enumerate(keys)
-        ]
-        decoder = TransformerDecoder.of(
-            layers,
-            embedding=jnp.zeros((vocab_size, embed_size)),
-            norm=RMSNorm(embed_size, epsilon=settings.number("rms_norm_eps", 1e-6)),
-            head=None if is_tied else jnp.zeros((vocab_size, embed_size)),
-            dtype=settings.compute_dtype if compute_dtype is None else compute_dtype,
-        )
-        return _with_scale_offset(decoder, family.scale_offset)
-
+    make = partial(make_decoder, settings, family, names, compute_dtype, jax.random.key(0))
     return eqx.filter_eval_shape(make)
+
+
+def make_decoder(
+    settings: Settings,
+    family: Family,
+    names: Collection[str],
+    compute_dtype: str | None,
+    key: PRNGKeyArray,
+) -> TransformerDecoder:
+    """A decoder with new parameters; `names` are the tensors that there are, or would be."""
+    num_layers, embed_size = (settings.integer(x) for x in ("num_hidden_layers", "hidden_size"))
+    shape = (settings.integer("vocab_size"), embed_size)
+    embedding_key, head_key, layers_key = jax.random.split(key, 3)
+    layers = [
+        family.make_layer(settings, index, names, key=layer_key)
+        for index, layer_key in enumerate(jax.random.split(layers_key, num_layers))
+    ]
+    is_tied = _is_tied(settings, family, names)
+    decoder = TransformerDecoder.of(
+        layers,
+        embedding=_fresh_rows(embedding_key, shape),
+        norm=RMSNorm(embed_size, epsilon=settings.number("rms_norm_eps", 1e-6)),
+        head=None if is_tied else _fresh_rows(head_key, shape),
+        dtype=settings.compute_dtype if compute_dtype is None else compute_dtype,
+    )
+    return _with_scale_offset(decoder, family.scale_offset)
+
+
+def _fresh_rows(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+    """A vector for each token id, as `nn.TransformerDecoder` begins with."""
+    return jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[1])
+
+
+def _is_tied(settings: Settings, family: Family, names: Collection[str]) -> bool:
+    """Not said: as the weights are. Said otherwise than they are: a tensor is missing."""
+    return settings.flag("tie_word_embeddings", family.decoder["head"].name not in names)
 
 
 def check_same(folder: CheckpointFolder, name: str, copy: str, mend: str) -> None:
