@@ -9,7 +9,8 @@ from jaxtyping import PRNGKeyArray
 
 from .. import nn
 from ._settings import Settings, rope_config
-from ._tables import Family, Flat, Kernel, MTPTable, Table, Tensor
+from ._steps import Flat, Kernel
+from ._tables import Family, MTPTable, Table, Tensor
 
 ATTENTION: Table = {
     "attention_norm.scale": Tensor("input_layernorm.weight"),

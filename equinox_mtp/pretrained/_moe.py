@@ -19,7 +19,8 @@ from ._dense import (
     make_swiglu,
 )
 from ._settings import Settings
-from ._tables import Family, Kernel, MTPTable, Table, Tensor
+from ._steps import Kernel
+from ._tables import Family, MTPTable, Table, Tensor
 
 EXPERTS: Table = {
     "feed_forward.router.kernel": Tensor("mlp.gate.weight", Kernel()),

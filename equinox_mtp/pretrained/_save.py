@@ -38,7 +38,8 @@ def save(
     | a folder, or `None` with `source` | as it came from there | what read that |
     | `"llama"`, `"qwen2"`, `"qwen3"` | the main model | transformers, vLLM, SGLang |
     | `"qwen3_moe"` | the main model | transformers, vLLM, SGLang |
-    | `"qwen3_5"`, `"qwen3_next"` | main model and one depth | transformers, vLLM, SGLang |
+    | `"qwen3_5"`, `"qwen3_5_moe"` | main model and one depth | transformers, vLLM, SGLang |
+    | `"qwen3_next"` | main model and one depth | transformers, vLLM, SGLang |
     | `"glm4_moe"` | main model and depths | transformers, vLLM, SGLang |
     | `"mimo"`, `"deepseek_v3"` | main model and depths | vLLM, SGLang |
     | `"transformers"` | main model and depths (`num_mtp_layers`) | transformers |

@@ -28,6 +28,7 @@ _READERS = {
     "deepseek_v3": _WITH_FLAGS,
     "qwen3_moe": _ENGINES,
     "qwen3_5": _ENGINES,
+    "qwen3_5_moe": _ENGINES,
     "qwen3_next": _ENGINES,
     "glm4_moe": _ENGINES,
     "transformers": _TRANSFORMERS,
@@ -51,7 +52,8 @@ class ExportConfig:
     layout: str
     """transformers (main model and depths), stitched (depths beside links to the files of the
     released model), speculators (depths alone, for vLLM), or a family: llama, qwen2, qwen3, mimo,
-    qwen3_moe, glm4_moe, deepseek_v3, qwen3_5, qwen3_next; or a folder, whose layout is taken."""
+    qwen3_moe, glm4_moe, deepseek_v3, qwen3_5, qwen3_5_moe, qwen3_next; or a folder, whose layout is
+    taken."""
     out: Path
     """The folder to write; the name must be free."""
     model: Path | None = None
