@@ -40,6 +40,8 @@ def save(
     | `"qwen3_moe"` | the main model | transformers, vLLM, SGLang |
     | `"qwen3_5"`, `"qwen3_5_moe"` | main model and one depth | transformers, vLLM, SGLang |
     | `"qwen3_next"` | main model and one depth | transformers, vLLM, SGLang |
+    | `"ernie4_5"` | the main model | transformers, vLLM, SGLang |
+    | `"bailing_moe_v2"` | main model and depths | SGLang |
     | `"glm4_moe"` | main model and depths | transformers, vLLM, SGLang |
     | `"mimo"`, `"deepseek_v3"` | main model and depths | vLLM, SGLang |
     | `"transformers"` | main model and depths (`num_mtp_layers`) | transformers |
