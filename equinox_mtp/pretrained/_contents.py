@@ -195,12 +195,13 @@ def _head(model: MTPModel, origin: CheckpointFolder | None) -> Contents:
     """The depths alone, for the format of speculators."""
     decoder = model.decoder
     assert isinstance(decoder, TransformerDecoder)
-    family, mtp = _dense_family(decoder), head_table()
+    family, mtp = _plain_family("speculators", decoder), head_table()
     block = fit_depths(model, mtp, "speculators", any_input=False, may_repeat=True)
     written = config_of(family, decoder, origin)
     name = "." if origin is None else str(origin.path.resolve())
     config = head_config(written, name, model.block.config.num_depths)
-    tensors = _depth_tensors(Layout(family, mtp), block.layers, decoder.num_layers)
+    described = Layout(family, mtp, called="speculators")
+    tensors = _depth_tensors(described, block.layers, decoder.num_layers)
     return Contents(family, tensors, config, decoder, block.layers)
 
 
@@ -209,15 +210,14 @@ def _with_transformers_depths(
 ) -> Contents:
     decoder, num_depths = model.decoder, model.block.config.num_depths
     assert isinstance(decoder, TransformerDecoder)
-    is_sparse = has_experts(decoder)
-    family = QWEN3_MOE if is_sparse else _dense_family(decoder)
+    family = _plain_family(layout, decoder)
     mtp = transformers_table(num_depths)
     if family.needs_biases:
         model = with_biases(model)
         decoder = model.decoder
         assert isinstance(decoder, TransformerDecoder)
     block = fit_depths(model, mtp, layout, any_input=False, may_repeat=False)
-    described = Layout(family, mtp)
+    described = Layout(family, mtp, called=layout)
     depths = _depth_tensors(described, block.layers, decoder.num_layers)
     if layout == "stitched":
         if origin is None:
@@ -240,15 +240,21 @@ def _with_transformers_depths(
     return Contents(family, tensors, config, decoder, block.layers)
 
 
-def _dense_family(decoder: TransformerDecoder) -> Family:
-    """The family of layers like these."""
+def _plain_family(layout: str, decoder: TransformerDecoder) -> Family:
+    """The family of layers like these.
+
+    **Raises:** `ValueError` if they are of another kind than layouts without a family have.
+    """
     attention = getattr(decoder.layer(0), "attention", None)
-    if isinstance(attention, GroupedQueryAttention):
-        if attention.query_norm is not None:
-            return QWEN3
-        is_llama = attention.query_bias is None or attention.out_bias is not None
-        return LLAMA if is_llama else QWEN2
-    raise ValueError(
-        "`model` must have layers of grouped-query attention for this layout; got "
-        f"{type(attention).__name__}."
-    )
+    if not isinstance(attention, GroupedQueryAttention):
+        raise ValueError(
+            f"`layout` {layout!r} is for models of grouped-query attention alone; `model` has a "
+            f"{type(attention).__name__}. Take the layout of its family, or the folder it came "
+            "from."
+        )
+    if layout != "speculators" and has_experts(decoder):
+        return QWEN3_MOE
+    if attention.query_norm is not None:
+        return QWEN3
+    is_llama = attention.query_bias is None or attention.out_bias is not None
+    return LLAMA if is_llama else QWEN2

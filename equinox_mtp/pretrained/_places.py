@@ -26,11 +26,13 @@ class Layout:
     - `family`: of the decoder, and of the depths' transformer layers.
     - `mtp`: the tables of the depths; `None` if only the decoder has places.
     - `names`: the tensors there are, which tell how those lie that may lie in two ways.
+    - `called`: what messages call the layout, if not by the family's name.
     """
 
     family: Family
     mtp: MTPTable | None
     names: Collection[str] = ()
+    called: str | None = None
 
     def decoder_places(self, decoder: TransformerDecoder) -> list[Place]:
         """The places of a decoder's arrays, in the order of its leaves.
@@ -84,8 +86,8 @@ class Layout:
         """The tensor of an array, with its prefix; `numbers` are those of the first layer."""
         if name not in table:
             raise ValueError(
-                f"`layout` {self.family.name!r} has no tensor for `{name}`. Take the layout of the "
-                "folder that the model came from, or another one that has."
+                f"`layout` {self.called or self.family.name!r} has no tensor for `{name}`. Take "
+                "the layout of the folder that the model came from, or another one that has."
             )
         tensor = table[name]
         if tensor.other is not None:
