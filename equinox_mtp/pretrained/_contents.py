@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .._config import MTPConfig
 from .._layer import MultiTokenPredictionLayer
 from .._model import MTPModel
@@ -182,13 +184,15 @@ def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family])
 
 
 def _other_parts(family: Family, origin: CheckpointFolder) -> list[StoredTensor]:
-    """The tensors of a folder that are no part of the text model, as they are there."""
-    return [
-        StoredTensor(name, info.dtype, info.shape, partial(origin.view, name))
-        for name in origin
-        if name.startswith(family.other_parts)
-        for info in (origin.info(name),)
-    ]
+    """The tensors of a folder that are no part of the text model; dequantized, as all others."""
+
+    def stored(name: str) -> StoredTensor:
+        info = origin.info(name)
+        dtype = np.dtype(np.float32) if origin.is_quantized(name) else info.dtype
+        return StoredTensor(name, dtype, info.shape, partial(origin.view, name))
+
+    names = [name for name in origin if name.startswith(family.other_parts)]
+    return [stored(name) for name in names if not origin.is_scale(name)]
 
 
 def _head(model: MTPModel, origin: CheckpointFolder | None) -> Contents:

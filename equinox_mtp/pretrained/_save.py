@@ -19,6 +19,8 @@ from ._write import new_folder, write_file, write_index, write_json, write_tenso
 _ALIASES = {"llama3": "llama"}
 _OTHER_LAYOUTS = ("transformers", "speculators", "stitched")
 _MTP_FILE = "mtp.safetensors"
+# What the other parts of a model read, if these are copied.
+_PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
 @checked
@@ -113,7 +115,8 @@ def save(
             write_tensors(temporary, contents.tensors, max_bytes)
         write_json(temporary / CONFIG_FILE, contents.config)
         if origin is not None:
-            for name in TOKENIZER_FILES:
+            processor_files = _PROCESSOR_FILES if layout == "source" else ()
+            for name in (*TOKENIZER_FILES, *processor_files):
                 if (origin.path / name).is_file():
                     shutil.copyfile(origin.path / name, temporary / name)
 

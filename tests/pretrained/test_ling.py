@@ -125,7 +125,8 @@ def test_its_layers_are_those_of_glm(tmp_path: Path) -> None:
         repeated_layer=False,
     )
     # As it came, and from the model alone.
-    for number, options in enumerate(({"source": tmp_path / "ling"}, {"layout": NAME})):
+    ways: list[dict[str, Any]] = [{"source": tmp_path / "ling"}, {"layout": NAME}]
+    for number, options in enumerate(ways):
         out = tmp_path / f"out{number}"
         pretrained.save(out, model, **options)
         written, stored = tensors_of(out), renamed(glm_tensors())

@@ -5,12 +5,14 @@ Its layers are those of Qwen3-Next, whose weights and recorded numbers are taken
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import FOLDER, config_of, reference, tensors_of
@@ -20,6 +22,7 @@ from safetensors.numpy import save_file
 import equinox_mtp as emtp
 from equinox_mtp import nn, pretrained, sharding
 from equinox_mtp._decoder import split_auxiliary
+from equinox_mtp.pretrained._write import StoredTensor, write_file
 
 KEY = jax.random.key(0)
 NAME = "qwen3_5_moe"
@@ -116,8 +119,13 @@ def write(target: Path, tensors: Tensors, config: dict[str, Any] = CONFIG) -> Pa
 def nested(tensors: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """As the text part of a model with vision."""
     moved = {n.replace("model.", "model.language_model.", 1): x for n, x in tensors.items()}
-    moved["model.visual.blocks.0.attn.qkv.weight"] = np.ones((24, 8), np.float32)
-    moved["model.visual.pos_embed.weight"] = np.ones((4, 8), np.float32)
+    rng = np.random.default_rng(1)
+    for name, shape in (
+        ("patch_embed.proj.bias", (8,)),
+        ("blocks.0.attn.qkv.weight", (24, 8)),
+        ("blocks.0.mlp.linear_fc1.bias", (16,)),
+    ):
+        moved[f"model.visual.{name}"] = rng.normal(size=shape).astype(np.float32)
     text = {**config, "architectures": None}
     del text["tie_word_embeddings"]
     whole = {
@@ -180,7 +188,8 @@ def test_every_form_is_the_same_model(
     model = load(folder)
     assert eqx.tree_equal(model, split_model)
     # In the form of the folder, its depth's form included.
-    for number, options in enumerate(({"source": folder}, {"layout": folder})):
+    ways: list[dict[str, Any]] = [{"source": folder}, {"layout": folder}]
+    for number, options in enumerate(ways):
         out = tmp_path / f"out{number}"
         pretrained.save(out, model, **options)
         assert_same(tensors_of(out), tensors)
@@ -229,14 +238,17 @@ def test_the_text_part_of_a_model_with_vision(
 ) -> None:
     tensors, config = nested(FORMS[form](split_tensors()), CONFIG)
     folder = write(tmp_path / "in", tensors, config)
+    (folder / "preprocessor_config.json").write_text("{}")
     model = load(folder)
     assert eqx.tree_equal(model, split_model)
     # As it came, vision included.
     pretrained.save(tmp_path / "same", model, source=folder)
+    assert (tmp_path / "same" / "preprocessor_config.json").read_text() == "{}"
     assert_same(tensors_of(tmp_path / "same"), tensors)
     assert config_of(tmp_path / "same") == config
     # By name: the text alone.
     pretrained.save(tmp_path / "text", model, layout=NAME, source=folder)
+    assert not (tmp_path / "text" / "preprocessor_config.json").exists()
     assert_same(tensors_of(tmp_path / "text"), packed(split_tensors()))
     written = config_of(tmp_path / "text")
     assert written["max_position_embeddings"] == 128
@@ -267,6 +279,26 @@ def test_the_text_part_of_a_dense_model_with_vision(tmp_path: Path) -> None:
     assert config_of(tmp_path / "same") == config
     pretrained.save(tmp_path / "text", model, layout="qwen3_5", source=folder)
     assert_same(tensors_of(tmp_path / "text"), tensors)
+
+
+def test_vision_of_8_bits_is_dequantized(tmp_path: Path) -> None:
+    """As all weights that are written: `config.json` says nothing of 8 bits any more."""
+    tensors, config = nested(split_tensors(), CONFIG)
+    name = "model.visual.blocks.0.attn.qkv.weight"
+    narrow = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    scales = np.asarray([[0.5], [2.0]], np.float32)  # of blocks of 16 × 8, the last one cut
+    tensors |= {name: narrow, f"{name}_scale_inv": scales}
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 8]}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    stored = [StoredTensor(n, x.dtype, x.shape, partial(np.copy, x)) for n, x in tensors.items()]
+    write_file(tmp_path / "in" / "model.safetensors", stored)
+    pretrained.save(tmp_path / "out", load(tmp_path / "in"), source=tmp_path / "in")
+    written = tensors_of(tmp_path / "out")
+    expected = narrow.astype(np.float32) * np.repeat(scales, 16, axis=0)[:24]
+    np.testing.assert_array_equal(written[name], expected, strict=True)
+    assert f"{name}_scale_inv" not in written
+    assert "quantization_config" not in config_of(tmp_path / "out")
 
 
 def test_names_of_the_packed_form(split_model: emtp.MTPModel, tmp_path: Path) -> None:
