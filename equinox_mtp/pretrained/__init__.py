@@ -30,17 +30,8 @@ from ._load import load
 from ._registry import FAMILIES
 from ._save import save
 from ._speculators import model_folder
-from ._tables import (
-    AbstractStep,
-    Convolution,
-    Family,
-    Flat,
-    Kernel,
-    MTPTable,
-    Part,
-    Same,
-    Tensor,
-)
+from ._steps import AbstractStep, Convolution, Flat, Kernel, Part, Same
+from ._tables import Family, MTPTable, Tensor
 from ._tokenizer import load_tokenizer
 
 __all__ = [

@@ -1,6 +1,7 @@
 """The tensors of an array, and where it lies in a tensor that it shares with others."""
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._tables import AbstractStep, Part, Shape
+from ._steps import AbstractStep, Part, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Place:
 class Rows(AbstractStep):
     """A `Part`, once it is known where the array lies.
 
-    The tensor's first axis is `num_groups` times `total` rows, of which the array has those from
-    `start` to `stop` in each group.
+    The tensor has `num_groups` times `total` rows, of which the array has those from `start` to
+    `stop` in each group. They are its first axis; or its first two, if `axis` is 1.
     """
 
     step: AbstractStep
@@ -48,20 +49,22 @@ class Rows(AbstractStep):
     start: int
     stop: int
     total: int
+    axis: int
 
     def stored_shape(self, shape: Shape) -> Shape:
         """Of the whole tensor."""
-        return (self.num_groups * self.total, *self.step.stored_shape(shape)[1:])
+        rows = (self.num_groups, self.total) if self.axis else (self.num_groups * self.total,)
+        return (*rows, *self.step.stored_shape(shape)[self.axis + 1 :])
 
     def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
         """See `AbstractStep`; a copy if heads of one group lie apart from those of the next."""
-        groups = stored.reshape(self.num_groups, self.total, *stored.shape[1:])
+        groups = stored.reshape(self.num_groups, self.total, *stored.shape[self.axis + 1 :])
         return self.step.view(groups[:, self.start : self.stop], shape)
 
     def stored(self, array: np.ndarray) -> np.ndarray:
         """The array's rows alone, `[num_groups, stop - start, …]`."""
         rows = self.step.stored(array)
-        return rows.reshape(self.num_groups, -1, *rows.shape[1:])
+        return rows.reshape(self.num_groups, -1, *rows.shape[self.axis + 1 :])
 
 
 def with_rows(places: Sequence[Place]) -> list[Place]:
@@ -77,15 +80,20 @@ def with_rows(places: Sequence[Place]) -> list[Place]:
         num_groups = 1
         for place in sorted(parts, key=_order):
             assert isinstance(place.step, Part)
-            if place.step.groups is not None:
+            if place.step.axis:
+                num_groups = place.shape[0]
+            elif place.step.groups is not None:
                 module = place.leaf.rpartition(".")[0]
                 num_groups = by_leaf[f"{module}.{place.step.groups}"].shape[-2]
-            sizes[place.leaf] = place.step.step.stored_shape(place.shape)[0] // num_groups
+            stored = place.step.stored_shape(place.shape)[: place.step.axis + 1]
+            sizes[place.leaf] = math.prod(stored) // num_groups
         total, start = sum(sizes.values()), 0
         for place in sorted(parts, key=_order):
             assert isinstance(place.step, Part)
             stop = start + sizes[place.leaf]
-            found[place.leaf] = Rows(place.step.step, num_groups, start, stop, total)
+            found[place.leaf] = Rows(
+                place.step.step, num_groups, start, stop, total, place.step.axis
+            )
             start = stop
     return [dataclasses.replace(place, step=found.get(place.leaf, place.step)) for place in places]
 

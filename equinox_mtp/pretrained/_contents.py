@@ -2,29 +2,31 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .._block import MultiTokenPredictionBlock
+import numpy as np
+
 from .._config import MTPConfig
 from .._layer import MultiTokenPredictionLayer
 from .._model import MTPModel
 from ..nn import GroupedQueryAttention, TransformerDecoder
 from ._comparison import difference, layers_of
+from ._config_file import config_of, hints_of, merged_config, with_compute_dtype, without
 from ._dense import LLAMA, QWEN2, QWEN3
 from ._fitting import fit_depths, with_biases
 from ._folder import CONFIG_FILE, CheckpointFolder
 from ._moe import QWEN3_MOE, has_experts
 from ._places import Layout
 from ._registry import family_of
-from ._settings import COMPUTE_DTYPE, HINTS, Settings
+from ._settings import HINTS, Settings
 from ._shapes import decoder_shapes, depth_shapes
 from ._speculators import head_config, head_table
 from ._tables import Family, MTPTable
 from ._transformers import COUNT_KEY, transformers_table
 from ._write import StoredTensor, stored_tensors
 
-_QUANTIZED = ("quantization_config", "compression_config")
 _KINDS = {True: "full_attention", False: "sliding_attention"}
 _DEPTH_PARTS = (
     *("embedding_norm", "hidden_state_norm", "projection_layer", "transformer_layer"),
@@ -98,53 +100,36 @@ def contents_of(
     followed = contents.config
     if layout == "speculators" and origin is not None:
         followed = origin.config
-    config = _with_compute_dtype(contents.config, contents.decoder.dtype, followed)
+    config = with_compute_dtype(contents.config, contents.decoder.dtype, followed)
     return dataclasses.replace(contents, config=config)
 
 
-def _with_compute_dtype(
-    config: dict[str, Any], compute_dtype: str, followed: dict[str, Any]
-) -> dict[str, Any]:
-    """A configuration that notes the compute dtype, if `load` would choose another one.
-
-    `followed` is the configuration that `load` follows without a note.
-    """
-    if Settings(followed, Path(CONFIG_FILE)).compute_dtype == compute_dtype:
-        return config
-    nested = config.get("text_config")
-    target = nested if isinstance(nested, dict) else config
-    noted = {**target, HINTS: {**target.get(HINTS, {}), COMPUTE_DTYPE: compute_dtype}}
-    return noted if target is config else {**config, "text_config": noted}
+def _decoder_tensors(layout: Layout, decoder: TransformerDecoder) -> list[StoredTensor]:
+    return stored_tensors(decoder, layout.decoder_places(decoder))
 
 
-def _decoder_tensors(family: Family, model: MTPModel) -> list[StoredTensor]:
-    decoder = model.decoder
-    assert isinstance(decoder, TransformerDecoder)
-    return stored_tensors(decoder, Layout(family, None).decoder_places(decoder))
-
-
-def _depth_tensors(
-    family: Family, mtp: MTPTable, block: MultiTokenPredictionBlock, num_layers: int
-) -> list[StoredTensor]:
-    return stored_tensors(block.layers, Layout(family, mtp).block_places(block.layers, num_layers))
+def _depth_tensors(layout: Layout, layers: Any, num_layers: int) -> list[StoredTensor]:
+    return stored_tensors(layers, layout.block_places(layers, num_layers))
 
 
 def _family(
     family: Family,
     model: MTPModel,
     origin: CheckpointFolder | None,
-    copies_in: CheckpointFolder | None = None,
+    like: CheckpointFolder | None = None,
 ) -> Contents:
     """A family's own layout; without a place for depths they must be none.
 
-    `copies_in` is a folder without whose copies of embedding and head none are written.
+    `like` is a folder whose tensors tell how those lie that may lie in two ways, and which copies
+    of embedding and head are written.
     """
     if family.needs_biases:
         model = with_biases(model)
     decoder, config = model.decoder, model.block.config
     assert isinstance(decoder, TransformerDecoder)
-    tensors = _decoder_tensors(family, model)
-    written = _config(family, decoder, origin)
+    layout = Layout(family, family.mtp, () if like is None else like)
+    tensors = _decoder_tensors(layout, decoder)
+    written = config_of(family, decoder, origin)
     if family.mtp is None:
         if config.num_depths:
             raise ValueError(
@@ -161,11 +146,11 @@ def _family(
     block = fit_depths(model, mtp, family.name, any_input=mtp.any_input, may_repeat=may_repeat)
     num_depths = 1 if repeats else config.num_depths
     copies = _copies(tensors, family, mtp, num_depths, decoder.num_layers)
-    tensors += _depth_tensors(family, mtp, block, decoder.num_layers)
-    tensors += [copy for copy in copies if copies_in is None or copy.name in copies_in]
+    tensors += _depth_tensors(layout, block.layers, decoder.num_layers)
+    tensors += [copy for copy in copies if like is None or copy.name in like]
     if not mtp.is_implied or (origin is not None and mtp.count_key in origin.config):
         written[mtp.count_key] = num_depths
-    hints = _hints(mtp, config)
+    hints = hints_of(mtp, config)
     written |= {HINTS: hints} if hints else {}
     return Contents(family, tensors, written, decoder, block.layers)
 
@@ -186,59 +171,41 @@ def _copies(
     ]
 
 
-def _hints(mtp: MTPTable, config: MTPConfig) -> dict[str, Any]:
-    """What a layout does not tell of the conventions, for `load`."""
-    kept = {name: getattr(config, name) for name in ("input_hidden_state", "carried_hidden_state")}
-    hints = {name: value for name, value in kept.items() if mtp.config.get(name) != value}
-    if config.repeated_layer:
-        hints |= {"repeated_layer": True, "num_depths": config.num_depths}
-    return hints
-
-
 def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family]) -> Contents:
     """As it came from a folder: with its configuration, whatever is in it."""
     settings = Settings(origin.config, origin.path / CONFIG_FILE)
-    family = family_of(settings, families)
+    family = family_of(settings, families, origin)
     if family.mtp is None and model.block.config.num_depths and settings.get(COUNT_KEY):
         return _with_transformers_depths("transformers", model, origin)
-    contents = _family(family, model, origin, copies_in=origin)
-    return dataclasses.replace(contents, config=_merged(origin.config, contents.config))
+    contents = _family(family, model, origin, like=origin)
+    tensors = [*contents.tensors, *_other_parts(family, origin)]
+    config = merged_config(origin.config, contents.config)
+    return dataclasses.replace(contents, tensors=tensors, config=config)
 
 
-_COUNTED = (
-    *("tie_word_embeddings", "num_nextn_predict_layers", "mtp_num_hidden_layers", COUNT_KEY),
-    HINTS,
-)
+def _other_parts(family: Family, origin: CheckpointFolder) -> list[StoredTensor]:
+    """The tensors of a folder that are no part of the text model; dequantized, as all others."""
 
+    def stored(name: str) -> StoredTensor:
+        info = origin.info(name)
+        dtype = np.dtype(np.float32) if origin.is_quantized(name) else info.dtype
+        return StoredTensor(name, dtype, info.shape, partial(origin.view, name))
 
-def _merged(stored: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
-    """A folder's configuration, where it still says what the model is."""
-    config = _without(stored, *_QUANTIZED, HINTS)
-    nested = config.get("text_config")
-    target = _without(nested, HINTS) if isinstance(nested, dict) else config
-    for name in _COUNTED:
-        if name in written and written[name] != target.get(name, False if "tie" in name else 0):
-            target[name] = written[name]
-    for name in ("dtype", "torch_dtype"):
-        if name in target:
-            target[name] = written["torch_dtype"]
-    return {**config, "text_config": target} if target is not config else config
-
-
-def _without(config: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: x for name, x in config.items() if name not in names}
+    names = [name for name in origin if name.startswith(family.other_parts)]
+    return [stored(name) for name in names if not origin.is_scale(name)]
 
 
 def _head(model: MTPModel, origin: CheckpointFolder | None) -> Contents:
     """The depths alone, for the format of speculators."""
     decoder = model.decoder
     assert isinstance(decoder, TransformerDecoder)
-    family, mtp = _dense_family(decoder), head_table()
+    family, mtp = _plain_family("speculators", decoder), head_table()
     block = fit_depths(model, mtp, "speculators", any_input=False, may_repeat=True)
-    written = _config(family, decoder, origin)
+    written = config_of(family, decoder, origin)
     name = "." if origin is None else str(origin.path.resolve())
     config = head_config(written, name, model.block.config.num_depths)
-    tensors = _depth_tensors(family, mtp, block, decoder.num_layers)
+    described = Layout(family, mtp, called="speculators")
+    tensors = _depth_tensors(described, block.layers, decoder.num_layers)
     return Contents(family, tensors, config, decoder, block.layers)
 
 
@@ -247,25 +214,25 @@ def _with_transformers_depths(
 ) -> Contents:
     decoder, num_depths = model.decoder, model.block.config.num_depths
     assert isinstance(decoder, TransformerDecoder)
-    is_sparse = has_experts(decoder)
-    family = QWEN3_MOE if is_sparse else _dense_family(decoder)
+    family = _plain_family(layout, decoder)
     mtp = transformers_table(num_depths)
     if family.needs_biases:
         model = with_biases(model)
         decoder = model.decoder
         assert isinstance(decoder, TransformerDecoder)
     block = fit_depths(model, mtp, layout, any_input=False, may_repeat=False)
-    depths = _depth_tensors(family, mtp, block, decoder.num_layers)
+    described = Layout(family, mtp, called=layout)
+    depths = _depth_tensors(described, block.layers, decoder.num_layers)
     if layout == "stitched":
         if origin is None:
             raise ValueError(
                 "`source` must be given for `layout='stitched'`: the folder of the main model, "
                 "whose files are linked."
             )
-        tensors, config = depths, _without(origin.config, HINTS)
+        tensors, config = depths, without(origin.config, HINTS)
     else:
-        tensors = _decoder_tensors(family, model) + depths
-        config = _config(family, decoder, origin)
+        tensors = _decoder_tensors(described, decoder) + depths
+        config = config_of(family, decoder, origin)
     config[COUNT_KEY] = num_depths
     # transformers gives Qwen's configurations `layer_types`, and then wants the depths' too.
     if family is not LLAMA or "layer_types" in config:
@@ -277,35 +244,21 @@ def _with_transformers_depths(
     return Contents(family, tensors, config, decoder, block.layers)
 
 
-def _dense_family(decoder: TransformerDecoder) -> Family:
-    """The family of layers like these."""
+def _plain_family(layout: str, decoder: TransformerDecoder) -> Family:
+    """The family of layers like these.
+
+    **Raises:** `ValueError` if they are of another kind than layouts without a family have.
+    """
     attention = getattr(decoder.layer(0), "attention", None)
-    if isinstance(attention, GroupedQueryAttention):
-        if attention.query_norm is not None:
-            return QWEN3
-        is_llama = attention.query_bias is None or attention.out_bias is not None
-        return LLAMA if is_llama else QWEN2
-    raise ValueError(
-        "`model` must have layers of grouped-query attention for this layout; got "
-        f"{type(attention).__name__}."
-    )
-
-
-def _config(
-    family: Family, decoder: TransformerDecoder, origin: CheckpointFolder | None
-) -> dict[str, Any]:
-    """A decoder's `config.json`; of another folder's what is not known here."""
-    stored = dict(origin.config) if origin is not None else {}
-    kept = {
-        name: value
-        for name, value in stored.items()
-        if name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-    }
-    return {
-        "architectures": [family.architectures[0]],
-        "model_type": family.name,
-        "max_position_embeddings": 4096,
-        **family.config_of(decoder),
-        "torch_dtype": str(decoder.embedding.dtype),
-        **kept,
-    }
+    if not isinstance(attention, GroupedQueryAttention):
+        raise ValueError(
+            f"`layout` {layout!r} is for models of grouped-query attention alone; `model` has a "
+            f"{type(attention).__name__}. Take the layout of its family, or the folder it came "
+            "from."
+        )
+    if layout != "speculators" and has_experts(decoder):
+        return QWEN3_MOE
+    if attention.query_norm is not None:
+        return QWEN3
+    is_llama = attention.query_bias is None or attention.out_bias is not None
+    return LLAMA if is_llama else QWEN2

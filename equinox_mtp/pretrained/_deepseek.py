@@ -18,7 +18,8 @@ from ._moe import (
     make_corrected_mixture,
 )
 from ._settings import Settings, rope_config
-from ._tables import Family, Kernel, Table, Tensor
+from ._steps import Kernel
+from ._tables import Family, Table, Tensor
 
 _ATTENTION: Table = {
     "attention_norm.scale": Tensor("input_layernorm.weight"),

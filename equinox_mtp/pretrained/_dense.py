@@ -9,7 +9,8 @@ from jaxtyping import PRNGKeyArray
 
 from .. import nn
 from ._settings import Settings, rope_config
-from ._tables import Family, Flat, Kernel, MTPTable, Table, Tensor
+from ._steps import Flat, Kernel
+from ._tables import Family, MTPTable, Table, Tensor
 
 ATTENTION: Table = {
     "attention_norm.scale": Tensor("input_layernorm.weight"),
@@ -50,11 +51,13 @@ def make_layer(
     biases: Biases,
     has_norm: bool,
     has_window: bool,
+    interleaved: bool = False,
     key: PRNGKeyArray,
 ) -> nn.TransformerDecoderLayer:
     """A layer of grouped-query attention and SwiGLU.
 
-    `biases`, `has_norm` and `has_window` say what a family has.
+    `biases`, `has_norm` and `has_window` say what a family has, and `interleaved` that neighbours
+    are rotated together.
     """
     attention_key, feed_forward_key = jax.random.split(key)
     attention = make_attention(
@@ -64,6 +67,7 @@ def make_layer(
         biases=biases,
         has_norm=has_norm,
         has_window=has_window,
+        interleaved=interleaved,
         key=attention_key,
     )
     return layer_of(settings, attention, make_swiglu(settings, feed_forward_key))
@@ -97,6 +101,7 @@ def make_attention(
     has_norm: bool,
     has_window: bool,
     partial_rotary: float | None = None,
+    interleaved: bool = False,
     key: PRNGKeyArray,
 ) -> nn.GroupedQueryAttention:
     """Grouped-query attention; see `make_layer`.
@@ -107,7 +112,8 @@ def make_attention(
     _check_parts(settings, names)
     embed_size, epsilon = settings.integer("hidden_size"), settings.number("rms_norm_eps", 1e-6)
     heads = settings.integer("num_attention_heads")
-    rotary = settings.rotary(fraction=1.0 if partial_rotary is None else partial_rotary)
+    fraction = 1.0 if partial_rotary is None else partial_rotary
+    rotary = settings.rotary(interleaved=interleaved, fraction=fraction)
     if rotary.size is not None and partial_rotary is None:
         raise settings.error("partial_rotary_factor", "1 in this family", rotary.size)
     window = _window(settings, index)

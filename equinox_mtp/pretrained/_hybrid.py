@@ -1,4 +1,4 @@
-"""Qwen3.5 and Qwen3-Next: Gated DeltaNet in most layers, gated attention in the others."""
+"""Qwen3.5, dense or with experts, and Qwen3-Next: Gated DeltaNet and gated attention."""
 
 import dataclasses
 from collections.abc import Collection
@@ -10,9 +10,11 @@ from jaxtyping import PRNGKeyArray
 
 from .. import nn
 from ._dense import ATTENTION, FEED_FORWARD, QUERY_KEY_NORMS, layer_of, make_swiglu
+from ._hybrid_config import FeedForwards, config_of
 from ._moe import EXPERTS
-from ._settings import Settings, rope_config
-from ._tables import Convolution, Family, Kernel, Part, Table, Tensor
+from ._settings import Settings
+from ._steps import Convolution, Kernel, Part
+from ._tables import Family, Table, Tensor
 from ._transformers import transformers_table
 
 _GATED_ATTENTION: Table = {
@@ -53,8 +55,7 @@ _DELTA_PROJECTIONS_BY_HEAD: Table = {
         for order, part in enumerate(("beta", "decay"))
     },
 }
-_MIXTURE: Table = {
-    **EXPERTS,
+_SHARED_EXPERT: Table = {
     **{
         f"feed_forward.shared_expert.{part}.kernel": Tensor(
             f"mlp.shared_expert.{part}_proj.weight", Kernel()
@@ -63,6 +64,21 @@ _MIXTURE: Table = {
     },
     "feed_forward.shared_gate.kernel": Tensor("mlp.shared_expert_gate.weight", Kernel()),
 }
+_MATRICES = Kernel(num_stacked=1)
+# All experts in one tensor, of each its gate above its up-projection; or one by one.
+_PACKED_EXPERTS: Table = {
+    **EXPERTS,
+    **{
+        f"feed_forward.experts.{part}": Tensor(
+            f"mlp.experts.{name}", step, other=EXPERTS[f"feed_forward.experts.{part}"]
+        )
+        for part, name, step in (
+            ("gate", "gate_up_proj", Part(0, _MATRICES, axis=1)),
+            ("up", "gate_up_proj", Part(1, _MATRICES, axis=1)),
+            ("down", "down_proj", _MATRICES),
+        )
+    },
+}
 
 
 def make_layer(
@@ -70,21 +86,23 @@ def make_layer(
     index: int,
     names: Collection[str],
     *,
-    has_mixture: bool,
+    feed_forwards: FeedForwards,
     fraction: float,
     key: PRNGKeyArray,
 ) -> nn.TransformerDecoderLayer:
     """A layer of the kind that `layer_types` says; depths, which count on, have full attention.
 
-    `has_mixture` and `fraction`, of the features that are rotated by default, are a family's.
+    `feed_forwards` and `fraction`, of the features that are rotated by default, are a family's.
     """
-    _check_parts(settings, names)
+    _check_parts(settings, names, feed_forwards)
     attention_key, feed_forward_key = jax.random.split(key)
     if _is_full(settings, index):
         attention = _attention(settings, fraction, attention_key)
     else:
         attention = _delta(settings, attention_key)
-    is_mixture = has_mixture and _is_mixture(settings, index)
+    is_mixture = feed_forwards == "experts"
+    if feed_forwards == "either":
+        is_mixture = _is_mixture(settings, index)
     make_feed_forward = _mixture if is_mixture else make_swiglu
     return layer_of(settings, attention, make_feed_forward(settings, feed_forward_key))
 
@@ -160,9 +178,11 @@ def _is_full(settings: Settings, index: int) -> bool:
     return kind == "full_attention"
 
 
-def _check_parts(settings: Settings, names: Collection[str]) -> None:
+def _check_parts(settings: Settings, names: Collection[str], feed_forwards: FeedForwards) -> None:
     """**Raises:** `ValueError` for what these layers do not have."""
+    always = [("norm_topk_prob", True, True)] if feed_forwards == "experts" else []
     for key, default, wanted in (
+        *always,
         ("hidden_act", "silu", "silu"),
         ("attention_bias", False, False),
         ("attn_output_gate", True, True),
@@ -178,109 +198,38 @@ def _check_parts(settings: Settings, names: Collection[str]) -> None:
         )
 
 
-def config_of(decoder: nn.TransformerDecoder, *, has_mixture: bool) -> dict[str, Any]:
-    """The keys of `config.json` that describe a decoder, from its first layer of each kind.
-
-    `save` compares what these keys give with the whole model.
-
-    **Raises:** `ValueError` if its layers are of other kinds.
-    """
-    layers: list[Any] = [decoder.layer(index) for index in range(decoder.num_layers)]
-    full = _first(layers, "attention", nn.GroupedQueryAttention)
-    delta = _first(layers, "attention", nn.GatedDeltaNet)
-    embed_size, heads, head_dim = full.query_kernel.shape
-    names = {True: "full_attention", False: "linear_attention"}
-    kinds = [names[isinstance(x.attention, nn.GroupedQueryAttention)] for x in layers]
-    return {
-        "vocab_size": decoder.embedding.shape[0],
-        "hidden_size": embed_size,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": heads,
-        "num_key_value_heads": full.key_kernel.shape[1],
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": layers[0].attention_norm.epsilon,
-        "attention_bias": False,
-        "tie_word_embeddings": decoder.head is None,
-        "use_cache": True,
-        "layer_types": kinds,
-        "linear_conv_kernel_dim": delta.key_convolution.shape[0],
-        "linear_key_head_dim": delta.key_kernel.shape[2],
-        "linear_value_head_dim": delta.value_kernel.shape[2],
-        "linear_num_key_heads": delta.key_kernel.shape[1],
-        "linear_num_value_heads": delta.value_kernel.shape[1],
-        **_rope_config(full.rotary, head_dim),
-        **(_mixture_config(layers) if has_mixture else _dense_config(layers)),
-    }
-
-
-def _first(layers: list[Any], part: str, kind: type) -> Any:
-    """The part of the first layer that has one of a kind."""
-    found = [x for x in (getattr(layer, part, None) for layer in layers) if isinstance(x, kind)]
-    if not found:
-        others = sorted({type(getattr(layer, part, None)).__name__ for layer in layers})
-        raise ValueError(
-            f"`model` must have a layer with a {kind.__name__} for this layout; got "
-            f"{', '.join(others)}."
-        )
-    return found[0]
-
-
-def _rope_config(rotary: nn.Rotary, head_dim: int) -> dict[str, Any]:
-    """In the older form and the newer one."""
-    older = {"partial_rotary_factor": 1.0, **rope_config(rotary, head_dim)}
-    newer = {"rope_type": "default", **(older["rope_scaling"] or {})}
-    newer |= {name: older[name] for name in ("rope_theta", "partial_rotary_factor")}
-    return {**older, "rope_parameters": newer}
-
-
-def _dense_config(layers: list[Any]) -> dict[str, Any]:
-    feed_forward = _first(layers, "feed_forward", nn.SwiGLU)
-    mlp_size = feed_forward.up.kernel.shape[1]
-    # The name of the text model alone.
-    return {"model_type": "qwen3_5_text", "intermediate_size": mlp_size, "attn_output_gate": True}
-
-
-def _mixture_config(layers: list[Any]) -> dict[str, Any]:
-    mixture = _first(layers, "feed_forward", nn.MixtureOfExperts)
-    if mixture.shared_expert is None:
-        raise ValueError("`model` must have a shared expert for this layout; got none.")
-    dense = [i for i, x in enumerate(layers) if not isinstance(x.feed_forward, type(mixture))]
-    mlp_size = layers[dense[0]].feed_forward.up.kernel.shape[1] if dense else 1
-    return {
-        "intermediate_size": mlp_size,
-        "mlp_only_layers": dense,
-        "decoder_sparse_step": 1,
-        "num_experts": mixture.router.num_experts,
-        "num_experts_per_tok": mixture.router.top_k,
-        "norm_topk_prob": mixture.router.normalize,
-        "moe_intermediate_size": mixture.experts.up.shape[2],
-        "shared_expert_intermediate_size": mixture.shared_expert.up.kernel.shape[1],
-    }
-
-
-def _table_of(layer: Any, *, delta: Table) -> Table:
+def _table_of(layer: Any, *, delta: Table, experts: Table = EXPERTS) -> Table:
     is_delta = isinstance(layer.attention, nn.GatedDeltaNet)
     is_dense = isinstance(layer.feed_forward, nn.SwiGLU)
     attention = {**_DELTA, **delta} if is_delta else _GATED_ATTENTION
-    return {**attention, **(FEED_FORWARD if is_dense else _MIXTURE)}
+    return {**attention, **(FEED_FORWARD if is_dense else {**experts, **_SHARED_EXPERT})}
 
 
 QWEN3_5 = Family(
     name="qwen3_5",
-    architectures=("Qwen3_5ForCausalLM",),
-    make_layer=partial(make_layer, has_mixture=False, fraction=0.25),
-    config_of=partial(config_of, has_mixture=False),
+    architectures=("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
+    make_layer=partial(make_layer, feed_forwards="dense", fraction=0.25),
+    config_of=partial(config_of, feed_forwards="dense"),
     layer=ATTENTION,
     layer_of_kind=partial(_table_of, delta=_DELTA_PROJECTIONS),
     scale_offset=1.0,
+    text_prefix="model.language_model.",
+    other_parts=("model.visual.",),
     mtp=dataclasses.replace(transformers_table(1), count_key="mtp_num_hidden_layers"),
+)
+QWEN3_5_MOE = dataclasses.replace(
+    QWEN3_5,
+    name="qwen3_5_moe",
+    architectures=("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
+    make_layer=partial(make_layer, feed_forwards="experts", fraction=0.25),
+    config_of=partial(config_of, feed_forwards="experts"),
+    layer_of_kind=partial(_table_of, delta=_DELTA_PROJECTIONS, experts=_PACKED_EXPERTS),
 )
 QWEN3_NEXT = Family(
     name="qwen3_next",
     architectures=("Qwen3NextForCausalLM",),
-    make_layer=partial(make_layer, has_mixture=True, fraction=0.25),
-    config_of=partial(config_of, has_mixture=True),
+    make_layer=partial(make_layer, feed_forwards="either", fraction=0.25),
+    config_of=partial(config_of, feed_forwards="either"),
     layer=ATTENTION,
     layer_of_kind=partial(_table_of, delta=_DELTA_PROJECTIONS_BY_HEAD),
     scale_offset=1.0,

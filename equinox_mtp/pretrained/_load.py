@@ -55,9 +55,10 @@ def load(
 ) -> tuple[MTPModel, Any]:
     """Reads a released model: `config.json`, `*.safetensors` and `tokenizer.json` of a folder.
 
-    Llama 3, Qwen2, Qwen3, Qwen3-MoE, Qwen3.5, Qwen3-Next, GLM-4.5, DeepSeek-V3 and MiMo-7B, and
-    FastMTP heads in the format of speculators, over the folder of the model that they were made
-    for. The prediction depths are those of the folder, or fresh ones.
+    Llama 3, Qwen2, Qwen3, Qwen3-MoE, Qwen3.5 (dense, with experts, and the text of both with
+    vision), Qwen3-Next, GLM-4.5, DeepSeek-V3 and MiMo-7B, by their names alone ERNIE-4.5 (dense)
+    and Ling 2, and FastMTP heads in the format of speculators, over the folder of the model that
+    they were made for. The prediction depths are those of the folder, or fresh ones.
 
         model, tokenizer = pretrained.load("MiMo-7B")  # with its own depth
         model, tokenizer = pretrained.load("Qwen3-0.6B", num_depths=3, preset="fast_mtp", key=key)
@@ -99,7 +100,7 @@ def load(
     checkpoint, head_folder = _open_folders(folder, verifier)
     compute_dtype = _compute_dtype(compute_dtype, head_folder)
     settings = Settings(checkpoint.config, checkpoint.path / CONFIG_FILE)
-    family = family_of(settings, families)
+    family = family_of(settings, families, checkpoint)
     _check_counts(settings, family, checkpoint)
     with errors_of(settings):
         decoder = decoder_shapes(settings, family, checkpoint, compute_dtype)
@@ -110,7 +111,7 @@ def load(
         own, config = None, fresh_config(num_depths, preset, key)
     elif head_folder is not None:
         own, config = head_table(), depths_of_head(head_folder, num_depths)
-    layout = Layout(family, own)
+    layout = Layout(family, own, checkpoint)
     parts = [_Part(checkpoint, decoder, layout.decoder_places(decoder))]
     if own is not None:
         source = head_folder or checkpoint
@@ -224,6 +225,7 @@ def _check_all_used(
     used = set(copies)
     used |= {name for part in parts for place in part.places for name in place.flat_names}
     used.add(family.decoder["head"].name)
+    left_out = [*left_out, *family.other_parts]
     for folder in {id(part.folder): part.folder for part in parts}.values():
         for name in folder:
             is_ignored = name.endswith(tuple(family.ignored)) or name.startswith(tuple(left_out))

@@ -1,7 +1,7 @@
 """Families with mixtures of experts over grouped-query attention: Qwen3-MoE and GLM-4.5."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PRNGKeyArray
@@ -19,7 +19,8 @@ from ._dense import (
     make_swiglu,
 )
 from ._settings import Settings
-from ._tables import Family, Kernel, MTPTable, Table, Tensor
+from ._steps import Kernel
+from ._tables import Family, MTPTable, Table, Tensor
 
 EXPERTS: Table = {
     "feed_forward.router.kernel": Tensor("mlp.gate.weight", Kernel()),
@@ -38,15 +39,28 @@ SHARED_EXPERTS: Table = {
 }
 
 
-def make_corrected_mixture(settings: Settings, key: PRNGKeyArray) -> nn.MixtureOfExperts:
-    """A mixture by the keys of DeepSeek-V3: sigmoids, bias correction, groups, shared experts."""
+class MixtureKeys(NamedTuple):
+    """The keys of a configuration that families name differently."""
+
+    experts: str
+    shared_experts: str
+    scores: str
+
+
+_DEEPSEEK_KEYS = MixtureKeys("n_routed_experts", "n_shared_experts", "scoring_func")
+
+
+def make_corrected_mixture(
+    settings: Settings, key: PRNGKeyArray, keys: MixtureKeys = _DEEPSEEK_KEYS
+) -> nn.MixtureOfExperts:
+    """A mixture as DeepSeek-V3 has it: sigmoids, bias correction, groups, shared experts."""
     router_key, experts_key, shared_key = jax.random.split(key, 3)
     embed_size, mlp_size = (
         settings.integer(name) for name in ("hidden_size", "moe_intermediate_size")
     )
-    num_experts = settings.integer("n_routed_experts")
-    num_shared = settings.integer("n_shared_experts", 0, at_least=0)
-    for name, wanted in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+    num_experts = settings.integer(keys.experts)
+    num_shared = settings.integer(keys.shared_experts, 0, at_least=0)
+    for name, wanted in ((keys.scores, "sigmoid"), ("topk_method", "noaux_tc")):
         if settings.get(name, wanted) != wanted:
             raise settings.error(name, f"{wanted!r}", settings.get(name))
     router = nn.Router(
@@ -66,7 +80,9 @@ def make_corrected_mixture(settings: Settings, key: PRNGKeyArray) -> nn.MixtureO
     return nn.MixtureOfExperts(router, experts, shared_expert=shared)
 
 
-def corrected_mixture_config(layers: list[Any]) -> dict[str, Any]:
+def corrected_mixture_config(
+    layers: list[Any], keys: MixtureKeys = _DEEPSEEK_KEYS
+) -> dict[str, Any]:
     """The keys of `make_corrected_mixture`, and of the dense layers before, from all layers."""
     mixtures = _mixtures(layers)
     first = next(mixture for mixture in mixtures if mixture is not None)
@@ -77,8 +93,8 @@ def corrected_mixture_config(layers: list[Any]) -> dict[str, Any]:
         "intermediate_size": _dense_size(layers, mlp_size),
         "moe_intermediate_size": mlp_size,
         "first_k_dense_replace": num_dense,
-        "n_routed_experts": router.num_experts,
-        "n_shared_experts": 0 if shared is None else shared.up.kernel.shape[1] // mlp_size,
+        keys.experts: router.num_experts,
+        keys.shared_experts: 0 if shared is None else shared.up.kernel.shape[1] // mlp_size,
         "num_experts_per_tok": router.top_k,
         "n_group": router.num_groups,
         "topk_group": router.top_groups,
@@ -108,7 +124,7 @@ def _dense_size(layers: list[Any], otherwise: int) -> int:
     return sizes[0] if sizes else otherwise
 
 
-def _checked_layers(decoder: nn.TransformerDecoder) -> list[Any]:
+def checked_layers(decoder: nn.TransformerDecoder) -> list[Any]:
     """**Raises:** `ValueError` for layers that these families do not have."""
     layers = _layers(decoder)
     for layer in layers:
@@ -167,7 +183,7 @@ def _make_qwen3_mixture(settings: Settings, key: PRNGKeyArray) -> nn.MixtureOfEx
 
 
 def _qwen3_config(decoder: nn.TransformerDecoder) -> dict[str, Any]:
-    layers = _checked_layers(decoder)
+    layers = checked_layers(decoder)
     mixtures = _mixtures(layers)
     first = next(mixture for mixture in mixtures if mixture is not None)
     mlp_size = first.experts.gate.shape[2]
@@ -216,7 +232,7 @@ def _make_glm4_layer(
 
 
 def _glm4_config(decoder: nn.TransformerDecoder) -> dict[str, Any]:
-    layers = _checked_layers(decoder)
+    layers = checked_layers(decoder)
     return {
         **corrected_mixture_config(layers),
         "partial_rotary_factor": 1.0,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from .._config import MTPConfig
 from .._types import dotted_name, is_array_or_shape
 from ..nn import LayerRun, TransformerDecoder
 from ._array_place import Place, with_rows
-from ._tables import Family, MTPTable, Shape, Table, Tensor
+from ._steps import Shape
+from ._tables import Family, MTPTable, Table, Tensor
 
 _EXPERT = "{expert}"
 
@@ -23,10 +25,14 @@ class Layout:
 
     - `family`: of the decoder, and of the depths' transformer layers.
     - `mtp`: the tables of the depths; `None` if only the decoder has places.
+    - `names`: the tensors there are, which tell how those lie that may lie in two ways.
+    - `called`: what messages call the layout, if not by the family's name.
     """
 
     family: Family
     mtp: MTPTable | None
+    names: Collection[str] = ()
+    called: str | None = None
 
     def decoder_places(self, decoder: TransformerDecoder) -> list[Place]:
         """The places of a decoder's arrays, in the order of its leaves.
@@ -44,7 +50,7 @@ class Layout:
         for leaf, x in _leaves(decoder):
             first, *rest = leaf.split(".")
             if first != "layers":
-                tensor = self._find(self.family.decoder, leaf, "")
+                tensor = self._find(self.family.decoder, leaf, "", {})
                 places.append(_place(leaf, tensor, x.shape, []))
                 continue
             run, is_run = 0, True
@@ -52,9 +58,10 @@ class Layout:
                 run, rest = int(rest[0]), rest[1:]
                 is_run = isinstance(decoder.layers[run], LayerRun)
                 rest = rest[1:] if is_run else rest
-            tensor = self._find(tables[run], ".".join(rest), self.family.layer_prefix)
             numbers = range(starts[run], starts[run] + lengths[run])
             layers = [{"layer": number} for number in numbers]
+            prefix = self.family.layer_prefix
+            tensor = self._find(tables[run], ".".join(rest), prefix, layers[0])
             place = _place(leaf, tensor, x.shape, layers)
             places.append(dataclasses.replace(place, names=place.names[0]) if not is_run else place)
         return with_rows(places)
@@ -64,24 +71,29 @@ class Layout:
         places = []
         for leaf, x in _leaves(layers):
             assert self.mtp is not None
+            depths = [{"depth": k, "layer": num_layers + k} for k in range(x.shape[0])]
             part, _, rest = leaf.partition(".")
             if part == "transformer_layer":
                 prefix = self.mtp.prefix + self.mtp.layer_prefix
                 table = self.family.layer_table(layers.transformer_layer)
-                tensor = self._find(table, rest, prefix)
+                tensor = self._find(table, rest, prefix, depths[0])
             else:
-                tensor = self._find(self.mtp.table, leaf, self.mtp.prefix)
-            depths = [{"depth": k, "layer": num_layers + k} for k in range(x.shape[0])]
+                tensor = self._find(self.mtp.table, leaf, self.mtp.prefix, depths[0])
             places.append(_place(leaf, tensor, x.shape, depths))
         return with_rows(places)
 
-    def _find(self, table: Table, name: str, prefix: str) -> Tensor:
+    def _find(self, table: Table, name: str, prefix: str, numbers: dict[str, int]) -> Tensor:
+        """The tensor of an array, with its prefix; `numbers` are those of the first layer."""
         if name not in table:
             raise ValueError(
-                f"`layout` {self.family.name!r} has no tensor for `{name}`. Take the layout of the "
-                "folder that the model came from, or another one that has."
+                f"`layout` {self.called or self.family.name!r} has no tensor for `{name}`. Take "
+                "the layout of the folder that the model came from, or another one that has."
             )
-        return Tensor(prefix + table[name].name, table[name].step)
+        tensor = table[name]
+        if tensor.other is not None:
+            other = (prefix + tensor.other.name).format(**numbers, expert=0)
+            tensor = tensor.other if other in self.names else tensor
+        return tensor._replace(name=prefix + tensor.name)
 
 
 def _place(leaf: str, tensor: Tensor, shape: Shape, numbers: list[dict[str, int]]) -> Place:

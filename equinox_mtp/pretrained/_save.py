@@ -19,6 +19,8 @@ from ._write import new_folder, write_file, write_index, write_json, write_tenso
 _ALIASES = {"llama3": "llama"}
 _OTHER_LAYOUTS = ("transformers", "speculators", "stitched")
 _MTP_FILE = "mtp.safetensors"
+# What the other parts of a model read, if these are copied.
+_PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
 @checked
@@ -38,7 +40,10 @@ def save(
     | a folder, or `None` with `source` | as it came from there | what read that |
     | `"llama"`, `"qwen2"`, `"qwen3"` | the main model | transformers, vLLM, SGLang |
     | `"qwen3_moe"` | the main model | transformers, vLLM, SGLang |
-    | `"qwen3_5"`, `"qwen3_next"` | main model and one depth | transformers, vLLM, SGLang |
+    | `"qwen3_5"`, `"qwen3_5_moe"` | main model and one depth | transformers, vLLM, SGLang |
+    | `"qwen3_next"` | main model and one depth | transformers, vLLM, SGLang |
+    | `"ernie4_5"` | the main model | transformers, vLLM, SGLang |
+    | `"bailing_moe_v2"` | main model and depths | SGLang |
     | `"glm4_moe"` | main model and depths | transformers, vLLM, SGLang |
     | `"mimo"`, `"deepseek_v3"` | main model and depths | vLLM, SGLang |
     | `"transformers"` | main model and depths (`num_mtp_layers`) | transformers |
@@ -110,7 +115,8 @@ def save(
             write_tensors(temporary, contents.tensors, max_bytes)
         write_json(temporary / CONFIG_FILE, contents.config)
         if origin is not None:
-            for name in TOKENIZER_FILES:
+            processor_files = _PROCESSOR_FILES if layout == "source" else ()
+            for name in (*TOKENIZER_FILES, *processor_files):
                 if (origin.path / name).is_file():
                     shutil.copyfile(origin.path / name, temporary / name)
 

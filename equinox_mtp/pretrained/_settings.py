@@ -26,7 +26,11 @@ class Settings:
     def __init__(self, config: dict[str, Any], path: Path):
         nested = config.get("text_config")
         self.path = path
-        self.config = {**config, **nested} if isinstance(nested, dict) else config
+        self.config = config
+        if isinstance(nested, dict):
+            # The folder's architecture is that of the whole.
+            whole = {name: config[name] for name in ("architectures",) if name in config}
+            self.config = {**config, **nested, **whole}
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key; `default` if it is not there, or null."""

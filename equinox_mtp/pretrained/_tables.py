@@ -17,172 +17,20 @@ feed-forward network has experts, which are stored one by one (`_moe.py` has suc
     )
 """
 
-import abc
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from .._decoder import AbstractCachedDecoderLayer
 from ..nn import TransformerDecoder
-
-Shape = tuple[int, ...]
-
-
-class AbstractStep(abc.ABC):
-    """How a stored tensor and an array of the tree lie to one another; without a copy to read.
-
-    >>> isinstance(pretrained.Kernel(), pretrained.AbstractStep)
-    True
-    """
-
-    @abc.abstractmethod
-    def stored_shape(self, shape: Shape) -> Shape:
-        """The stored tensor's shape, from that of the array."""
-
-    @abc.abstractmethod
-    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
-        """The array, as a view of the stored tensor."""
-
-    @abc.abstractmethod
-    def stored(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `view`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Same(AbstractStep):
-    """The array as it is stored.
-
-    >>> pretrained.Same().stored_shape((4, 3))
-    (4, 3)
-    """
-
-    def stored_shape(self, shape: Shape) -> Shape:
-        """See `AbstractStep`."""
-        return shape
-
-    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
-        """See `AbstractStep`."""
-        return stored
-
-    def stored(self, array: np.ndarray) -> np.ndarray:
-        """See `AbstractStep`."""
-        return array
-
-
-@dataclasses.dataclass(frozen=True)
-class Flat(AbstractStep):
-    """A bias of heads `[heads head_dim]`, stored with one axis.
-
-    >>> pretrained.Flat().stored_shape((4, 3))
-    (12,)
-    """
-
-    def stored_shape(self, shape: Shape) -> Shape:
-        """See `AbstractStep`."""
-        return (math.prod(shape),)
-
-    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
-        """See `AbstractStep`."""
-        return stored.reshape(shape)
-
-    def stored(self, array: np.ndarray) -> np.ndarray:
-        """See `AbstractStep`."""
-        return array.reshape(-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel(AbstractStep):
-    """A matrix, stored `[outputs, inputs]`: transposed here, and its heads on an axis of their own.
-
-    `num_inputs` axes of the array are its inputs: 1 for `[embed heads head_dim]`, 2 for
-    `[heads head_dim embed]`.
-
-    >>> stored = np.arange(12).reshape(4, 3)  # two heads of two features, of three inputs
-    >>> pretrained.Kernel().view(stored, (3, 2, 2))[0]
-    array([[0, 3],
-           [6, 9]])
-    """
-
-    num_inputs: int = 1
-
-    def stored_shape(self, shape: Shape) -> Shape:
-        """See `AbstractStep`."""
-        return (math.prod(shape[self.num_inputs :]), math.prod(shape[: self.num_inputs]))
-
-    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
-        """See `AbstractStep`."""
-        inputs, outputs = shape[: self.num_inputs], shape[self.num_inputs :]
-        split = stored.reshape(*outputs, *inputs)
-        return np.moveaxis(split, range(len(outputs)), range(len(inputs), len(shape)))
-
-    def stored(self, array: np.ndarray) -> np.ndarray:
-        """See `AbstractStep`."""
-        outputs = range(self.num_inputs, array.ndim)
-        moved = np.moveaxis(array, outputs, range(array.ndim - self.num_inputs))
-        return moved.reshape(self.stored_shape(array.shape))
-
-
-@dataclasses.dataclass(frozen=True)
-class Convolution(AbstractStep):
-    """The kernel of a convolution of single features, stored `[features, 1, width]`.
-
-    >>> pretrained.Convolution().stored_shape((4, 3, 2))  # `[width heads head_dim]`
-    (6, 1, 4)
-    """
-
-    def stored_shape(self, shape: Shape) -> Shape:
-        """See `AbstractStep`."""
-        return (math.prod(shape[1:]), 1, shape[0])
-
-    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
-        """See `AbstractStep`."""
-        return np.moveaxis(stored.reshape(*shape[1:], shape[0]), -1, 0)
-
-    def stored(self, array: np.ndarray) -> np.ndarray:
-        """See `AbstractStep`."""
-        return np.moveaxis(array, 0, -1).reshape(self.stored_shape(array.shape))
-
-
-@dataclasses.dataclass(frozen=True)
-class Part(AbstractStep):
-    """One of several arrays of a module that share a tensor, along whose first axis they follow.
-
-    >>> gate = pretrained.Part(1, groups="query_kernel")  # of each head: its query, then its gate
-    >>> gate.stored_shape((6, 4, 2))  # by itself
-    (8, 6)
-
-    **Fields:**
-
-    - `order`: which of them the array is, from 0.
-    - `step`: how it lies by itself.
-    - `groups`: they follow within each head in turn, of as many heads as the array of this name in
-        the module has; `None` if each of them is whole.
-    """
-
-    order: int
-    step: AbstractStep = Kernel()
-    groups: str | None = None
-
-    def stored_shape(self, shape: Shape) -> Shape:
-        """Of this array's part."""
-        return self.step.stored_shape(shape)
-
-    def view(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
-        """From this array's part."""
-        return self.step.view(stored, shape)
-
-    def stored(self, array: np.ndarray) -> np.ndarray:
-        """This array's part."""
-        return self.step.stored(array)
+from ._steps import AbstractStep, Same
 
 
 class Tensor(NamedTuple):
     """A stored tensor's name, and how it lies.
 
-    With `{expert}` in it there is one for each entry of the array's first axis.
+    With `{expert}` in it there is one for each entry of the array's first axis. `other` is how it
+    lies in those folders that have a tensor of the other name.
 
     >>> pretrained.Tensor("mlp.up_proj.weight", pretrained.Kernel()).name
     'mlp.up_proj.weight'
@@ -190,11 +38,13 @@ class Tensor(NamedTuple):
 
     name: str
     step: AbstractStep = Same()
+    other: "Tensor | None" = None
 
 
 Table = Mapping[str, Tensor]
 """From the dotted name of an array, in its decoder, layer or depth, to a tensor."""
 
+_MODEL = "model."
 DECODER: Table = {
     "embedding": Tensor("model.embed_tokens.weight"),
     "norm.scale": Tensor("model.norm.weight"),
@@ -264,6 +114,10 @@ class Family:
     - `needs_biases`: whether attention has biases, of 0 if a model has none.
     - `scale_offset`: of all norms, but those inside of a `nn.GatedDeltaNet`; see `nn.RMSNorm`.
     - `ignored`: the last parts of names that hold no parameter.
+    - `text_prefix`: what tensors' names may begin with in place of `model.`: where the text model
+        is one part of several.
+    - `other_parts`: what the names of the other parts begin with. They are not read, and are copied
+        into a folder that is written like theirs.
     """
 
     name: str
@@ -278,11 +132,25 @@ class Family:
     needs_biases: bool = False
     scale_offset: float = 0.0
     ignored: Collection[str] = ("rotary_emb.inv_freq",)
+    text_prefix: str | None = None
+    other_parts: tuple[str, ...] = ()
 
     def layer_table(self, layer: Any) -> Table:
         """The arrays of one layer."""
         of_kind = {} if self.layer_of_kind is None else self.layer_of_kind(layer)
         return {**self.layer, **of_kind}
+
+    def named_as(self, names: Collection[str]) -> "Family":
+        """With `text_prefix` in the names of tensors, if it is in those that there are."""
+        prefix = self.text_prefix
+        if prefix is None or not any(name.startswith(prefix) for name in names):
+            return self
+
+        def moved(name: str) -> str:
+            return prefix + name.removeprefix(_MODEL) if name.startswith(_MODEL) else name
+
+        decoder = {leaf: x._replace(name=moved(x.name)) for leaf, x in self.decoder.items()}
+        return dataclasses.replace(self, decoder=decoder, layer_prefix=moved(self.layer_prefix))
 
     def __repr__(self) -> str:
         # Without the tables: families are default values of arguments.

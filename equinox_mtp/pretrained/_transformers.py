@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ._tables import Kernel, MTPTable, Tensor
+from ._steps import Kernel
+from ._tables import MTPTable, Tensor
 
 COUNT_KEY = "num_mtp_layers"
 

@@ -19,7 +19,7 @@ from .._safetensors import DTYPE_NAMES, METADATA, array_entries, header_bytes
 from .._types import is_array_or_shape
 from ._array_place import Place, Rows
 from ._folder import INDEX_FILE
-from ._tables import Shape
+from ._steps import Shape
 
 
 class StoredTensor(NamedTuple):

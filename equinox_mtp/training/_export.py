@@ -26,8 +26,11 @@ _READERS = {
     "qwen3": _ENGINES,
     "mimo": _WITH_FLAGS,
     "deepseek_v3": _WITH_FLAGS,
+    "bailing_moe_v2": "SGLang, with the flags in equinox_mtp/pretrained/README.md",
+    "ernie4_5": _ENGINES,
     "qwen3_moe": _ENGINES,
     "qwen3_5": _ENGINES,
+    "qwen3_5_moe": _ENGINES,
     "qwen3_next": _ENGINES,
     "glm4_moe": _ENGINES,
     "transformers": _TRANSFORMERS,
@@ -35,7 +38,10 @@ _READERS = {
     "stitched": _TRANSFORMERS,
 }
 _WITHOUT_MAIN_MODEL = ("speculators", "stitched")
-_OF_DEPTHS = ("mimo", "deepseek_v3", "glm4_moe", "transformers", *_WITHOUT_MAIN_MODEL)
+_OF_DEPTHS = (
+    *("mimo", "deepseek_v3", "glm4_moe", "bailing_moe_v2", "transformers"),
+    *_WITHOUT_MAIN_MODEL,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,8 @@ class ExportConfig:
     layout: str
     """transformers (main model and depths), stitched (depths beside links to the files of the
     released model), speculators (depths alone, for vLLM), or a family: llama, qwen2, qwen3, mimo,
-    qwen3_moe, glm4_moe, deepseek_v3, qwen3_5, qwen3_next; or a folder, whose layout is taken."""
+    qwen3_moe, glm4_moe, deepseek_v3, bailing_moe_v2, ernie4_5, qwen3_5, qwen3_5_moe, qwen3_next;
+    or a folder, whose layout is taken."""
     out: Path
     """The folder to write; the name must be free."""
     model: Path | None = None

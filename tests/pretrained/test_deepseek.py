@@ -226,5 +226,17 @@ def test_what_the_layout_cannot_hold(tmp_path: Path) -> None:
     other = emtp.MTPModel(model.decoder, block)
     with pytest.raises(ValueError, match="has `input_hidden_state='after_norm'`"):
         pretrained.save(tmp_path / "other", other, layout=NAME)
-    with pytest.raises(ValueError, match=r"has no tensor for `attention\.query_down\.kernel`"):
-        pretrained.save(tmp_path / "transformers", model, layout="transformers")
+
+
+@pytest.mark.parametrize("layout", ["transformers", "stitched", "speculators"])
+def test_layouts_of_grouped_query_attention_name_themselves(layout: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="grouped-query attention") as error:
+        pretrained.save(tmp_path / "out", load(), layout=layout, source=FOLDER / NAME)
+    assert str(error.value) == (
+        f"`layout` '{layout}' is for models of grouped-query attention alone; `model` has a "
+        "MultiHeadLatentAttention. Take the layout of its family, or the folder it came from."
+    )
+    # And of what else a model of theirs has no place for.
+    glm, _ = pretrained.load(FOLDER / "glm4_moe")
+    with pytest.raises(ValueError, match=f"'{layout}' has no tensor for `feed_|and SwiGLU for"):
+        pretrained.save(tmp_path / "glm", glm, layout=layout, source=FOLDER / "glm4_moe")

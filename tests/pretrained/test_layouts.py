@@ -79,7 +79,7 @@ def test_hybrid_layers_in_a_folder_of_their_own(name: str, tmp_path: Path) -> No
     twice = load(name, num_depths=2, preset="megatron", key=KEY)
     with pytest.raises(ValueError, match="holds one layer, which is repeated"):
         pretrained.save(tmp_path / "two", twice, layout=name)
-    with pytest.raises(ValueError, match=r"got GatedDeltaNet|no tensor for `attention.gate_kernel"):
+    with pytest.raises(ValueError, match=r"'transformers' is for models of .* has a GatedDelta"):
         pretrained.save(tmp_path / "other", twice, layout="transformers")
     dense = load("qwen3", num_depths=1, preset="megatron", key=KEY)
     with pytest.raises(ValueError, match="`model` must have a layer with a GatedDeltaNet"):
