@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..._checks import check_integer
+from ..._parameters import matrix_flops
 from ..._platform import accumulation_dtype
 from ..._types import checked
 from .._feed_forward import SwiGLU
@@ -168,6 +169,13 @@ class MixtureOfExperts(AbstractFeedForward):
                 shared = jax.nn.sigmoid(self.shared_gate(x)) * shared
             y = y + shared
         return y, router_statistics(routing, token_mask)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """The router, and the experts that a token passes; see `AbstractDecoderLayer`."""
+        of_all = matrix_flops(self.experts)
+        chosen = self.router.top_k * of_all / self.router.num_experts
+        others = (self.router, self.shared_expert, self.shared_gate)
+        return chosen + matrix_flops(others)
 
     def for_decoding(self, dtype: Any) -> "MixtureOfExperts":
         """With matrices of `dtype`, but for the router's; see `AbstractCachedDecoderLayer`."""
