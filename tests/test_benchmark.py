@@ -102,6 +102,21 @@ def test_gated_delta_rows(tmp_path: Path) -> None:
     assert f"32 positions take {ratio:.2f} of the time of 8" in printed
 
 
+def test_experts_rows(tmp_path: Path) -> None:
+    report, printed = report_of("experts.py", ["--preset", "tiny", "--rounds", "1"], tmp_path)
+    rows = report["rows"]
+    assert [(row["pass"], row["what"]) for row in rows] == [
+        (name, what) for name in ("forward", "gradient") for what in ("mixture", "products")
+    ]
+    for mixture, products in (rows[:2], rows[2:]):
+        ratio = mixture["seconds"] / products["seconds"]
+        assert mixture["of_products"] == pytest.approx(ratio)
+        assert products["of_products"] == products["least_of_products"] == 1
+        # Of one round.
+        assert mixture["least_of_products"] == mixture["of_products"]
+        assert f"| {mixture['pass']} | mixture | {1e3 * mixture['seconds']:.2f} " in printed
+
+
 @pytest.mark.slow
 def test_latent_attention_rows(tmp_path: Path) -> None:
     arguments = ["--sizes", "tiny", "--rounds", "1"]

@@ -93,8 +93,10 @@ PARTS: dict[str, tuple[Callable[[], nn.AbstractAttention], Callable[[], Any]]] =
 
 def make_layer(kind: str) -> nn.TransformerDecoderLayer:
     attention, feed_forward = PARTS[kind]
-    norms = {name: nn.RMSNorm(EMBED) for name in ("attention_norm", "feed_forward_norm")}
-    return nn.TransformerDecoderLayer.of(attention(), feed_forward(), **norms)
+    norm = nn.RMSNorm(EMBED)
+    return nn.TransformerDecoderLayer.of(
+        attention(), feed_forward(), attention_norm=norm, feed_forward_norm=norm
+    )
 
 
 def make_model(
@@ -208,8 +210,10 @@ def test_deepseek_v3() -> None:
                 v_head_dim=128,
                 key=key,
             )
-            norms = {name: nn.RMSNorm(embed) for name in ("attention_norm", "feed_forward_norm")}
-            return nn.TransformerDecoderLayer.of(attention, feed_forward, **norms)
+            norm = nn.RMSNorm(embed)
+            return nn.TransformerDecoderLayer.of(
+                attention, feed_forward, attention_norm=norm, feed_forward_norm=norm
+            )
 
         dense = layer(nn.SwiGLU(embed, 18_432, key=key))
         router = nn.Router(embed, 256, top_k=8, scores="sigmoid", bias=True, key=key)
