@@ -232,11 +232,13 @@ def test_what_a_step_moves_is_what_its_parameters_take(tmp_path: Path) -> None:
             "all-to-all": 3.5 * 4 * fsdp["seq"] * embed,
         }
     )
-    # Tokens come together for the experts, forward, again, and backward; experts do not move.
-    together = 3.5 * 3 * sparse * tokens * embed
-    assert expert["moved_bytes"]["all-gather"] == together
+    # Tokens come together for the experts, forward, again, and backward; experts do not move. Each
+    # token is summed over devices forward, in the depth again, and backward; so are the weights
+    # of its experts, backward.
+    together = sparse * tokens * embed
+    sums = (2 * sparse + 1) * tokens * embed + sparse * tokens * sizes["top_k"]
     assert expert["moved_bytes"] == only(
-        **{"all-gather": together, "all-reduce": expert["moved_bytes"]["all-reduce"]}
+        **{"all-gather": 3.5 * 3 * together, "all-reduce": 7 * (replicated + sums)}
     )
     assert expert["argument_bytes"] == data["argument_bytes"] - 7 / 8 * 3 * 4 * experts
     for row in report["rows"]:

@@ -83,10 +83,8 @@ PRESETS = {
             Layout({"context": 2, "expert": 4}, 8192),
             Layout({"expert": 64}, 4096),
             Layout({"fsdp": 8, "expert": 8}, 4096),
-            Layout({"fsdp": 4, "context": 2, "expert": 8}, 8192),
             Layout({"fsdp": 8, "expert": 64}, 4096),
             Layout({"data": 8, "fsdp": 8, "expert": 8}, 4096),
-            Layout({"data": 8, "fsdp": 4, "context": 2, "expert": 8}, 8192),
         ],
     ),
     "tiny": (

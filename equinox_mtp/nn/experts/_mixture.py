@@ -194,6 +194,9 @@ def _routed(
     """What these experts add to each token. In a `shard_map` they are a part of all experts."""
     routing = router(x)
     first = lax.axis_index(experts_over) * len(experts.gate) if experts_over else 0
+    if summed_over:
+        # Here, so that tokens' gradients are summed over devices, and not those of their copies.
+        x = lax.pcast(x, summed_over, to="varying")
     y = _weighed_outputs(x, routing, experts, first, router.num_experts)
     return (lax.psum(y, summed_over) if summed_over else y), routing
 
