@@ -13,7 +13,7 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 9 | `__main__`, `training` | `python -m equinox_mtp …`; uses only the public names |
 | 8 | `__init__` | the public names |
 | 7 | `speculative`, `linen`, `pretrained`, `plot` | draft, verify, commit; MaxText's constructors and names; released models in and out; pictures |
-| 6 | `distillation` | the depths against the main model: draft heads trained for acceptance |
+| 6 | `distillation`, `_flops` | the depths against the main model: draft heads trained for acceptance; the arithmetic of a step |
 | 5 | `_model` | `MTPModel(decoder, block)` |
 | 4 | `_batch`, `_depths`, `_block` | what a model reads; all depths, over a decoder that is passed in |
 | 3 | `nn`, `_layer` | the reference decoder; one depth |
@@ -63,6 +63,7 @@ from ._decoder import (
     AbstractDecoderLayer,
 )
 from ._expected_acceptance import ExpectedAcceptance, calculate_expected_acceptance
+from ._flops import FlopsPerToken, flops_per_token
 from ._layer import MultiTokenPredictionLayer
 from ._losses import (
     MTPLosses,
@@ -95,6 +96,7 @@ __all__ = [
     "Batch",
     "CrossEntropy",
     "ExpectedAcceptance",
+    "FlopsPerToken",
     "HeadSharding",
     "LinearDivergence",
     "LinearHead",
@@ -121,6 +123,7 @@ __all__ = [
     "curriculum_depth_weights",
     "distillation",
     "exponential_depth_weights",
+    "flops_per_token",
     "inputs_and_targets",
     "linear_cross_entropy",
     "linear_divergence",

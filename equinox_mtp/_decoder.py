@@ -4,8 +4,11 @@ import abc
 from typing import Any, ClassVar, TypeAlias
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
+from ._parameters import matrix_flops
 from ._types import OutputHead
 
 HiddenStates: TypeAlias = (
@@ -58,6 +61,21 @@ class AbstractDecoderLayer(eqx.Module):
 
         **Returns:** hidden states, or `(hidden_states, auxiliary)`.
         """
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of the forward pass, for `equinox_mtp.flops_per_token`.
+
+        Two for each number of every matrix. A layer whose matrices do not all meet every token, or
+        that multiplies activations with one another, as attention does, has a method of its own.
+
+        **Arguments:**
+
+        - `seq_len`: positions per row.
+
+        **Returns:** the mean over the tokens of a row.
+        """
+        del seq_len
+        return matrix_flops(self)
 
 
 class AbstractDecoder(eqx.Module):
@@ -119,6 +137,28 @@ class AbstractDecoder(eqx.Module):
         """The output head: a matrix `[vocab embed]`, a `LinearHead` (bias, soft-cap, sharding), or
         any callable from final hidden states `[batch seq embed]` to logits `[batch seq vocab]`.
         """
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Of all layers, without the output head; see `AbstractDecoderLayer.flops_per_token`.
+
+        Matrices with an axis of the vocabulary's size are embeddings and heads: they do not count.
+        """
+        del seq_len
+        return matrix_flops(self, but_axis=logit_sizes(self)[1])
+
+
+def logit_sizes(decoder: AbstractDecoder) -> tuple[int, int]:
+    """How many features the output head reads, and how many logits it gives."""
+
+    def run(decoder: AbstractDecoder) -> tuple[int, int]:
+        # As many rows, and positions, as any mesh can share.
+        num_devices = max(1, jax.sharding.get_abstract_mesh().size)
+        ids = jnp.zeros((num_devices, num_devices), jnp.int32)
+        hidden_states, head = decoder.embed(ids, ids), decoder.output_head()
+        vocab = head(hidden_states).shape[-1] if callable(head) else head.shape[0]
+        return hidden_states.shape[-1], vocab
+
+    return eqx.filter_eval_shape(run, decoder)
 
 
 Cache: TypeAlias = PyTree[Any]

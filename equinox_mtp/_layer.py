@@ -17,6 +17,7 @@ from ._decoder import (
     if_taken,
     split_auxiliary,
 )
+from ._parameters import matrix_flops
 from ._types import MakeLayer, checked
 from .nn import Linear, RMSNorm, cast_matrices
 
@@ -177,6 +178,11 @@ class MultiTokenPredictionLayer(eqx.Module):
         combined = self._combine(hidden_states, token_embeddings)
         taken = if_taken(layer, lengths=lengths)
         return layer.prefill(combined, cache, position_ids=position_ids, **taken)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Of the projection and the transformer layer; see `AbstractDecoderLayer`."""
+        of_projection = matrix_flops(self.projection_layer)
+        return of_projection + self.transformer_layer.flops_per_token(seq_len)
 
     def for_decoding(self, dtype: Any) -> "MultiTokenPredictionLayer":
         """The same depth, laid out for many small steps; see `AbstractCachedDecoderLayer`."""

@@ -102,6 +102,21 @@ def test_gated_delta_rows(tmp_path: Path) -> None:
     assert f"32 positions take {ratio:.2f} of the time of 8" in printed
 
 
+def test_experts_rows(tmp_path: Path) -> None:
+    report, printed = report_of("experts.py", ["--preset", "tiny", "--rounds", "1"], tmp_path)
+    rows = report["rows"]
+    assert [(row["pass"], row["what"]) for row in rows] == [
+        (name, what) for name in ("forward", "gradient") for what in ("mixture", "products")
+    ]
+    for mixture, products in (rows[:2], rows[2:]):
+        ratio = mixture["seconds"] / products["seconds"]
+        assert mixture["of_products"] == pytest.approx(ratio)
+        assert products["of_products"] == products["least_of_products"] == 1
+        # Of one round.
+        assert mixture["least_of_products"] == mixture["of_products"]
+        assert f"| {mixture['pass']} | mixture | {1e3 * mixture['seconds']:.2f} " in printed
+
+
 @pytest.mark.slow
 def test_latent_attention_rows(tmp_path: Path) -> None:
     arguments = ["--sizes", "tiny", "--rounds", "1"]
@@ -178,33 +193,56 @@ def test_a_released_model_and_its_numbers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_a_step_moves_is_what_its_parameters_take(tmp_path: Path) -> None:
     report, printed = report_of("scaling.py", ["--preset", "tiny"], tmp_path)
-    data, fsdp = report["rows"]
-    assert (data["mesh"], fsdp["mesh"]) == ({"data": 8}, {"fsdp": 8})
+    data, fsdp, expert = report["rows"]
+    assert [row["mesh"] for row in report["rows"]] == [{"data": 8}, {"fsdp": 8}, {"expert": 8}]
     sizes = report["sizes"]
-    layers, embed, vocab = sizes["layers"], sizes["embed"], sizes["vocab"]
-    layer = 4 * embed * embed + 3 * embed * sizes["mlp"]
-    # The prediction depth has a layer and a projection, and three norms beside its layer's two.
-    matrices = (layers + 1) * layer + 2 * embed * embed
-    norms = (2 * layers + 1 + 2 + 3) * embed
-    assert data["parameters"] == matrices + norms + 2 * vocab * embed
+    embed, vocab, heads = sizes["embed"], sizes["vocab"], sizes["heads"]
+    query_rank, kv_rank = sizes["q_lora_rank"], sizes["kv_lora_rank"]
+    features, rotated = sizes["qk_nope_head_dim"], sizes["qk_rope_head_dim"]
+    values = sizes["v_head_dim"]
+    attention = embed * query_rank + query_rank * heads * (features + rotated)
+    attention += embed * (kv_rank + rotated) + kv_rank * heads * (features + values)
+    attention += heads * values * embed
+    # The prediction depth has a layer with experts and a projection, and three norms beside it.
+    sparse = sizes["expert_layers"] + 1
+    layers = sizes["dense_layers"] + sparse
+    one_expert = 3 * embed * sizes["expert_mlp"]
+    experts, routers = sparse * sizes["experts"] * one_expert, sparse * embed * sizes["experts"]
+    matrices = layers * attention + sizes["dense_layers"] * 3 * embed * sizes["mlp"]
+    matrices += sparse * one_expert + 2 * embed * embed
+    norms = layers * (2 * embed + query_rank + kv_rank) + (1 + 3) * embed
+    biases = sparse * sizes["experts"]
+    of_vocab = 2 * vocab * embed
+    assert data["parameters"] == matrices + experts + routers + norms + biases + of_vocab
     # Of each float32, seven of eight parts come from elsewhere: 3.5 bytes, and 7 in an all-reduce.
     # Embedding, head and final norm are used twice, in the main model and in the depth; beside
-    # gradients there are six numbers: of both a loss, its z-loss, and a count.
-    gradients = data["parameters"] + 2 * vocab * embed + embed
-    assert data["moved_bytes"] == only(**{"all-reduce": 7 * (gradients + 6)})
+    # gradients there are six numbers: of both a loss, its z-loss, and a count. The routers' biases
+    # have no gradient.
+    replicated = matrices + norms + 2 * of_vocab + embed + 6
+    assert data["moved_bytes"] == only(**{"all-reduce": 7 * (replicated + experts + routers)})
     # Layers are gathered for the forward and for the backward pass, and the head once; so are
     # the token ids, so that each device finds its features in the embedding, for two lookups.
     tokens = 8 * fsdp["seq"]
+    gathered = 2 * (matrices + experts + routers) + vocab * embed + 2 * tokens
     assert fsdp["moved_bytes"] == only(
         **{
-            "all-gather": 3.5 * (2 * matrices + vocab * embed + 2 * tokens),
+            "all-gather": 3.5 * gathered,
             "reduce-scatter": 3.5 * matrices,
-            "all-reduce": 7 * (2 * vocab * embed + norms + embed + 6),
+            "all-reduce": 7 * (replicated - matrices - of_vocab + experts + routers),
             "all-to-all": 3.5 * 4 * fsdp["seq"] * embed,
         }
     )
-    for row in (data, fsdp):
-        assert sum(x["times"] == layers for x in row["transfers"]) > 5
+    # Tokens come together for the experts, forward, again, and backward; experts do not move. Each
+    # token is summed over devices forward, in the depth again, and backward; so are the weights
+    # of its experts, backward.
+    together = sparse * tokens * embed
+    sums = (2 * sparse + 1) * tokens * embed + sparse * tokens * sizes["top_k"]
+    assert expert["moved_bytes"] == only(
+        **{"all-gather": 3.5 * 3 * together, "all-reduce": 7 * (replicated + sums)}
+    )
+    assert expert["argument_bytes"] == data["argument_bytes"] - 7 / 8 * 3 * 4 * experts
+    for row in report["rows"]:
+        assert sum(x["times"] == sizes["expert_layers"] for x in row["transfers"]) > 5
         assert row["total_moved_bytes"] == sum(row["moved_bytes"].values())
         assert row["tokens_per_device"] == row["seq"] == 32
         assert f"| {next(iter(row['mesh']))} 8 | 32 | 32 |" in printed

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .._checks import check_flag, check_integer, check_number
+from .._parameters import matrix_flops
 from .._types import checked
 from ..attention import AttentionFunction, causal_attention
 from ._init import fan_in_normal
 from ._key_value_cache import KeyValueCache
 from ._norm import RMSNorm
-from ._parts import AbstractAttention
+from ._parts import AbstractAttention, mean_keys
 from ._rotary import Rotary
 
 
@@ -169,6 +170,12 @@ class GroupedQueryAttention(AbstractAttention):
         query, key, value = self._project(hidden_states, position_ids)
         attended = self._attend(query, key, value, position_ids, None)
         return self._project_out(hidden_states, attended), cache.write_first(key, value)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Matrices, and the keys and values that a position sees; see `AbstractDecoderLayer`."""
+        _, num_heads, head_dim = self.query_kernel.shape
+        pairs = num_heads * mean_keys(seq_len, self.window)
+        return matrix_flops(self) + 2 * pairs * (head_dim + head_dim)
 
     def _attend(
         self,

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from .._checks import check_integer
+from .._parameters import matrix_flops
 from .._types import checked
 from ..attention import AttentionFunction, causal_attention
 from ._init import fan_in_normal
 from ._latent_cache import LatentCache
 from ._linear import Linear, cast_matrices
 from ._norm import RMSNorm
-from ._parts import AbstractAttention
+from ._parts import AbstractAttention, mean_keys
 from ._rotary import Rotary
 
 
@@ -204,13 +205,24 @@ class MultiHeadLatentAttention(AbstractAttention):
         latents = self._latent(hidden_states, position_ids)
         return self._attend(queries, latents, position_ids, None), cache.write_first(*latents)
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """As trained, with keys and values of each head; see `AbstractDecoderLayer`."""
+        num_heads, value_dim, _ = self.out_kernel.shape
+        pairs = num_heads * mean_keys(seq_len)
+        return matrix_flops(self) + 2 * pairs * (self._head_dim + value_dim)
+
+    @property
+    def _head_dim(self) -> int:
+        """Features of a query and a key."""
+        kernel = self.query_up_kernel if self.query_kernel is None else self.query_kernel
+        assert kernel is not None
+        return kernel.shape[-1]
+
     @property
     def _scale(self) -> float:
         scaling = self.rotary.scaling
         factor = 1.0 if scaling is None else scaling.softmax_factor
-        kernel = self.query_up_kernel if self.query_kernel is None else self.query_kernel
-        assert kernel is not None
-        return factor / math.sqrt(kernel.shape[-1])
+        return factor / math.sqrt(self._head_dim)
 
     def _up(self) -> _LatentUp:
         """The up-projections of keys and of values."""

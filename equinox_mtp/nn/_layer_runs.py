@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from .._checks import check_integer
 from .._decoder import AbstractCachedDecoderLayer, split_auxiliary
 from .._types import is_array_or_shape
-from ..stacking import are_alike, stack_layers
+from ..stacking import are_alike, layer_shapes, stack_layers
 
 
 class LayerRun(eqx.Module):
@@ -39,6 +39,10 @@ class LayerRun(eqx.Module):
         """
         index = check_integer("index", index, at_least=0, at_most=self.num_layers - 1)
         return jax.tree.map(lambda x: x[index] if eqx.is_array(x) else x, self.layers)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Of all layers; see `AbstractDecoderLayer`."""
+        return self.num_layers * layer_shapes(self.layers).flops_per_token(seq_len)
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ import equinox as eqx
 from jaxtyping import Array, Float, Integer
 
 from .._decoder import Cache, HiddenStates
+from .._parameters import matrix_flops
 from ._linear import cast_matrices
 
 _Part = TypeVar("_Part", bound=eqx.Module)
@@ -59,6 +60,11 @@ class AbstractAttention(eqx.Module):
         """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
         return cast_matrices(self, dtype)
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """See `AbstractDecoderLayer`; by default two for each number of every matrix."""
+        del seq_len
+        return matrix_flops(self)
+
 
 class AbstractFeedForward(eqx.Module):
     """What transforms each position in a `TransformerDecoderLayer`; `SwiGLU` is one.
@@ -81,3 +87,14 @@ class AbstractFeedForward(eqx.Module):
     def for_decoding(self: _Part, dtype: Any) -> _Part:
         """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
         return cast_matrices(self, dtype)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """See `AbstractDecoderLayer`; by default two for each number of every matrix."""
+        del seq_len
+        return matrix_flops(self)
+
+
+def mean_keys(seq_len: int, window: int | None = None) -> float:
+    """How many positions a position of a row sees in the mean, itself included, of `window`."""
+    within = seq_len if window is None else min(window, seq_len)
+    return within - within * (within - 1) / (2 * seq_len)

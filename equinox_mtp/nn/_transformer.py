@@ -167,6 +167,10 @@ class TransformerDecoder(AbstractCachedDecoder):
         auxiliary = stacked_auxiliary(of_runs)
         return hidden_states if auxiliary is None else (hidden_states, auxiliary)
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """Of all layers; see `AbstractDecoder`."""
+        return sum(run.flops_per_token(seq_len) for run in as_runs(self.layers))
+
     def init_cache(
         self, batch_size: int, max_length: int, *, rollback: int = 0
     ) -> tuple[Cache, ...]:

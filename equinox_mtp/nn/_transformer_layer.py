@@ -297,6 +297,11 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         )
         return self._add(hidden_states, attended), cache
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """Of both parts; see `AbstractDecoderLayer`."""
+        parts = (self.attention, self.feed_forward)
+        return sum(part.flops_per_token(seq_len) for part in parts)
+
     def _add(self, hidden_states: Array, attended: Array) -> Array:
         hidden_states += attended
         return hidden_states + self._feed_forward(hidden_states, None)[0]

@@ -4,9 +4,10 @@ Stacked layers have one structure in JAX, the first layer's. So whatever is not 
 mean the same in all of them.
 """
 
-from ._stack_layers import are_alike, stack_layers
+from ._stack_layers import are_alike, layer_shapes, stack_layers
 
 __all__ = [
     "are_alike",
+    "layer_shapes",
     "stack_layers",
 ]

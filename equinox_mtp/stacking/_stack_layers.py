@@ -1,12 +1,13 @@
 """Layers of several depths as one, stacked over a new leading axis."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._types import is_array_or_shape
 from ._comparison import Comparison
 
 _Layer = TypeVar("_Layer", bound=eqx.Module)
@@ -15,6 +16,15 @@ _Layer = TypeVar("_Layer", bound=eqx.Module)
 def are_alike(first: eqx.Module, other: eqx.Module) -> bool:
     """Whether `stack_layers` can stack two layers."""
     return Comparison().difference(first, other) is None
+
+
+def layer_shapes(layers: _Layer) -> _Layer:
+    """One of stacked layers, with shapes in place of arrays: those without the leading axis."""
+
+    def without_axis(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if is_array_or_shape(x) else x
+
+    return jax.tree.map(without_axis, layers)
 
 
 def stack_layers(layers: Sequence[_Layer]) -> _Layer | None:

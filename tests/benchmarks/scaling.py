@@ -1,12 +1,14 @@
 """What one training step moves between 8, 64 and 512 devices: weak scaling on paper.
 
-    python tests/benchmarks/scaling.py [--devices 8 64 512] [--json FILE]
+    python tests/benchmarks/scaling.py [--devices 8 64 512] [--divide N] [--json FILE]
 
 Nothing is run: a step (forward, backward, optimizer) is compiled for so many devices, which the
-host pretends to have, from the shapes of its arrays alone, and the program is read. The model has
-DeepSeek-V3's sizes (arXiv 2412.19437, §4.2) and one prediction depth, but it is this library's
-reference decoder: dense feed-forward networks, as in the first layers there, stand in for experts,
-and grouped queries for latent attention. Every device has as many tokens whatever their number.
+host pretends to have, from the shapes of its arrays alone, and the program is read. The model is
+DeepSeek-V3 (arXiv 2412.19437, §4.2) with its prediction depth: latent attention, three layers with
+dense feed-forward networks, and in the others 256 experts, of which a token passes 8 and a shared
+one. `--divide` makes all sizes but the number of layers smaller. Every device has as many tokens
+whatever their number, also those that differ in their experts alone; tokens come together on them
+for the experts, and what these add is summed to where it belongs.
 
 Bytes are those that a device receives. In a group of n devices that is (n-1)/n of the result of an
 all-gather or an all-to-all, n - 1 times the result of a reduce-scatter, twice (n-1)/n of that of an
@@ -38,10 +40,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from deepseek_v3 import Sizes, make_model
 from harness import table, write_json
 from jax.sharding import Mesh, NamedSharding
 
 import equinox_mtp as emtp
+from equinox_mtp.nn import AttentionFunction, causal_attention, causal_attention_by_position
 from equinox_mtp.sharding import (
     DEFAULT_RULES,
     constrain_model,
@@ -56,20 +60,7 @@ from hlo import Transfer, transfers
 
 OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 OPTIMIZER = optax.adamw(1e-4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Those of a model."""
-
-    embed: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    dtype: str
+RULES = DEFAULT_RULES.replace(batch=("data", "fsdp", "expert"))
 
 
 class Layout(NamedTuple):
@@ -86,51 +77,30 @@ class Layout(NamedTuple):
 
 PRESETS = {
     "cpu": (
-        Sizes(7168, 61, 128, 8, 128, 18_432, 129_280, "bfloat16"),
+        Sizes(),
         [
-            Layout({"fsdp": 2, "tensor": 4}, 4096),
-            Layout({"context": 2, "tensor": 4}, 8192),
-            Layout({"fsdp": 16, "tensor": 4}, 4096),
-            Layout({"fsdp": 8, "context": 2, "tensor": 4}, 8192),
-            Layout({"data": 8, "fsdp": 16, "tensor": 4}, 4096),
-            Layout({"data": 8, "fsdp": 8, "context": 2, "tensor": 4}, 8192),
+            Layout({"expert": 8}, 4096),
+            Layout({"context": 2, "expert": 4}, 8192),
+            Layout({"expert": 64}, 4096),
+            Layout({"fsdp": 8, "expert": 8}, 4096),
+            Layout({"fsdp": 8, "expert": 64}, 4096),
+            Layout({"data": 8, "fsdp": 8, "expert": 8}, 4096),
         ],
     ),
     "tiny": (
-        Sizes(64, 3, 4, 4, 16, 96, 320, "float32"),
-        [Layout({"data": 8}, 32), Layout({"fsdp": 8}, 32)],
+        Sizes(64, 1, 2, 4, 48, 32, 16, 8, 16, 96, 40, 16, 3, 4, 2, 320, "float32"),
+        [Layout({"data": 8}, 32), Layout({"fsdp": 8}, 32), Layout({"expert": 8}, 32)],
     ),
 }
 
 
-def make_model(sizes: Sizes, mesh: Mesh) -> emtp.MTPModel:
-    """A decoder and one prediction depth."""
-    attention = emtp.nn.causal_attention
-    if "context" in mesh.axis_names:
-        attention = emtp.nn.causal_attention_by_position
-    config = emtp.nn.TransformerConfig(
-        vocab_size=sizes.vocab,
-        embed_size=sizes.embed,
-        num_layers=sizes.layers,
-        num_heads=sizes.heads,
-        num_kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        mlp_size=sizes.mlp,
-        tie_embeddings=False,
-        dtype=sizes.dtype,
-        checkpoint_policy=None,
-        attention=attention,
-    )
-    decoder_key, block_key = jax.random.split(jax.random.key(0))
-    return emtp.MTPModel(
-        emtp.nn.TransformerDecoder(config, key=decoder_key),
-        emtp.MultiTokenPredictionBlock(
-            emtp.MTPConfig.preset("deepseek_v3", num_depths=1),
-            functools.partial(emtp.nn.TransformerDecoderLayer, config),
-            embed_size=sizes.embed,
-            key=block_key,
-        ),
-    )
+# A step
+
+
+def attention_on(mesh: Mesh) -> AttentionFunction:
+    """By position where rows are split and reordered."""
+    is_split = "context" in mesh.axis_names
+    return causal_attention_by_position if is_split else causal_attention
 
 
 def make_batch(rows: int, seq: int) -> dict[str, Any]:
@@ -153,7 +123,7 @@ def train_step(state: Any, batch: dict[str, Any], mesh: Mesh) -> tuple[Any, jax.
     loss, grads = eqx.filter_value_and_grad(loss_fn)(model, batch)
     params = eqx.filter(model, eqx.is_array)
     updates, optimizer_state = OPTIMIZER.update(grads, optimizer_state, params)
-    return constrain_model((eqx.apply_updates(model, updates), optimizer_state), mesh), loss
+    return constrain_model((eqx.apply_updates(model, updates), optimizer_state), mesh, RULES), loss
 
 
 # Compiling without arrays
@@ -175,16 +145,16 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 def lower(sizes: Sizes, layout: Layout, mesh: Mesh) -> tuple[Any, int]:
     """A step for a mesh, lowered, and the number of the model's parameters."""
-    model = eqx.filter_eval_shape(make_model, sizes, mesh)
+    model = eqx.filter_eval_shape(make_model, sizes, attention_on(mesh))
     params = eqx.filter(model, is_shape)
     state = model, eqx.filter_eval_shape(OPTIMIZER.init, params)
-    arrays, static = eqx.partition(placed(state, parameter_shardings(state, mesh)), is_shape)
-    rows = DEFAULT_RULES.num_shards("batch", mesh)
+    arrays, static = eqx.partition(placed(state, parameter_shardings(state, mesh, RULES)), is_shape)
+    rows = RULES.num_shards("batch", mesh)
     batch = jax.eval_shape(functools.partial(make_batch, rows, layout.seq))
     words = {2: "batch seq", 3: "depth batch seq"}
     batch = placed(
         batch,
-        jax.tree.map(lambda x: NamedSharding(mesh, DEFAULT_RULES.spec(words[x.ndim], mesh)), batch),
+        jax.tree.map(lambda x: NamedSharding(mesh, RULES.spec(words[x.ndim], mesh)), batch),
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -192,7 +162,7 @@ def lower(sizes: Sizes, layout: Layout, mesh: Mesh) -> tuple[Any, int]:
         state, loss = train_step(eqx.combine(arrays, static), batch, mesh)
         return eqx.filter(state, eqx.is_array), loss
 
-    with jax.set_mesh(mesh), use_rules():
+    with jax.set_mesh(mesh), use_rules(RULES):
         return step.lower(arrays, batch), sum(x.size for x in jax.tree.leaves(params))
 
 
@@ -210,11 +180,11 @@ def cost(transfer: Transfer) -> int:
     return transfer.num_bytes * transfer.times
 
 
-def measure(preset: str, devices: int) -> list[dict[str, Any]]:
+def measure(preset: str, divide: int, devices: int) -> list[dict[str, Any]]:
     """The rows for as many devices as this process has."""
     # Compile times are to be those of a first run.
     jax.config.update("jax_enable_compilation_cache", False)
-    sizes, layouts = PRESETS[preset]
+    sizes, layouts = preset_of(preset, divide)
     rows = []
     for layout in layouts:
         if layout.num_devices == devices:
@@ -235,7 +205,7 @@ def row_of(sizes: Sizes, layout: Layout, mesh: Mesh) -> dict[str, Any]:
         for name in OPERATIONS
     }
     memory = compiled.memory_analysis()
-    tokens = DEFAULT_RULES.num_shards("batch", mesh) * layout.seq
+    tokens = RULES.num_shards("batch", mesh) * layout.seq
     return {
         "devices": mesh.size,
         "mesh": layout.mesh,
@@ -251,14 +221,20 @@ def row_of(sizes: Sizes, layout: Layout, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def in_new_process(preset: str, devices: int) -> list[dict[str, Any]]:
+def preset_of(preset: str, divide: int) -> tuple[Sizes, list[Layout]]:
+    """Sizes and layouts."""
+    sizes, layouts = PRESETS[preset]
+    return sizes.divided(divide) if divide > 1 else sizes, layouts
+
+
+def in_new_process(preset: str, divide: int, devices: int) -> list[dict[str, Any]]:
     """`measure` with so many devices: a process has the number it starts with."""
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(measure, preset, devices).result()
+        return pool.submit(measure, preset, divide, devices).result()
 
 
 # Tables
@@ -272,7 +248,7 @@ def describe(mesh: dict[str, int]) -> str:
 def print_table(sizes: Sizes, rows: list[dict[str, Any]]) -> None:
     """A table for people, and for README."""
     print(f"\n{sizes}: {rows[0]['parameters'] / 1e9:.1f} billion parameters, one prediction depth.")
-    print("Dense: a stand-in for a mixture of experts. All of one device and one step, in GiB.\n")
+    print("All of one device and one step, in GiB.\n")
     columns = ("devices", "mesh", "seq", "tokens", *OPERATIONS, "all moved")
     columns += ("arguments", "temporaries", "compile (s)")
     lines = []
@@ -289,17 +265,18 @@ def main() -> None:
     """Compiles everything, and says what it found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--divide", type=int, default=1, help="how much smaller the sizes are")
     parser.add_argument("--devices", type=int, nargs="+", help="all of the preset if not given")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
-    sizes, layouts = PRESETS[arguments.preset]
+    sizes, layouts = preset_of(arguments.preset, arguments.divide)
     known = sorted({layout.num_devices for layout in layouts})
     for devices in arguments.devices or ():
         if devices not in known:
             parser.error(f"--devices must be of {known}, the preset's; got {devices}")
     rows = []
     for devices in arguments.devices or known:
-        rows += in_new_process(arguments.preset, devices)
+        rows += in_new_process(arguments.preset, arguments.divide, devices)
     print_table(sizes, rows)
     report = {"preset": arguments.preset, "sizes": dataclasses.asdict(sizes), "rows": rows}
     write_json(arguments.json, report)

@@ -81,6 +81,10 @@ def test_experts_are_those_of_one_device(name: str, rows: Any, expected: Any) ->
     own = EXPERTS * EMBED * MLP // MESHES[name].get("expert", 1)
     assert all(size <= own for c in gathered for size in c.sizes)
     assert not any(c.in_loop for c in found)
+    # Sums over devices are of tokens, not of the copies for each of their experts.
+    copies = BATCH * SEQ * 3 * EMBED // (MESHES[name].get("data", 1) * MESHES[name].get("fsdp", 1))
+    copies //= MESHES[name].get("context", 1)
+    assert all(size != copies for c in found for size in c.sizes)
 
 
 def test_batches_that_are_split_over_the_experts_axis(rows: Any, expected: Any) -> None:

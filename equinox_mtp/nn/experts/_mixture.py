@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..._checks import check_integer
+from ..._parameters import matrix_flops
 from ..._platform import accumulation_dtype
 from ..._types import checked
 from .._feed_forward import SwiGLU
@@ -169,6 +170,13 @@ class MixtureOfExperts(AbstractFeedForward):
             y = y + shared
         return y, router_statistics(routing, token_mask)
 
+    def flops_per_token(self, seq_len: int) -> float:
+        """The router, and the experts that a token passes; see `AbstractDecoderLayer`."""
+        of_all = matrix_flops(self.experts)
+        chosen = self.router.top_k * of_all / self.router.num_experts
+        others = (self.router, self.shared_expert, self.shared_gate)
+        return chosen + matrix_flops(others)
+
     def for_decoding(self, dtype: Any) -> "MixtureOfExperts":
         """With matrices of `dtype`, but for the router's; see `AbstractCachedDecoderLayer`."""
         cast = cast_matrices(self, dtype)
@@ -186,6 +194,9 @@ def _routed(
     """What these experts add to each token. In a `shard_map` they are a part of all experts."""
     routing = router(x)
     first = lax.axis_index(experts_over) * len(experts.gate) if experts_over else 0
+    if summed_over:
+        # Here, so that tokens' gradients are summed over devices, and not those of their copies.
+        x = lax.pcast(x, summed_over, to="varying")
     y = _weighed_outputs(x, routing, experts, first, router.num_experts)
     return (lax.psum(y, summed_over) if summed_over else y), routing
 

@@ -7,13 +7,14 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from ..._checks import check_integer
+from ..._parameters import matrix_flops
 from ..._types import checked
 from ...sharding import current_spec
 from .._init import fan_in_normal
 from .._norm import RMSNorm
 from .._parts import AbstractAttention
 from ._cache import GatedDeltaCache, GatedDeltaInputs, window_of
-from ._rule import gated_delta_rule, runs_of
+from ._rule import gated_delta_rule, rule_flops, runs_of
 
 _UNIT_EPSILON = 1e-6
 
@@ -211,6 +212,12 @@ class GatedDeltaNet(AbstractAttention):
         )
         read, cache = self._advance(cache, inputs, lengths)
         return self._project_out(hidden_states, read[:, :seq]), cache
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Matrices, convolutions, and the rule by chunks; see `AbstractDecoderLayer`."""
+        return matrix_flops(self) + rule_flops(
+            seq_len, self.key_kernel.shape[1:], self.value_kernel.shape[1:]
+        )
 
     @property
     def _history(self) -> int:

@@ -1,5 +1,6 @@
 """The gated delta rule, chunk by chunk: one scan for training, prefill and decoding."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def gated_delta_rule(
         state = jnp.zeros((batch, heads, head_dim, value_dim), jnp.float32)
     if seq == 0:
         return value.astype(jnp.float32), state
-    size = min(1 << (seq - 1).bit_length(), CHUNK_SIZE)  # a power of 2
+    size = _chunk_size(seq)
     split = (kv_heads, heads // kv_heads)
     chunks = _prepare(
         _in_chunks(query, size),
@@ -194,6 +195,30 @@ def _inverse(system: Float[Array, "... size size"]) -> Float[Array, "... size si
     below = -last @ system[..., half:, :half] @ first
     above = jnp.concatenate([first, jnp.zeros_like(below)], axis=-1)
     return jnp.concatenate([above, jnp.concatenate([below, last], axis=-1)], axis=-2)
+
+
+def _chunk_size(seq: int) -> int:
+    return min(1 << (seq - 1).bit_length(), CHUNK_SIZE)  # a power of 2
+
+
+def rule_flops(seq: int, keys: tuple[int, ...], values: tuple[int, ...]) -> float:
+    """The operations of the products of `gated_delta_rule` for a position.
+
+    With C positions in a chunk, K heads of d features of keys, and H of v features of values:
+
+        overlaps, scores                   K · 2 (C d + C d)
+        inverse                            H · 2/3 (C² - 1)
+        value, erased                      H · 2 (C v + C d)
+        corrections, reads, scores, state  H · 2 (d v + d v + C v + d v)
+
+    `_inverse` multiplies four halves of s/2 rows, at s = 2, 4, … C: Σ C/s · 4 (s/2)³ a chunk.
+    """
+    size, (num_keys, key_dim), (num_values, value_dim) = _chunk_size(seq), keys, values
+    inverse = 2 / 3 * (size**2 - 1)
+    solved = 2 * size * (value_dim + key_dim)
+    read = 2 * (3 * key_dim * value_dim + size * value_dim)
+    in_chunks = num_keys * 4 * size * key_dim + num_values * (inverse + solved + read)
+    return in_chunks * size * math.ceil(seq / size) / seq
 
 
 def runs_of(segment_ids: Integer[Array, "batch seq"]) -> Integer[Array, "batch seq"]:
