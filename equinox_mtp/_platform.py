@@ -1,6 +1,6 @@
 """What depends on where JAX runs, and in what dtype sums are kept."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,24 @@ def default_platform() -> str:
     return device if isinstance(device, str) else device.platform
 
 
-_OPERATIONS_PER_BYTE = {
-    # Dense bfloat16 products in TFLOP/s over memory in TB/s, of the makers' data sheets.
-    "A100": 312 / 2.0,
-    "H100": 790 / 3.0,  # measured: 989 and 3.35 are promised
-    "H200": 790 / 4.8,
-    "B200": 2250 / 8.0,
-    "TPU v4": 275 / 1.2,
-    "TPU v5 lite": 197 / 0.82,
-    "TPU v5": 459 / 2.77,
-    "TPU v6": 918 / 1.64,
+class _Accelerator(NamedTuple):
+    """Of dense bfloat16 products: TFLOP/s as promised; TFLOP/s and TB/s of memory in practice."""
+
+    peak: float
+    rate: float
+    bandwidth: float
+
+
+_ACCELERATORS = {
+    # Of the makers' data sheets, and for H100 and H200 a rate that was measured.
+    "A100": _Accelerator(312, 312, 2.0),
+    "H100": _Accelerator(989, 790, 3.0),
+    "H200": _Accelerator(989, 790, 4.8),
+    "B200": _Accelerator(2250, 2250, 8.0),
+    "TPU v4": _Accelerator(275, 275, 1.2),
+    "TPU v5 lite": _Accelerator(197, 197, 0.82),
+    "TPU v5": _Accelerator(459, 459, 2.77),
+    "TPU v6": _Accelerator(918, 918, 1.64),
 }
 _UNKNOWN = 300.0
 
@@ -35,8 +43,22 @@ def operations_per_byte(device_kind: str | None = None) -> float:
     The byte is read from its memory, or written. `device_kind` is JAX's name of the accelerator;
     `None` for the one that JAX runs on. One that is not in the table counts as 300.
     """
+    found = _accelerator(device_kind)
+    return _UNKNOWN if found is None else found.rate / found.bandwidth
+
+
+def peak_flops(device_kind: str | None = None) -> float | None:
+    """The operations a second that the maker of an accelerator promises for bfloat16 products.
+
+    `device_kind` is as in `operations_per_byte`. `None` for one that is not in the table.
+    """
+    found = _accelerator(device_kind)
+    return None if found is None else found.peak * 1e12
+
+
+def _accelerator(device_kind: str | None) -> _Accelerator | None:
     kind = jax.devices()[0].device_kind if device_kind is None else device_kind
-    return next((ratio for name, ratio in _OPERATIONS_PER_BYTE.items() if name in kind), _UNKNOWN)
+    return next((found for name, found in _ACCELERATORS.items() if name in kind), None)
 
 
 def accumulation_dtype(array: Array) -> Any:

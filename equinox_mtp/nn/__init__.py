@@ -28,7 +28,9 @@ from .experts import (
     RouterStatistics,
     Routing,
     router_statistics,
+    router_statistics_in,
     update_router_bias,
+    update_router_biases,
 )
 from .gated_delta import GatedDeltaCache, GatedDeltaInputs, GatedDeltaNet, gated_delta_rule
 
@@ -67,5 +69,7 @@ __all__ = [
     "gated_delta_rule",
     "rotary_embedding",
     "router_statistics",
+    "router_statistics_in",
     "update_router_bias",
+    "update_router_biases",
 ]

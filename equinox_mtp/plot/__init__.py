@@ -22,3 +22,4 @@ from ._acceptance import (
 )
 from ._alignment import alignment as alignment
 from ._losses import losses as losses
+from ._routers import router_load as router_load

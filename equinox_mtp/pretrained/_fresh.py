@@ -64,7 +64,7 @@ def from_config(
     the file and the key, for a configuration that is not right or of an unknown family.
     """
     settings = _settings(config)
-    family = family_of(settings, families)
+    family = family_of(settings, families, ())
     check_options(None, compute_dtype, preset, num_depths)
     names = _optional_tensors(settings, family)
     decoder_key, block_key = jax.random.split(key)

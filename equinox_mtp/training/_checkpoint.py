@@ -44,7 +44,8 @@ class CheckpointInfo:
     """What is stored beside the weights: enough to build them, and to find the data again.
 
     `model_digest` is of the frozen main model that the depths are trained over; `None` where all
-    of a model trains, and in checkpoints of earlier versions.
+    of a model trains, and in checkpoints of earlier versions. `architecture` is the
+    configuration, as JSON, of a model that is described by one.
     """
 
     step: int
@@ -52,6 +53,7 @@ class CheckpointInfo:
     data_fingerprint: str
     config: TrainConfig
     model_digest: str | None = None
+    architecture: str | None = None
 
 
 class Checkpoints:

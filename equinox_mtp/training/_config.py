@@ -104,6 +104,17 @@ class TrainConfig:
         may_change=True,
         may_differ=True,
     )
+    architecture: Path | None = option(
+        None,
+        MODEL,
+        "Train a model of this architecture from scratch: a config.json of a family that "
+        "`pretrained` reads, or one of the small ones that come with the library: dense, "
+        "deepseek_v3 (latent attention, experts), hybrid (gated delta layers, experts). The sizes "
+        "below are its own then; depths are added as asked for.",
+        is_common=True,
+        may_change=True,
+        may_differ=True,
+    )
     freeze_model: bool = choice(
         False,
         MODEL,
@@ -217,6 +228,19 @@ class TrainConfig:
     max_grad_norm: float = number(
         1.0, OPTIMISATION, "The gradient is clipped to this global norm.", at_least=SMALLEST_RATE
     )
+    balance_loss: float = number(
+        1e-4,
+        OPTIMISATION,
+        "With experts: the weight of the routers' sequence-wise balance loss (DeepSeek-V3).",
+    )
+    router_z_loss: float = number(
+        0.0, OPTIMISATION, "With experts: the weight of the routers' z-loss (ST-MoE)."
+    )
+    router_bias_rate: float = number(
+        1e-3,
+        OPTIMISATION,
+        "With experts: how far a step moves the biases of routers that have them (DeepSeek-V3).",
+    )
     # JAX cuts larger seeds to 32 bits: they would be the same run as others.
     seed: int = integer(
         0,
@@ -228,9 +252,17 @@ class TrainConfig:
     mesh: str | None = option(
         None,
         DEVICES,
-        "Split the run over all devices: sizes of the mesh axes data, fsdp, tensor and context, "
-        "as data=2,fsdp=4. Rows are split over data and fsdp, positions over context, parameters "
-        "over fsdp and tensor. Default: one device.",
+        "Split the run over all devices: sizes of the mesh axes data, fsdp, expert, tensor and "
+        "context, as data=2,fsdp=4. Rows are split over data and fsdp, positions over context, "
+        "parameters over fsdp and tensor, experts over expert. Default: one device.",
+        may_change=True,
+    )
+    peak_flops: float | None = number(
+        None,
+        DEVICES,
+        "Floating-point operations a second that a device promises: a run says which part of them "
+        "it uses (model FLOPs utilisation). Known for many accelerators in bfloat16.",
+        at_least=1.0,
         may_change=True,
     )
     distributed: bool = choice(
@@ -305,7 +337,13 @@ class TrainConfig:
         for name, known in options().items():
             object.__setattr__(self, name, known.check(name, getattr(self, name), _DEFAULTS[name]))
         object.__setattr__(self, "mtp_scaling", checked_scaling(self.mtp_scaling))
-        check_paths(self.data, out=self.out, tokenizer=self.tokenizer, model=self.model)
+        check_paths(
+            self.data,
+            out=self.out,
+            tokenizer=self.tokenizer,
+            model=self.model,
+            architecture=self.architecture,
+        )
         check_options(self, {name: _DEFAULTS[name] for name in _SIZES})
 
     def transformer(self, vocab_size: int) -> TransformerConfig:

@@ -41,11 +41,17 @@ def _check_processes(config: Any) -> None:
 
 
 def _check_model(config: Any, sizes: Mapping[str, Any]) -> None:
-    if config.model is not None:
+    if config.model is not None and config.architecture is not None:
+        raise ValueError(
+            f"`architecture` is of a model from scratch; got {config.architecture}, and the "
+            f"released `model` {config.model}. Leave one of them out."
+        )
+    if config.model is not None or config.architecture is not None:
+        source = "released `model`" if config.architecture is None else "`architecture`"
         given = [name for name, default in sizes.items() if getattr(config, name) != default]
         if given:
             raise ValueError(
-                f"`{given[0]}` is that of the released `model`; got "
+                f"`{given[0]}` is that of the {source}; got "
                 f"{getattr(config, given[0])!r}. Leave it out."
             )
     if config.freeze_model and (config.model is None or config.depths == 0):

@@ -41,7 +41,9 @@ def load_model(
         )
     optimizer = make_optimizer(config)
     if config.model is None:
-        like = eqx.filter_eval_shape(make_state, config, info.vocab_size, optimizer)
+        like = eqx.filter_eval_shape(
+            make_state, config, info.vocab_size, optimizer, architecture=info.architecture
+        )
         return load_state(checkpoint, like).model, info
     trained, frozen = split_model(released_model(config, ONE_DEVICE), config)
     check_same_model(info, digest_of_frozen(frozen), config.model)

@@ -12,6 +12,7 @@ from equinox_mtp.distillation import draft_losses
 from .._decoder import split_auxiliary
 from .._types import HostOrDeviceArray
 from ._config import TrainConfig
+from ._routers import Auxiliary
 
 
 def model_losses(
@@ -21,11 +22,12 @@ def model_losses(
     objective: Any,
     key: Array,
     draft_vocab: HostOrDeviceArray | None = None,
-) -> tuple[emtp.TokenLoss, Array, emtp.MTPLosses]:
-    """The main model's loss, what the depths minimise, and its parts."""
+) -> tuple[emtp.TokenLoss, Array, emtp.MTPLosses, Auxiliary]:
+    """The main model's loss, what the depths minimise, its parts, and what routers have done."""
     if config.objective == "cross_entropy":
         output = model(batch, objective=objective, predictions=False, key=key, inference=False)
-        return output.main, output.mtp.loss, output.mtp.losses
+        routers = Auxiliary.of(output.auxiliary, output.mtp.auxiliary)
+        return output.main, output.mtp.loss, output.mtp.losses, routers
     drafts = draft_losses(
         model,
         batch,
@@ -35,7 +37,7 @@ def model_losses(
         key=key,
         inference=False,
     )
-    return drafts.main, drafts.loss, drafts.losses
+    return drafts.main, drafts.loss, drafts.losses, Auxiliary.of(*drafts.auxiliary)
 
 
 def depth_losses(
@@ -46,8 +48,8 @@ def depth_losses(
     key: Array,
     draft_vocab: HostOrDeviceArray | None = None,
     hidden_states: Array | None = None,
-) -> tuple[Array, emtp.MTPLosses]:
-    """What the depths minimise over a frozen main model, and its parts.
+) -> tuple[Array, emtp.MTPLosses, Auxiliary]:
+    """What the depths minimise over a frozen main model, its parts, and what routers have done.
 
     Without `hidden_states` the main model runs first; it has no dropout.
     """
@@ -64,7 +66,7 @@ def depth_losses(
             **_context(batch),
             **options,
         )
-        return mtp.loss, mtp.losses
+        return mtp.loss, mtp.losses, Auxiliary.of(None, mtp.auxiliary)
     drafts = draft_losses(
         model,
         batch,
@@ -73,7 +75,8 @@ def depth_losses(
         hidden_states=hidden_states,
         **options,
     )
-    return drafts.loss, drafts.losses
+    # The routers of the main model stay as they are.
+    return drafts.loss, drafts.losses, Auxiliary.of(None, drafts.auxiliary[1])
 
 
 def main_hidden_states(

@@ -106,7 +106,7 @@ def integer(
 
 
 def number(
-    default: float,
+    default: float | None,
     group: str,
     help: str,
     *,

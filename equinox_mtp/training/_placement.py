@@ -73,11 +73,11 @@ class Placement:
                 f"positions later, in the order of the text; got --mesh {config.mesh}, which "
                 "reorders and splits positions. Leave `context` out of it."
             )
-        if positions > 1 and config.model is not None:
+        if positions > 1 and (config.model is not None or config.architecture is not None):
             raise ValueError(
-                "`mesh` must not split positions over `context` with a released `model`, whose "
-                f"attention needs them in the order of the text; got --mesh {config.mesh}. Split "
-                "rows over data and fsdp."
+                "`mesh` must not split positions over `context` with a `model` or `architecture`, "
+                "whose attention needs them in the order of the text; got --mesh "
+                f"{config.mesh}. Split rows over data and fsdp."
             )
         if positions > 1 and config.seq_len % (2 * positions):
             raise ValueError(

@@ -10,6 +10,7 @@ import optax
 import equinox_mtp as emtp
 from equinox_mtp.speculative import frequent_ids
 
+from ._architecture import architecture_shapes, read_architecture
 from ._checkpoint import CheckpointInfo
 from ._checkpoint_files import checkpoints
 from ._config import TrainConfig, options, without_devices
@@ -25,6 +26,7 @@ from ._released import (
     released_model,
     split_model,
 )
+from ._routers import check_routers
 from ._self_generate import check_self_generate
 from ._sources import holds_tokens
 from ._step import make_optimizer
@@ -93,10 +95,19 @@ def prepare(config: TrainConfig) -> Run:
         model = released_model(config, placement)
         check_vocabulary(model, corpus.vocab_size)
         released, frozen = split_model(model, config)
-    digest = digest_of_frozen(frozen)
+    architecture = read_architecture(config, corpus.vocab_size)
+    check_routers(config, released or architecture_shapes(architecture, config))
+    info = CheckpointInfo(
+        0,
+        corpus.vocab_size,
+        corpus.fingerprint,
+        options,
+        model_digest=digest_of_frozen(frozen),
+        architecture=architecture,
+    )
     run = Run(
         config=config,
-        info=CheckpointInfo(0, corpus.vocab_size, corpus.fingerprint, options, digest),
+        info=info,
         released=released,
         frozen=frozen,
         optimizer=make_optimizer(config),

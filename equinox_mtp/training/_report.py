@@ -106,14 +106,18 @@ def _parse(line: bytes, depths: int) -> Record | None:
         if not isinstance(of_depths, list) or len(of_depths) != depths:
             return None
         values += of_depths
+    of_routers = record.get("router_max_load", [])
+    values += of_routers if isinstance(of_routers, list) else [None]
     return record if all(type(x) in (int, float) for x in values) else None
 
 
 def plot_curves(metrics: MetricsFile, path: Path) -> None:
     """Draws losses and acceptance over steps, and replaces the picture at `path`."""
     train, held_out = metrics.of("train"), metrics.of("held_out")
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    loss_axes, acceptance_axes = figure.subplots(1, 2)
+    of_routers = [record for record in train if "router_max_load" in record]
+    num_plots = 3 if of_routers else 2
+    figure = Figure(figsize=(5.5 * num_plots, 4), layout="constrained")
+    loss_axes, acceptance_axes, *router_axes = figure.subplots(1, num_plots)
     for records, as_points in ((train, False), (held_out, True)):
         steps, main_losses = _column(records, "step"), _column(records, "main_loss")
         depth_losses = _by_depth(records, "mtp_losses")
@@ -122,6 +126,11 @@ def plot_curves(metrics: MetricsFile, path: Path) -> None:
     plot.joint_acceptance(_column(held_out, "step"), joint, ax=acceptance_axes)
     loss_axes.set_title("Loss: training (line), held out (dots)")
     acceptance_axes.set_title("Held-out drafts accepted by the main model")
+    for ax in router_axes:
+        num_depths = len(train[-1]["mtp_losses"])
+        max_load = _by_depth(of_routers, "router_max_load")
+        plot.router_load(_column(of_routers, "step"), max_load, num_depths=num_depths, ax=ax)
+        ax.set_title("Load of the busiest expert")
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=120)
     os.replace(temporary, path)
@@ -145,6 +154,7 @@ def summary(
     comparisons: list[Comparison],
     seconds: float,
     tokens_per_second: float | None,
+    utilization: float | None,
     out: Path,
 ) -> str:
     """The closing lines of a run, from its last evaluation."""
@@ -173,7 +183,8 @@ def summary(
         lines += [textwrap.indent(str(comparison), "  ") for comparison in comparisons]
     lines += [
         f"{seconds:.0f} s in all"
-        + ("" if tokens_per_second is None else f", {tokens_per_second:,.0f} tokens/s in training"),
+        + ("" if tokens_per_second is None else f", {tokens_per_second:,.0f} tokens/s in training")
+        + ("" if utilization is None else f", model FLOPs utilisation {utilization:.1%}"),
         f"files: {out}/metrics.jsonl, {out}/curves.png, {out}/checkpoints",
         f"next:  python -m equinox_mtp generate --checkpoint {out} --prompt 'Once upon a time'",
     ]
@@ -192,7 +203,8 @@ def train_record(step: int, metrics: StepMetrics) -> Record:
             "earlier, finite steps. Try a lower --learning-rate or more --warmup-steps."
         )
     scaling_factor = float(metrics.scaling_factor)
-    return {"split": "train", "step": step, **found, "scaling_factor": scaling_factor}
+    routers = metrics.routers.record()
+    return {"split": "train", "step": step, **found, "scaling_factor": scaling_factor, **routers}
 
 
 def held_out_record(step: int, evaluation: Evaluation) -> Record:

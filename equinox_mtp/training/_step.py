@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, Float32, Int32, PyTree
 import equinox_mtp as emtp
 
 from .._types import HostOrDeviceArray
+from ._architecture import architecture_model
 from ._config import TrainConfig
 from ._losses import depth_losses, model_losses
 from ._packing import PackedRows, Rows
 from ._placement import ONE_DEVICE, Placement
+from ._routers import Auxiliary, TokenCounts
 
 
 class TrainState(eqx.Module):
@@ -60,11 +62,12 @@ class StepMetrics(eqx.Module):
     """Sums and counts of one step, over all microbatches.
 
     Over a frozen model `main` is `None`: that loss has no gradient, and would cost a pass over the
-    vocabulary. Evaluations have it.
+    vocabulary. Evaluations have it. `routers` has nothing in it for a model without experts.
     """
 
     main: emtp.TokenLoss | None
     mtp: emtp.MTPLosses
+    routers: Auxiliary
     grad_norm: Float32[Array, ""]
     scaling_factor: Float32[Array, ""]
 
@@ -82,9 +85,14 @@ class Evaluation(eqx.Module):
 
 
 def make_model(
-    config: TrainConfig, vocab_size: int, placement: Placement = ONE_DEVICE
+    config: TrainConfig,
+    vocab_size: int,
+    placement: Placement = ONE_DEVICE,
+    architecture: str | None = None,
 ) -> emtp.MTPModel:
-    """The model that a configuration describes, with fresh parameters."""
+    """The model that options describe, or an architecture, with fresh parameters."""
+    if architecture is not None:
+        return architecture_model(architecture, config)
     transformer = placement.transformer(config, vocab_size)
     decoder_key, block_key = jax.random.split(jax.random.key(config.seed))
     return emtp.MTPModel(
@@ -134,9 +142,10 @@ def make_state(
     vocab_size: int,
     optimizer: optax.GradientTransformation,
     placement: Placement = ONE_DEVICE,
+    architecture: str | None = None,
 ) -> TrainState:
     """The state before the first step, made where it belongs."""
-    model = make_model(config, vocab_size, placement)
+    model = make_model(config, vocab_size, placement, architecture)
     optimizer_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
     return placement.constrain(TrainState(model, optimizer_state, jnp.zeros((), jnp.int32)))
 
@@ -179,6 +188,7 @@ def train_step(inputs: StepInputs, state: TrainState) -> tuple[TrainState, StepM
     # Which token a depth predicts follows from the text; only then may positions be reordered.
     batches = placement.reorder(jax.vmap(partial(aligned_batch, num_depths=config.depths))(rows))
     main_count, mtp_counts = count_targets(batches)
+    token_counts = TokenCounts.of(batches)
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     scaling_factor = scaling_factor_at(state.step, config)
     objective = partial(
@@ -191,12 +201,13 @@ def train_step(inputs: StepInputs, state: TrainState) -> tuple[TrainState, StepM
     def loss_fn(model: emtp.MTPModel, batch: emtp.Batch, key: Array, hidden_states: Array | None):
         if frozen is not None:
             model = eqx.combine(model, frozen)
-            loss, mtp = depth_losses(
+            loss, mtp, routers = depth_losses(
                 model, batch, config, objective, key, draft_vocab, hidden_states
             )
-            return loss, (None, mtp)
-        main, mtp_loss, mtp = model_losses(model, batch, config, objective, key, draft_vocab)
-        return mtp_loss + main.loss / jnp.maximum(main_count, 1), (main, mtp)
+            return loss + routers.loss(config, token_counts), (None, mtp, routers)
+        main, loss, mtp, routers = model_losses(model, batch, config, objective, key, draft_vocab)
+        loss += main.loss / jnp.maximum(main_count, 1)
+        return loss + routers.loss(config, token_counts), (main, mtp, routers)
 
     def run_microbatch(total: PyTree[Any], inputs: tuple[Any, ...]):
         (_, losses), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(state.model, *inputs)
@@ -207,11 +218,12 @@ def train_step(inputs: StepInputs, state: TrainState) -> tuple[TrainState, StepM
     microbatches = (batches, keys, hidden_states)
     zeros = jax.tree.map(jnp.zeros_like, params)
     grads, losses = jax.lax.scan(run_microbatch, zeros, microbatches)
-    main, mtp = jax.tree.map(partial(jnp.sum, axis=0), losses)
+    main, mtp, routers = jax.tree.map(partial(jnp.sum, axis=0), losses)
 
     updates, optimizer_state = optimizer.update(grads, state.optimizer_state, params)
     model = eqx.apply_updates(state.model, updates)
-    metrics = StepMetrics(main, mtp, optax.tree.norm(grads), scaling_factor)
+    model = routers.updated(model, config.router_bias_rate)
+    metrics = StepMetrics(main, mtp, routers, optax.tree.norm(grads), scaling_factor)
     return placement.constrain(TrainState(model, optimizer_state, state.step + 1)), metrics
 
 

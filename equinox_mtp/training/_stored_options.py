@@ -62,7 +62,7 @@ def from_json(stored: dict[str, Any]) -> dict[str, Any]:
     found = dict(stored)
     if isinstance(data := found.get("data"), list):
         found["data"] = tuple(Path(path) for path in data)
-    for name in ("out", "tokenizer", "model"):
+    for name in ("out", "tokenizer", "model", "architecture"):
         if isinstance(found.get(name), str):
             found[name] = Path(found[name])
     if isinstance(scaling := found.get("mtp_scaling"), list):

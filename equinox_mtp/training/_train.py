@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 import equinox_mtp as emtp
 
+from ._architecture import differences
 from ._checkpoint import (
     Checkpoints,
     load_info,
@@ -51,6 +52,7 @@ from ._step import (
 from ._stored_options import write_options
 from ._text import keep_tokenizer
 from ._token_counts import keep_token_counts
+from ._utilization import full_speed, utilization
 
 
 def train(config: TrainConfig) -> Path:
@@ -97,8 +99,8 @@ def train(config: TrainConfig) -> Path:
         writer = stack.enter_context(
             contextlib.closing(Checkpoints(run.out / "checkpoints", last_step=first_step))
         )
-        cache = open_cache(run, stack)
-        state, step_seconds = run_steps(run, state, metrics, writer, cache)
+        cache, best_speed = open_cache(run, stack), full_speed(config, run.placement, like.model)
+        state, step_seconds = run_steps(run, state, metrics, writer, cache, best_speed)
         if not metrics.of("held_out"):
             # The run had ended, and its metrics were lost.
             record_evaluation(run, state, metrics)
@@ -106,7 +108,8 @@ def train(config: TrainConfig) -> Path:
     # The first step of a process compiles.
     speed = tokens_per_second(config, step_seconds[1:])
     seconds = time.perf_counter() - started
-    print_once(summary(metrics.of("held_out")[-1], comparisons, seconds, speed, run.out))
+    record, used = metrics.of("held_out")[-1], utilization(speed, best_speed)
+    print_once(summary(record, comparisons, seconds, speed, used, run.out))
     return run.out
 
 
@@ -114,7 +117,8 @@ def fresh_state(run: Run) -> TrainState:
     """The state before the first step."""
     if run.released is not None:
         return state_of(run.released, run.optimizer, run.placement)
-    return make_state(run.config, run.info.vocab_size, run.optimizer, run.placement)
+    info = run.info
+    return make_state(run.config, info.vocab_size, run.optimizer, run.placement, info.architecture)
 
 
 def open_own_texts(run: Run, state: TrainState) -> OwnTexts | None:
@@ -208,6 +212,7 @@ def run_steps(
     metrics: MetricsFile,
     writer: Checkpoints,
     cache: HiddenStateCache | None,
+    best_speed: float | None,
 ) -> tuple[TrainState, list[float]]:
     """Runs the remaining steps; returns the last state and the seconds of each step.
 
@@ -222,7 +227,9 @@ def run_steps(
             record = train_record(step, step_metrics)
             step_seconds.append(time.perf_counter() - step_started)
             speed = tokens_per_second(config, step_seconds[-1:])
-            metrics.write({**record, "tokens_per_second": speed})
+            used = utilization(speed, best_speed)
+            of_speed = {"tokens_per_second": speed, "model_flops_utilization": used}
+            metrics.write({**record, **{name: x for name, x in of_speed.items() if x is not None}})
             bar.set_postfix_str(describe(record))
             bar.update()
             writer.poll()
@@ -274,6 +281,12 @@ def start_or_resume(run: Run, like: TrainState) -> TrainState:
         raise ValueError(
             f"`data` is not what the run in {run.out} was trained on: its tokens differ. Restore "
             "it, or start a new run."
+        )
+    if stored.architecture != info.architecture:
+        raise ValueError(
+            f"`architecture` is not what the run in {run.out} trains: it differs in "
+            f"{', '.join(differences(stored.architecture, info.architecture))}. Leave it as it "
+            "was, or start a new run."
         )
     check_same_model(stored, info.model_digest, config.model)
     return load_state(checkpoint, run.placement.place(like), is_undamaged=True)

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/chat_answers.py FOLDER answers.jsonl [--answers N] [--tokens N]
 
-Every template is asked of every topic, in the ChatML form of SmolLM2, Qwen and others, and the model
-of FOLDER answers greedily. A line of the file holds one conversation. Lines that are there already
-are kept: a run that was stopped goes on.
+Every template is asked of every topic, in the ChatML form of SmolLM2, Qwen and others, and the
+model of FOLDER answers greedily. A line of the file holds one conversation. Lines that are there
+already are kept: a run that was stopped goes on.
 """
 
 import argparse
@@ -28,27 +28,31 @@ TEMPLATES = (
     "Why is {} important?",
 )
 TOPICS = (
-    "photosynthesis, gravity, electricity, magnetism, evolution, the water cycle, volcanoes, earthquakes, "
-    "tornadoes, the moon, the solar system, black holes, the ocean, coral reefs, rainforests, deserts, "
-    "glaciers, rivers, mountains, islands, dinosaurs, whales, dolphins, elephants, penguins, owls, eagles, "
-    "bees, butterflies, spiders, snakes, frogs, wolves, bears, cats, dogs, horses, cows, chickens, fish, "
-    "trees, flowers, mushrooms, wheat, rice, corn, potatoes, tomatoes, apples, bananas, oranges, grapes, "
-    "bread, cheese, chocolate, coffee, tea, milk, sugar, salt, pizza, pasta, soup, salad, breakfast, "
-    "football, basketball, tennis, swimming, running, cycling, chess, yoga, hiking, skiing, dancing, "
-    "painting, sculpture, photography, music, the piano, the guitar, the violin, opera, jazz, poetry, "
-    "novels, theatre, cinema, television, radio, newspapers, the internet, computers, smartphones, robots, "
-    "artificial intelligence, machine learning, databases, the Python language, the C language, compilers, "
-    "operating systems, encryption, video games, cars, trains, airplanes, ships, bicycles, rockets, "
-    "satellites, bridges, skyscrapers, houses, roads, solar power, wind power, nuclear power, batteries, "
-    "oil, coal, steel, glass, plastic, paper, gold, diamonds, water, air, fire, ice, light, sound, heat, "
-    "the heart, the brain, the lungs, the skin, sleep, exercise, nutrition, vaccines, medicine, surgery, "
-    "hospitals, schools, universities, libraries, museums, parks, banks, money, taxes, trade, insurance, "
-    "democracy, elections, laws, courts, the police, armies, treaties, maps, calendars, clocks, numbers, "
-    "algebra, geometry, statistics, probability, logic, philosophy, psychology, economics, history, "
-    "geography, languages, writing, friendship, kindness, honesty, courage, patience, family, marriage, "
-    "birthdays, holidays, travel, cooking, gardening, fishing, farming, recycling, climate change, weather, "
-    "rain, snow, clouds, rainbows, the seasons, the Roman Empire, ancient Egypt, ancient Greece, "
-    "the Renaissance, the Industrial Revolution, France, Japan, Brazil, India, China, Canada, Egypt, Italy"
+    "photosynthesis, gravity, electricity, magnetism, evolution, the water cycle, volcanoes, "
+    "earthquakes, tornadoes, the moon, the solar system, black holes, the ocean, coral reefs, "
+    "rainforests, deserts, glaciers, rivers, mountains, islands, dinosaurs, whales, dolphins, "
+    "elephants, penguins, owls, eagles, bees, butterflies, spiders, snakes, frogs, wolves, "
+    "bears, cats, dogs, horses, cows, chickens, fish, trees, flowers, mushrooms, wheat, rice, "
+    "corn, potatoes, tomatoes, apples, bananas, oranges, grapes, bread, cheese, chocolate, "
+    "coffee, tea, milk, sugar, salt, pizza, pasta, soup, salad, breakfast, football, "
+    "basketball, tennis, swimming, running, cycling, chess, yoga, hiking, skiing, dancing, "
+    "painting, sculpture, photography, music, the piano, the guitar, the violin, opera, jazz, "
+    "poetry, novels, theatre, cinema, television, radio, newspapers, the internet, computers, "
+    "smartphones, robots, artificial intelligence, machine learning, databases, the Python "
+    "language, the C language, compilers, operating systems, encryption, video games, cars, "
+    "trains, airplanes, ships, bicycles, rockets, satellites, bridges, skyscrapers, houses, "
+    "roads, solar power, wind power, nuclear power, batteries, oil, coal, steel, glass, "
+    "plastic, paper, gold, diamonds, water, air, fire, ice, light, sound, heat, the heart, "
+    "the brain, the lungs, the skin, sleep, exercise, nutrition, vaccines, medicine, surgery, "
+    "hospitals, schools, universities, libraries, museums, parks, banks, money, taxes, trade, "
+    "insurance, democracy, elections, laws, courts, the police, armies, treaties, maps, "
+    "calendars, clocks, numbers, algebra, geometry, statistics, probability, logic, "
+    "philosophy, psychology, economics, history, geography, languages, writing, friendship, "
+    "kindness, honesty, courage, patience, family, marriage, birthdays, holidays, travel, "
+    "cooking, gardening, fishing, farming, recycling, climate change, weather, rain, snow, "
+    "clouds, rainbows, the seasons, the Roman Empire, ancient Egypt, ancient Greece, the "
+    "Renaissance, the Industrial Revolution, France, Japan, Brazil, India, China, Canada, "
+    "Egypt, Italy"
 )
 
 

@@ -225,6 +225,35 @@ def test_joint_acceptance_is_in_percent() -> None:
     assert [first_color, second_color] == [color for _, color, _ in curves(losses)[1:]]
 
 
+def test_router_load_has_a_curve_for_each_layer() -> None:
+    load = [[3.0, 2.0, 1.5, 2.5], [2.0, 1.5, 1.25, 1.0]]
+    ax = plot.router_load([10, 20], load, num_depths=1)
+    drawn = curves(ax)[:4]
+    for index, (_, _, data) in enumerate(drawn):
+        np.testing.assert_array_equal(data, [[10, load[0][index]], [20, load[1][index]]])
+    legend = ax.get_legend()
+    assert legend is not None
+    # The first and the last layer of the main model, and depths in their colours.
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["layer 1 with experts", "layer 3 with experts", "depth 1"]
+    assert drawn[3][1] == curves(plot.losses([1], [1.0], [[1.0]]))[1][1]
+    assert_rejects("max_load", plot.router_load, [10], load)
+
+
+def test_curves_of_a_run_with_experts(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", last_step=0, depths=1, writes=False)
+    for step in (1, 2):
+        losses = {"main_loss": 5.0 - step, "mtp_losses": [6.0 - step]}
+        record = {"split": "train", "step": step, **losses, "router_max_load": [1.5, 2.0]}
+        metrics.write(record)
+    plot_curves(metrics, tmp_path / "curves.png")
+    wide = plt.imread(tmp_path / "curves.png").shape
+    for record in metrics.records:
+        record.pop("router_max_load")
+    plot_curves(metrics, tmp_path / "curves.png")
+    assert wide[1] > 1.4 * plt.imread(tmp_path / "curves.png").shape[1]
+
+
 def test_curves_of_a_run_are_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Figure] = []
     save = Figure.savefig

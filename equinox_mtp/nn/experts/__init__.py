@@ -1,5 +1,6 @@
 """A mixture of experts, its router, and what keeps the experts balanced."""
 
+from ._balancing import router_statistics_in, update_router_biases
 from ._mixture import Experts, MixtureOfExperts
 from ._router import Router, Routing
 from ._statistics import RouterStatistics, router_statistics, update_router_bias
@@ -11,5 +12,7 @@ __all__ = [
     "RouterStatistics",
     "Routing",
     "router_statistics",
+    "router_statistics_in",
     "update_router_bias",
+    "update_router_biases",
 ]
