@@ -306,6 +306,7 @@ def test_shares_of_an_accelerator_are_of_its_own_rate(tmp_path: Path) -> None:
     assert tables.read_text().strip() == printed.strip()
 
 
+@pytest.mark.slow
 def test_draft_heads(tmp_path: Path) -> None:
     arguments = ["--preset", "tiny", "--starts", "random", "trunk", "--objectives", "hybrid"]
     report, printed = report_of("draft_heads.py", arguments, tmp_path)

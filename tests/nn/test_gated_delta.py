@@ -211,14 +211,15 @@ def test_gradients_do_not_cross_documents() -> None:
         out = layer(x, position_ids=positions_of(1, 6), segment_ids=segments)
         return jnp.sum(jnp.sin(out[:, 3:]))
 
-    gradient = jax.grad(second)(x)
+    gradient = quick_jit(jax.grad(second))(x)
     assert not gradient[:, :3].any()
     assert gradient[:, 3:].any(axis=-1).all()
 
 
 def test_no_position_sees_a_later_one() -> None:
     layer, x = make_layer(), jax.random.normal(jax.random.key(0), (1, 6, EMBED))
-    gradient = jax.grad(lambda x: layer(x, position_ids=positions_of(1, 6))[0, 3].sum())(x)
+    at_3 = lambda x: layer(x, position_ids=positions_of(1, 6))[0, 3].sum()  # noqa: E731
+    gradient = quick_jit(jax.grad(at_3))(x)
     assert not gradient[:, 4:].any()
     assert gradient[:, :4].any(axis=-1).all()
 
@@ -280,9 +281,9 @@ def test_cached_steps_that_go_back(rollback: int, seed: int) -> None:
 def test_steps_that_go_back_too_far_give_nan() -> None:
     layer, x = make_layer(), jax.random.normal(jax.random.key(0), (BATCH, 6, EMBED))
     cache = layer.init_cache(BATCH, 8, jnp.float32, rollback=2)
-    _, cache = layer.prefill(x, cache, position_ids=positions_of(BATCH, 6))
+    _, cache = quick_jit(layer.prefill)(x, cache, position_ids=positions_of(BATCH, 6))
     positions = jnp.asarray([[4, 5], [3, 4]])
-    out, _ = layer.decode(x[:, :2], cache, position_ids=positions)
+    out, _ = quick_jit(layer.decode)(x[:, :2], cache, position_ids=positions)
     assert bool(jnp.isfinite(out[0]).all())
     assert bool(jnp.isnan(out[1]).all())
 
@@ -290,7 +291,7 @@ def test_steps_that_go_back_too_far_give_nan() -> None:
 def test_steps_of_no_positions() -> None:
     layer, x = make_layer(), jax.random.normal(jax.random.key(0), (BATCH, 3, EMBED))
     cache = layer.init_cache(BATCH, 8, jnp.float32, rollback=2)
-    _, cache = layer.prefill(x, cache, position_ids=positions_of(BATCH, 3))
+    _, cache = quick_jit(layer.prefill)(x, cache, position_ids=positions_of(BATCH, 3))
     out, after = layer.decode(x[:, :0], cache, position_ids=jnp.zeros((BATCH, 0), int))
     assert out.shape == (BATCH, 0, EMBED)
     assert eqx.tree_equal(after, cache)
@@ -314,14 +315,16 @@ def test_bfloat16_keeps_its_state_in_float32() -> None:
         difference = jnp.linalg.norm((one.astype(jnp.float32) - other).ravel())
         assert float(difference) < 0.1 * float(jnp.linalg.norm(other.ravel())) + 1e-2
     cache = low.init_cache(BATCH, 8, jnp.bfloat16, rollback=2)
-    _, cache = low.prefill(x.astype(jnp.bfloat16), cache, position_ids=positions_of(BATCH, SEQ))
+    prefill = quick_jit(low.prefill)
+    _, cache = prefill(x.astype(jnp.bfloat16), cache, position_ids=positions_of(BATCH, SEQ))
     assert (cache.state.dtype, cache.inputs.value.dtype) == (jnp.float32, jnp.bfloat16)
     # Its matrices may be cast beforehand.
     step = {"position_ids": jnp.full((BATCH, 1), SEQ)}
     ready = layer.for_decoding(jnp.bfloat16)
     assert ready.query_convolution.dtype == jnp.bfloat16
     assert ready.a_log.dtype == jnp.float32
-    outs = [one.decode(x[:, :1].astype(jnp.bfloat16), cache, **step)[0] for one in (layer, ready)]
+    decode = quick_jit(lambda layer, x: layer.decode(x, cache, **step)[0])
+    outs = [decode(one, x[:, :1].astype(jnp.bfloat16)) for one in (layer, ready)]
     np.testing.assert_array_equal(f64(outs[0]), f64(outs[1]))
 
 
@@ -329,8 +332,10 @@ def test_vmap_and_remat_change_no_value() -> None:
     layer = make_layer()
     x = jax.random.normal(jax.random.key(0), (3, BATCH, SEQ, EMBED))
     rows = {"position_ids": positions_of(BATCH, SEQ), "segment_ids": jnp.asarray(SEGMENTS)}
-    one_by_one = jnp.stack([layer(part, **rows) for part in x])
-    assert_close(jax.vmap(jax.checkpoint(lambda x: layer(x, **rows)))(x), one_by_one, 1e-5)
+    run = quick_jit(lambda x: layer(x, **rows))
+    one_by_one = jnp.stack([run(part) for part in x])
+    at_once = quick_jit(jax.vmap(jax.checkpoint(lambda x: layer(x, **rows))))
+    assert_close(at_once(x), one_by_one, 1e-5)
 
 
 def test_initial_values() -> None:
@@ -359,7 +364,7 @@ def test_splits_of_heads_change_no_value() -> None:
     layer = make_layer()
     x = jax.random.normal(jax.random.key(0), (4, SEQ, EMBED))
     rows = {"position_ids": positions_of(4, SEQ)}
-    expected = layer(x, **rows)
+    expected = quick_jit(lambda layer, x: layer(x, **rows))(layer, x)
     mesh = make_mesh({"data": 4, "tensor": 2})
     sharded = emtp.sharding.shard_model(layer, mesh)
     assert sharded.value_kernel.sharding.shard_shape((EMBED, HEADS, VALUE_DIM))[1] == HEADS // 2

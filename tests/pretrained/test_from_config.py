@@ -47,6 +47,7 @@ def test_shapes_are_those_of_the_folder(name: str) -> None:
     assert made.decoder.dtype == loaded.decoder.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_5"])
 def test_round_trip(name: str, tmp_path: Path) -> None:
     """What is made is written and read in the family's own layout."""
