@@ -117,6 +117,18 @@ def test_experts_rows(tmp_path: Path) -> None:
         assert f"| {mixture['pass']} | mixture | {1e3 * mixture['seconds']:.2f} " in printed
 
 
+def test_divergence_rows(tmp_path: Path) -> None:
+    arguments = ["--preset", "tiny", "--repeats", "1", "--kinds", "hybrid"]
+    report, printed = report_of("divergences.py", arguments, tmp_path)
+    cases = [(row["gradients"], row["what"]) for row in report["rows"]]
+    whats, of = ("library", "plain"), ("hidden states", "and the head")
+    assert cases == [(x, what) for x in of for what in whats]
+    values = [row["value"] for row in report["rows"]]
+    np.testing.assert_allclose(values, values[1], rtol=1e-4)
+    assert [row["of_plain"] for row in report["rows"]][1::2] == [1, 1]
+    assert printed.count("| hybrid |") == 4
+
+
 @pytest.mark.slow
 def test_latent_attention_rows(tmp_path: Path) -> None:
     arguments = ["--sizes", "tiny", "--rounds", "1"]
