@@ -144,7 +144,7 @@ class AbstractDecoder(eqx.Module):
         Matrices with an axis of the vocabulary's size are embeddings and heads: they do not count.
         """
         del seq_len
-        return matrix_flops(self, but_axis=logit_sizes(self)[1])
+        return matrix_flops(self, except_axis_size=logit_sizes(self)[1])
 
 
 def logit_sizes(decoder: AbstractDecoder) -> tuple[int, int]:

@@ -34,7 +34,11 @@ class FlopsPerToken(NamedTuple):
 
     @property
     def training(self) -> float:
-        """Of a training step: each product of the forward pass has two in the backward pass."""
+        """Of a training step: each product of the forward pass has two in the backward pass.
+
+        So it is where gradients reach everything: `MTPConfig.stop_gradient_head` and the like save
+        some, and a frozen main model most.
+        """
         return 3 * self.forward
 
 

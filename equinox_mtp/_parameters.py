@@ -124,13 +124,15 @@ def muon_dimension_numbers(tree: PyTree[Any]) -> PyTree[Any]:
     return jax.tree_util.tree_map_with_path(numbers, tree)
 
 
-def matrix_flops(tree: PyTree[Any], *, but_axis: int | None = None) -> float:
-    """The operations of one product of a vector with every matrix: a multiplication and an addition
-    for each number. Matrices are what weight decay acts on, but those with an axis of this size.
+def matrix_flops(tree: PyTree[Any], *, except_axis_size: int | None = None) -> float:
+    """The operations of one product of a vector with every matrix: two for each number.
+
+    Matrices are what weight decay acts on; those that have an axis of `except_axis_size` are left
+    out.
     """
     leaves, mask = jax.tree.leaves(tree), jax.tree.leaves(weight_decay_mask(tree))
     matrices = (x for x, is_matrix in zip(leaves, mask, strict=True) if is_matrix)
-    return float(sum(2 * math.prod(x.shape) for x in matrices if but_axis not in x.shape))
+    return float(sum(2 * math.prod(x.shape) for x in matrices if except_axis_size not in x.shape))
 
 
 def _feature_axes(words: tuple[str, ...]) -> list[tuple[int, ...]]:

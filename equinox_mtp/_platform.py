@@ -24,7 +24,7 @@ class _Accelerator(NamedTuple):
 
 
 _ACCELERATORS = {
-    # Of the makers' data sheets, and for H100 and H200 a rate that was measured.
+    # Of the makers' data sheets; the rate of an H100 was measured, and is taken for an H200, too.
     "A100": _Accelerator(312, 312, 2.0),
     "H100": _Accelerator(989, 790, 3.0),
     "H200": _Accelerator(989, 790, 4.8),

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from matplotlib.axes import Axes
 
+from .._checks import check_integer
 from .._types import HostOrDeviceArray, checked
 from ._figure import ARRAYS, as_array, axes_or_new, depth_color, finish_curves
 
@@ -24,7 +25,7 @@ def router_load(
     1 is a balanced layer: as many tokens for each of its experts.
 
         load = nn.router_statistics_in(output.auxiliary)[0].load  # [layers experts]
-        plot.router_load(steps, [(load.max(axis=1) / load.mean(axis=1)).tolist()])
+        plot.router_load([1], [load.max(axis=1) / load.mean(axis=1)])
 
     **Arguments:** arrays, or lists of numbers.
 
@@ -35,6 +36,8 @@ def router_load(
     - `ax`: where to draw; a new figure if `None`.
 
     **Returns:** the axes.
+
+    **Raises:** `ValueError` for more depths than layers.
     """
     if not (isinstance(steps, ARRAYS) and isinstance(max_load, ARRAYS)):
         return router_load(
@@ -43,6 +46,7 @@ def router_load(
             num_depths=num_depths,
             ax=ax,
         )
+    num_depths = check_integer("num_depths", num_depths, at_least=0, at_most=max_load.shape[1])
     ax = axes_or_new(ax, 6.0, 3.5)
     num_layers = max_load.shape[1] - num_depths
     greys = [f"{x:.2f}" for x in np.linspace(0.2, 0.75, max(num_layers, 1))][:num_layers]

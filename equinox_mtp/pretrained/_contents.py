@@ -139,7 +139,7 @@ def _family(
             )
         return Contents(family, tensors, written, decoder)
     mtp, repeats = family.mtp, config.repeated_layer
-    if mtp.is_single and not config.num_depths:
+    if not config.num_depths:
         written[mtp.count_key] = 0
         return Contents(family, tensors, written, decoder)
     may_repeat = repeats or mtp.is_single

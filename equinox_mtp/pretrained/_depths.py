@@ -33,7 +33,7 @@ def check_options(
     if preset is not None and not num_depths:
         raise ValueError(
             f"`preset` is for fresh depths, and needs `num_depths` of at least 1; got {preset!r} "
-            f"and {num_depths}. Say how many to make, or leave `preset` out for the folder's own."
+            f"and {num_depths}. Say how many to make, or leave `preset` out for its own."
         )
 
 

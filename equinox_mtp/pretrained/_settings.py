@@ -154,7 +154,7 @@ def errors_of(settings: Settings) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ArithmeticError) as error:
-        if str(error).startswith(str(settings.path.parent)):
+        if str(error).startswith(f"{settings.path}:"):
             raise
         raise ValueError(f"{settings.path}: {' '.join(str(error).split())[:300]}") from None
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,10 +15,23 @@ from ._config import TrainConfig
 _FOLDER = Path(__file__).parent / "architectures"
 
 
-def read_architecture(config: TrainConfig, text_vocab_size: int) -> str | None:
-    """The configuration that `config.architecture` names, as JSON; `None` if it names none.
+class Architecture(NamedTuple):
+    """A configuration as JSON, and the model that it describes, with shapes in place of arrays."""
 
-    One that says nothing of a vocabulary gets that of the text.
+    json: str
+    shapes: emtp.MTPModel
+
+    @property
+    def vocab_size(self) -> int:
+        """The model's."""
+        assert isinstance(self.shapes.decoder, emtp.nn.TransformerDecoder)
+        return self.shapes.decoder.embedding.shape[0]
+
+
+def read_architecture(config: TrainConfig, text_vocab_size: int) -> Architecture | None:
+    """What `config.architecture` names; `None` if it names nothing.
+
+    A configuration that says nothing of a vocabulary gets that of the text.
 
     **Raises:** `FileNotFoundError` if there is no such file; `ValueError` if no model can be made
     of it, or none for this text.
@@ -32,18 +45,18 @@ def read_architecture(config: TrainConfig, text_vocab_size: int) -> str | None:
         stored = None
     if not isinstance(stored, dict):
         raise ValueError(f"`architecture`: {path} is no JSON object. Name a config.json.")
-    architecture = json.dumps({"vocab_size": text_vocab_size, **stored}, sort_keys=True)
+    content = json.dumps({"vocab_size": text_vocab_size, **stored}, sort_keys=True)
     try:
-        model = architecture_shapes(architecture, config)
+        shapes = eqx.filter_eval_shape(architecture_model, content, config)
     except ValueError as error:
-        raise ValueError(f"`architecture`: {path.parent}/{error}") from None
-    assert model is not None
-    assert isinstance(model.decoder, emtp.nn.TransformerDecoder)
-    vocab_size = model.decoder.embedding.shape[0]
-    if text_vocab_size > vocab_size:
+        # It knows the content alone.
+        reason = str(error).removeprefix("config.json: ")
+        raise ValueError(f"`architecture`: {path}: {reason}") from None
+    architecture = Architecture(content, shapes)
+    if text_vocab_size > architecture.vocab_size:
         raise ValueError(
-            f"`architecture`: {path} has {vocab_size} token ids (`vocab_size`), and the text "
-            f"{text_vocab_size}. Leave the key out to take those of the text."
+            f"`architecture`: {path} has {architecture.vocab_size} token ids (`vocab_size`), and "
+            f"the text {text_vocab_size}. Leave the key out to take those of the text."
         )
     return architecture
 
@@ -60,13 +73,6 @@ def architecture_model(architecture: str, config: TrainConfig) -> emtp.MTPModel:
     )
 
 
-def architecture_shapes(architecture: str | None, config: TrainConfig) -> emtp.MTPModel | None:
-    """The same with shapes in place of arrays; `None` without a configuration."""
-    if architecture is None:
-        return None
-    return eqx.filter_eval_shape(architecture_model, architecture, config)
-
-
 def _find(path: Path) -> Path:
     """A file, the config.json of a folder, or one of those that come with the library."""
     shipped = {file.stem: file for file in sorted(_FOLDER.glob("*.json"))}
@@ -80,8 +86,6 @@ def _find(path: Path) -> Path:
 
 
 def differences(one: str | None, other: str | None) -> list[str]:
-    """The keys in which two configurations differ; `architectures` if one of them is not there."""
+    """The keys in which two configurations differ; all of one if the other is not there."""
     first, second = (json.loads(x) if x is not None else {} for x in (one, other))
-    if not first or not second:
-        return ["architectures"]
     return sorted(name for name in first | second if first.get(name) != second.get(name))

@@ -10,7 +10,7 @@ from ._options import USUAL_TEMPERATURE, check_finite, shorten
 def check_options(config: Any, sizes: Mapping[str, Any]) -> None:
     """**Raises:** `ValueError` for options that do not go together.
 
-    `sizes` are the defaults of those that a released model decides.
+    `sizes` are the defaults of those that a released model or an architecture decides.
     """
     _check_processes(config)
     _check_model(config, sizes)

@@ -38,10 +38,7 @@ _READERS = {
     "stitched": _TRANSFORMERS,
 }
 _WITHOUT_MAIN_MODEL = ("speculators", "stitched")
-_OF_DEPTHS = (
-    *("mimo", "deepseek_v3", "glm4_moe", "bailing_moe_v2", "transformers"),
-    *_WITHOUT_MAIN_MODEL,
-)
+_OF_DEPTHS = ("transformers", *_WITHOUT_MAIN_MODEL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +110,7 @@ def _check_layout(config: ExportConfig, trained: TrainConfig) -> None:
     if layout in _OF_DEPTHS and trained.depths == 0:
         raise ValueError(
             f"`layout` {layout!r} is of prediction depths, and {config.run} was trained without. "
-            "Take that of its main model alone: 'llama', 'qwen2' or 'qwen3'."
+            "Take that of its family, such as 'llama', 'qwen3' or 'deepseek_v3'."
         )
     if layout in _WITHOUT_MAIN_MODEL and not trained.freeze_model:
         raise ValueError(

@@ -10,7 +10,7 @@ import optax
 import equinox_mtp as emtp
 from equinox_mtp.speculative import frequent_ids
 
-from ._architecture import architecture_shapes, read_architecture
+from ._architecture import read_architecture
 from ._checkpoint import CheckpointInfo
 from ._checkpoint_files import checkpoints
 from ._config import TrainConfig, options, without_devices
@@ -88,22 +88,23 @@ def prepare(config: TrainConfig) -> Run:
             f"got {config.seq_len}. Take shorter rows, or more text."
         )
     check_self_generate(config, train_corpus)
-    placement = Placement.of(config, corpus.vocab_size)
+    architecture = read_architecture(config, corpus.vocab_size)
+    vocab_size = corpus.vocab_size if architecture is None else architecture.vocab_size
+    placement = Placement.of(config, vocab_size)
     train_rows = PackedRows(train_corpus, config.seq_len)
     released, frozen = None, None
     if config.model is not None:
         model = released_model(config, placement)
         check_vocabulary(model, corpus.vocab_size)
         released, frozen = split_model(model, config)
-    architecture = read_architecture(config, corpus.vocab_size)
-    check_routers(config, released or architecture_shapes(architecture, config))
+    check_routers(config, architecture.shapes if architecture is not None else released)
     info = CheckpointInfo(
         0,
         corpus.vocab_size,
         corpus.fingerprint,
         options,
         model_digest=digest_of_frozen(frozen),
-        architecture=architecture,
+        architecture=None if architecture is None else architecture.json,
     )
     run = Run(
         config=config,

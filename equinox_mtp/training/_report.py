@@ -127,7 +127,7 @@ def plot_curves(metrics: MetricsFile, path: Path) -> None:
     loss_axes.set_title("Loss: training (line), held out (dots)")
     acceptance_axes.set_title("Held-out drafts accepted by the main model")
     for ax in router_axes:
-        num_depths = len(train[-1]["mtp_losses"])
+        num_depths = of_routers[-1].get("router_depths", 0)
         max_load = _by_depth(of_routers, "router_max_load")
         plot.router_load(_column(of_routers, "step"), max_load, num_depths=num_depths, ax=ax)
         ax.set_title("Load of the busiest expert")

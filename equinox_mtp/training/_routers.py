@@ -13,8 +13,6 @@ from equinox_mtp.nn import Router, RouterStatistics, router_statistics_in, updat
 
 from ._config import TrainConfig
 
-_OPTIONS = ("balance_loss", "router_z_loss", "router_bias_rate")
-
 
 class TokenCounts(NamedTuple):
     """Tokens, and rows with a token, that routers see in all microbatches of a step.
@@ -84,32 +82,38 @@ class Auxiliary(eqx.Module):
     def record(self) -> dict[str, Any]:
         """Of each layer with a router, the main model's first: for `metrics.jsonl`.
 
-        `router_max_load` is the load of the busiest expert, as a multiple of the mean load.
+        `router_max_load` is the load of the busiest expert, as a multiple of the mean load; the
+        last `router_depths` of the numbers are of prediction depths.
         """
-        found = (*self.main, *self.depths)
+        main, depths = jax.device_get((self.main, self.depths))
+        found = (*main, *depths)
         if not found:
             return {}
-        busiest = [x.load.max(axis=-1) / jnp.maximum(x.load.mean(axis=-1), 1e-9) for x in found]
         named = {
-            "router_max_load": busiest,
-            "router_balance_loss": [x.sequence_balance_loss for x in found],
-            "router_z_loss": [x.z_loss for x in found],
+            "router_max_load": [
+                x.load.max(axis=-1) / np.maximum(x.load.mean(axis=-1), 1e-9) for x in found
+            ],
+            "router_balance_loss": [
+                x.sequence_balance_losses / np.maximum(x.rows, 1) for x in found
+            ],
+            "router_z_loss": [x.z_losses / np.maximum(x.tokens, 1) for x in found],
         }
-        return {
-            name: np.concatenate([np.atleast_1d(x) for x in values]).tolist()
-            for name, values in named.items()
-        }
+        lists = {name: np.concatenate(values).tolist() for name, values in named.items()}
+        return {**lists, "router_depths": sum(len(x.tokens) for x in depths)}
 
 
 def check_routers(config: TrainConfig, model: emtp.MTPModel | None) -> None:
-    """**Raises:** `ValueError` for options of routers that the model has not."""
+    """**Raises:** `ValueError` for options of routers, if none that trains has a use for them."""
     leaves = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, Router))
-    if any(isinstance(x, Router) for x in leaves):
-        return
-    for name in _OPTIONS:
+    # Of a frozen part the arrays are `None`.
+    routers = [x for x in leaves if isinstance(x, Router) and x.kernel is not None]
+    with_bias = [x for x in routers if x.bias is not None]
+    for name in ("balance_loss", "router_z_loss", "router_bias_rate"):
         default = TrainConfig.__dataclass_fields__[name].default
-        if getattr(config, name) != default:
+        is_of_bias = name == "router_bias_rate"
+        if getattr(config, name) != default and not (with_bias if is_of_bias else routers):
+            what = "the bias of routers" if is_of_bias else "the routers"
             raise ValueError(
-                f"`{name}` is of the routers of a mixture of experts, and the model has none; got "
-                f"{getattr(config, name)}. Leave it out, or take an --architecture with experts."
+                f"`{name}` is of {what} of a mixture of experts, and none trains here; got "
+                f"{getattr(config, name)}. Leave it out, or take an --architecture that has some."
             )

@@ -201,12 +201,15 @@ def train_step(inputs: StepInputs, state: TrainState) -> tuple[TrainState, StepM
     def loss_fn(model: emtp.MTPModel, batch: emtp.Batch, key: Array, hidden_states: Array | None):
         if frozen is not None:
             model = eqx.combine(model, frozen)
-            loss, mtp, routers = depth_losses(
-                model, batch, config, objective, key, draft_vocab, hidden_states
+            main, (loss, mtp, routers) = (
+                None,
+                depth_losses(model, batch, config, objective, key, draft_vocab, hidden_states),
             )
-            return loss + routers.loss(config, token_counts), (None, mtp, routers)
-        main, loss, mtp, routers = model_losses(model, batch, config, objective, key, draft_vocab)
-        loss += main.loss / jnp.maximum(main_count, 1)
+        else:
+            main, loss, mtp, routers = model_losses(
+                model, batch, config, objective, key, draft_vocab
+            )
+            loss += main.loss / jnp.maximum(main_count, 1)
         return loss + routers.loss(config, token_counts), (main, mtp, routers)
 
     def run_microbatch(total: PyTree[Any], inputs: tuple[Any, ...]):

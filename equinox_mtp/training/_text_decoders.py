@@ -33,7 +33,8 @@ class ByteDecoder(AbstractTextDecoder):
 
     def feed(self, ids: Sequence[int]) -> str:
         """See `AbstractTextDecoder`."""
-        return self._decoder.decode(bytes(x for x in ids if x != TEXT_END))
+        # A model may have more ids than there are bytes; those say nothing, as the end of a text.
+        return self._decoder.decode(bytes(x for x in ids if x < TEXT_END))
 
     def finish(self) -> str:
         """See `AbstractTextDecoder`."""

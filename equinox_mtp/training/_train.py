@@ -282,11 +282,10 @@ def start_or_resume(run: Run, like: TrainState) -> TrainState:
             f"`data` is not what the run in {run.out} was trained on: its tokens differ. Restore "
             "it, or start a new run."
         )
-    if stored.architecture != info.architecture:
+    if changed := differences(stored.architecture, info.architecture):
         raise ValueError(
             f"`architecture` is not what the run in {run.out} trains: it differs in "
-            f"{', '.join(differences(stored.architecture, info.architecture))}. Leave it as it "
-            "was, or start a new run."
+            f"{', '.join(changed)}. Leave it as it was, or start a new run."
         )
     check_same_model(stored, info.model_digest, config.model)
     return load_state(checkpoint, run.placement.place(like), is_undamaged=True)

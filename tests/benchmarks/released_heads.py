@@ -7,7 +7,8 @@
 depths with one repeated layer, once for each objective, on the source files of the Python standard
 library (or `--data`), to draft from the ids that are most frequent there. On documents that were
 held out, acceptance is that of greedy drafts, and the expected one of sampling. Then held-out
-prompts are continued greedily, plainly and with drafts, in turn.
+prompts are continued greedily, plainly and with drafts, in turn. `chat_answers.py` writes a chat
+model's own answers, as `--data` for it.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def config_of(arguments: argparse.Namespace, objective: str, out: Path) -> Train
         model=arguments.folder,
         data=tuple(arguments.data),
         freeze_model=True,
+        cache_hidden_states=True,
         depths=DEPTHS,
         preset="fast_mtp",
         objective=objective,  # type: ignore[arg-type]

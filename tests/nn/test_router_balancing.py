@@ -64,6 +64,16 @@ def test_found_in_order() -> None:
     assert nn.router_statistics_in(None) == ()
 
 
+def test_a_single_router_takes_one_load() -> None:
+    """That of a decoder's one layer with experts is not summed with that of the depths."""
+    for tree, auxiliary in (
+        (make_router(), statistics(LOADS[:2])),
+        (make_router(num_layers=1), (statistics(LOADS[:1]), statistics(LOADS[1:2]))),
+    ):
+        with pytest.raises(ValueError, match="1 of them; got 2"):
+            nn.update_router_biases(tree, auxiliary, RATE)
+
+
 @pytest.mark.parametrize("num_loads", [0, 2, 4])
 def test_wrong_number(num_loads: int) -> None:
     with pytest.raises(ValueError, match=f"`auxiliary` must .* 3 of them; got {num_loads}"):

@@ -238,13 +238,21 @@ def test_router_load_has_a_curve_for_each_layer() -> None:
     assert texts == ["layer 1 with experts", "layer 3 with experts", "depth 1"]
     assert drawn[3][1] == curves(plot.losses([1], [1.0], [[1.0]]))[1][1]
     assert_rejects("max_load", plot.router_load, [10], load)
+    with pytest.raises(ValueError, match="`num_depths` must be"):
+        plot.router_load([10, 20], load, num_depths=5)
 
 
 def test_curves_of_a_run_with_experts(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", last_step=0, depths=1, writes=False)
     for step in (1, 2):
         losses = {"main_loss": 5.0 - step, "mtp_losses": [6.0 - step]}
-        record = {"split": "train", "step": step, **losses, "router_max_load": [1.5, 2.0]}
+        record = {
+            "split": "train",
+            "step": step,
+            **losses,
+            "router_max_load": [1.5, 2.0],
+            "router_depths": 1,
+        }
         metrics.write(record)
     plot_curves(metrics, tmp_path / "curves.png")
     wide = plt.imread(tmp_path / "curves.png").shape

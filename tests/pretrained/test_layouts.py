@@ -310,7 +310,7 @@ def test_what_a_layout_cannot_hold(tmp_path: Path) -> None:
     qwen, llama = load("qwen3"), load("llama3")
     for layout in ("llama", "mimo"):
         refused("has no tensor for `attention.query_norm.scale`", tmp_path, qwen, layout=layout)
-    refused("is of prediction depths", tmp_path, llama, layout="mimo")
+    refused("is of prediction depths", tmp_path, llama, layout="transformers")
     refused("`layout` must be 'llama'", tmp_path, llama, layout="gguf")
     refused("`layout` must be given", tmp_path, llama)
     fresh = load("llama3", num_depths=2, key=KEY)

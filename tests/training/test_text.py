@@ -129,6 +129,13 @@ def test_a_character_that_is_cut() -> None:
         assert set(decoder.finish()) == {"\ufffd"}
 
 
+def test_ids_that_are_no_bytes_say_nothing() -> None:
+    """A model of a configuration may have a larger vocabulary than the bytes."""
+    decoder = ByteText().decoder()
+    assert decoder.feed([97, 256, 300, 151_935, 98]) == "ab"
+    assert decoder.finish() == ""
+
+
 def test_which_token_ends_a_text(tmp_path: Path) -> None:
     tokenizer = pretrained.load(FOLDER / "qwen3")[1]
     assert end_tokens(tokenizer, tmp_path) == (0,)

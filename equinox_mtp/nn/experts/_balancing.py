@@ -36,7 +36,8 @@ def update_router_biases(tree: Tree, auxiliary: PyTree[Any], rate: Scalar) -> Tr
     """A decoder, or a block of depths, with the biases of its routers after a step.
 
     See `update_router_bias`. Routers without a bias stay as they are. One that several depths share
-    (`MTPConfig.repeated_layer`) gets the sum of their loads.
+    (`MTPConfig.repeated_layer`) gets the sum of their loads: a stack of one router takes statistics
+    of any number of layers, in one stack.
 
     >>> keys = jax.random.split(jax.random.key(0), 2)
     >>> mixture = emtp.nn.MixtureOfExperts(
@@ -67,7 +68,8 @@ def update_router_biases(tree: Tree, auxiliary: PyTree[Any], rate: Scalar) -> Tr
     routers = [leaf for leaf in leaves if _is_router(leaf)]
     loads = _loads(auxiliary)
     counts = [jnp.size(router.kernel) // _size_of_one(router) for router in routers]
-    if sum(counts) == 1 and len(loads) > 1:
+    is_shared = sum(counts) == 1 and routers[0].kernel.ndim > 2
+    if is_shared and len(router_statistics_in(auxiliary)) == 1:
         loads = [sum(loads[1:], loads[0])]
     if sum(counts) != len(loads):
         raise ValueError(
