@@ -1,7 +1,7 @@
 """Decoding with drafts against plain decoding: tokens a second, and the speed-up drafts allow.
 
     python tests/benchmarks/generate.py [--preset cpu|tiny] [--runs DIR] [--json FILE]
-        [--models NAME …] [--batches N …]
+        [--models NAME …] [--batches N …] [--recursion by_depth|extended]
 
 Models of text are trained first, unless `DIR` holds them from an earlier call: that of the default
 training run, and one of 12 wide layers, next to which a prediction depth is small. Held-out prompts
@@ -127,7 +127,12 @@ def repeated(run: Callable[[Any, Any], Any], carry: Any) -> Timed:
 
 
 def measure(
-    name: str, model: emtp.MTPModel, prompts: np.ndarray, batch: int, preset: Preset
+    name: str,
+    model: emtp.MTPModel,
+    prompts: np.ndarray,
+    batch: int,
+    preset: Preset,
+    recursion: Any = "by_depth",
 ) -> list[dict[str, Any]]:
     """All rows of one model and batch size."""
     decoding = eqx.filter_jit(DecodingModel.of)(model)
@@ -136,7 +141,13 @@ def measure(
 
     def run(drafts: int, max_new_tokens: int) -> list[emtp.speculative.Generation]:
         return [
-            generate(model, rows, max_new_tokens=max_new_tokens, num_drafts=drafts)
+            generate(
+                model,
+                rows,
+                max_new_tokens=max_new_tokens,
+                num_drafts=drafts,
+                recursion=recursion,
+            )
             for rows in batches
         ]
 
@@ -241,6 +252,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="where trained models are kept, and looked for")
     parser.add_argument("--models", nargs="+", help="only these of the preset's models")
     parser.add_argument("--batches", type=int, nargs="+", help="only these batch sizes")
+    parser.add_argument(
+        "--recursion", choices=("by_depth", "extended"), default="by_depth", help="see `generate`"
+    )
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
@@ -258,7 +272,7 @@ def main() -> None:
             model, training_seconds[name] = trained(config, runs / name)
             print(f"{name}: trained in {training_seconds[name]:.0f} s", file=sys.stderr)
             for batch in preset.batches:
-                rows += measure(name, model, prompts, batch, preset)
+                rows += measure(name, model, prompts, batch, preset, arguments.recursion)
                 print_table(rows)
                 # So many programs of so many layers each are more than a process may map at once.
                 jax.clear_caches()
