@@ -93,7 +93,7 @@ class Layout:
         if tensor.other is not None:
             other = (prefix + tensor.other.name).format(**numbers, expert=0)
             tensor = tensor.other if other in self.names else tensor
-        return tensor._replace(name=prefix + tensor.name)
+        return dataclasses.replace(tensor, name=prefix + tensor.name)
 
 
 def _place(leaf: str, tensor: Tensor, shape: Shape, numbers: list[dict[str, int]]) -> Place:

@@ -19,14 +19,15 @@ feed-forward network has experts, which are stored one by one (`_moe.py` has suc
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from .._decoder import AbstractCachedDecoderLayer
 from ..nn import TransformerDecoder
 from ._steps import AbstractStep, Same
 
 
-class Tensor(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tensor:
     """A stored tensor's name, and how it lies.
 
     With `{expert}` in it there is one for each entry of the array's first axis. `other` is how it
@@ -149,7 +150,9 @@ class Family:
         def moved(name: str) -> str:
             return prefix + name.removeprefix(_MODEL) if name.startswith(_MODEL) else name
 
-        decoder = {leaf: x._replace(name=moved(x.name)) for leaf, x in self.decoder.items()}
+        decoder = {
+            leaf: dataclasses.replace(x, name=moved(x.name)) for leaf, x in self.decoder.items()
+        }
         return dataclasses.replace(self, decoder=decoder, layer_prefix=moved(self.layer_prefix))
 
     def __repr__(self) -> str:
