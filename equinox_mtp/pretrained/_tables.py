@@ -25,6 +25,8 @@ from .._decoder import AbstractCachedDecoderLayer
 from ..nn import TransformerDecoder
 from ._steps import AbstractStep, Same
 
+_AS_STORED = Same()
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -38,7 +40,7 @@ class Tensor:
     """
 
     name: str
-    step: AbstractStep = Same()
+    step: AbstractStep = _AS_STORED
     other: "Tensor | None" = None
 
 
