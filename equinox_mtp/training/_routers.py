@@ -30,6 +30,7 @@ class TokenCounts(NamedTuple):
         """Of batches with a leading axis of microbatches."""
         assert batches.segment_ids is not None
         assert batches.targets is not None
+        assert batches.targets.token_mask is not None
         main, depths = jnp.asarray(batches.segment_ids) != 0, batches.targets.token_mask
         return cls(
             jnp.sum(main, dtype=jnp.float32),

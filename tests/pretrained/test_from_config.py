@@ -21,13 +21,13 @@ NAMES = (
 )
 
 
-def fresh(config: Any, **options: Any) -> emtp.MTPModel:
+def fresh(config: Any, **options: Any) -> Any:
     return pretrained.from_config(config, key=jax.random.key(0), **options)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_are_those_of_the_folder(name: str) -> None:
-    loaded, _ = pretrained.load(FOLDER / name, tokenizer=False)
+    loaded: Any = pretrained.load(FOLDER / name, tokenizer=False)[0]
     num_depths = loaded.block.config.num_depths
     # Qwen3-Next does not say that it has one.
     options: dict[str, Any] = {"num_depths": num_depths} if name == "qwen3_next" else {}
@@ -79,7 +79,7 @@ def test_values() -> None:
 def test_keys() -> None:
     config = config_of(FOLDER / "llama3")
     one, same = fresh(config), fresh(config)
-    other = pretrained.from_config(config, key=jax.random.key(1))
+    other: Any = pretrained.from_config(config, key=jax.random.key(1))
     jax.tree.map(assert_equal, *(eqx.filter(x, eqx.is_array) for x in (one, same)))
     assert not np.allclose(one.decoder.output_head(), other.decoder.output_head())
 

@@ -167,9 +167,8 @@ def test_router_losses() -> None:
         )
 
     found = Auxiliary((statistics(1), statistics(2)), (statistics(DEPTHS),))
-    counts = TokenCounts(
-        *(jnp.float32(x) for x in (50, 4)), jnp.asarray([40.0, 30]), jnp.asarray([4.0, 3])
-    )
+    depths = jnp.asarray([40.0, 30.0]), jnp.asarray([4.0, 3.0])
+    counts = TokenCounts(jnp.float32(50), jnp.float32(4), *depths)
     config = TrainConfig(balance_loss=0.5, router_z_loss=0.25)
     expected = sum(
         0.5 * float(s.sequence_balance_losses[i]) / rows + 0.25 * float(s.z_losses[i]) / tokens
@@ -199,7 +198,7 @@ def test_losses_of_routers_have_gradients(
 ) -> None:
     """A large weight changes what a step does to the routers of main model and depths."""
     found = train_step(*step_inputs(dataclasses.replace(config, **{name: 10.0})))
-    models = [state.model for state, _ in (found, first_step)]
+    models: list[Any] = [state.model for state, _ in (found, first_step)]
     for routers in (
         [model.decoder.layers[1].layers.feed_forward.router.kernel for model in models],
         [model.block.layers.transformer_layer.feed_forward.router.kernel for model in models],
