@@ -201,9 +201,9 @@ def train_step(inputs: StepInputs, state: TrainState) -> tuple[TrainState, StepM
     def loss_fn(model: emtp.MTPModel, batch: emtp.Batch, key: Array, hidden_states: Array | None):
         if frozen is not None:
             model = eqx.combine(model, frozen)
-            main, (loss, mtp, routers) = (
-                None,
-                depth_losses(model, batch, config, objective, key, draft_vocab, hidden_states),
+            main = None
+            loss, mtp, routers = depth_losses(
+                model, batch, config, objective, key, draft_vocab, hidden_states
             )
         else:
             main, loss, mtp, routers = model_losses(
