@@ -294,7 +294,8 @@ def start_or_resume(run: Run, like: TrainState) -> TrainState:
 def compare_on_held_out(run: Run, model: emtp.MTPModel) -> list[Comparison]:
     """Continues held-out text with and without drafts, within the length of training rows.
 
-    With one draft a step, and with one of each depth. In every process, each on one device.
+    With one draft a step, and with one of each depth, up to the end of the document. In every
+    process, each on one device.
     """
     config, length = run.config, run.config.seq_len // 2
     prompts = held_out_prompts(
@@ -311,6 +312,8 @@ def compare_on_held_out(run: Run, model: emtp.MTPModel) -> list[Comparison]:
                 max_new_tokens=config.seq_len - length,
                 num_drafts=num_drafts,
                 draft_vocab=run.draft_vocab,
+                # Drafts are trained on what stands before it, not on what a model says after.
+                eos_id=run.info.config.end_of_document,
             )
             for num_drafts in sorted({1, config.depths})
         ]

@@ -2,10 +2,12 @@
 
     python tests/benchmarks/experts.py [--preset cpu|tiny] [--rounds N] [--json FILE]
 
-`products` are those that the rows of all tokens' experts take, with one matrix of each kind for all
-rows: as large as products can be. The mixture multiplies each expert's rows by its own matrices,
-and routes, sorts and sums beside it. `gradient` is that of half the squared sum, for tokens and
-weights, against three times as many products. All are measured in turn.
+`products` are those that the rows of all tokens' experts take: equal groups of rows, each with its
+expert's matrices, as XLA multiplies batches. The mixture has groups of unlike sizes, and routes,
+sorts, sums and weighs beside it. `one matrix` are as many products with one matrix of each kind for
+all rows: as large as products can be, and hardly any matrices to read. `gradient` is that of half
+the squared sum, for tokens and weights, against three times as many products. All are measured in
+turn.
 """
 
 import argparse
@@ -63,7 +65,7 @@ def gradient(mixture: nn.MixtureOfExperts, x: jax.Array) -> Any:
 
 
 def forward_products(gate: jax.Array, up: jax.Array, down: jax.Array, *arrays: jax.Array) -> Any:
-    """Three for each row."""
+    """Three for each row; all arrays have an axis of groups first, or none has."""
     rows, inner = arrays
     return rows @ gate, rows @ up, inner @ down
 
@@ -71,9 +73,9 @@ def forward_products(gate: jax.Array, up: jax.Array, down: jax.Array, *arrays: j
 def gradient_products(gate: jax.Array, up: jax.Array, down: jax.Array, *arrays: jax.Array) -> Any:
     """Six more: of rows, and of matrices."""
     rows, inner = arrays
-    of_rows = inner @ gate.T, inner @ up.T, rows @ down.T
+    of_rows = inner @ gate.mT, inner @ up.mT, rows @ down.mT
     # Other rows for each: equal products would be one.
-    of_matrices = rows.T @ inner, (2 * rows).T @ inner, inner.T @ rows
+    of_matrices = rows.mT @ inner, (2 * rows).mT @ inner, inner.mT @ rows
     return forward_products(gate, up, down, *arrays), of_rows, of_matrices
 
 
@@ -85,7 +87,9 @@ def compiled_cases(preset: Preset) -> dict[tuple[str, str], Compiled]:
     rows = jax.random.normal(keys[1], (num_rows, preset.embed))
     inner = jax.random.normal(keys[2], (num_rows, preset.expert_mlp))
     experts = mixture.experts
-    matrices = experts.gate[0], experts.up[0], experts.down[0]
+    matrices = experts.gate, experts.up, experts.down
+    of_one = tuple(x[0] for x in matrices)
+    in_groups = tuple(x.reshape(preset.experts, -1, x.shape[-1]) for x in (rows, inner))
     passes: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "forward": (forward, forward_products),
         "gradient": (gradient, gradient_products),
@@ -93,7 +97,8 @@ def compiled_cases(preset: Preset) -> dict[tuple[str, str], Compiled]:
     cases = {}
     for name, (of_mixture, products) in passes.items():
         cases[name, "mixture"] = Compiled(of_mixture, mixture, x)
-        cases[name, "products"] = Compiled(products, *matrices, rows, inner)
+        cases[name, "products"] = Compiled(products, *matrices, *in_groups)
+        cases[name, "one matrix"] = Compiled(products, *of_one, rows, inner)
     return cases
 
 

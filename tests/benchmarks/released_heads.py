@@ -94,13 +94,18 @@ def acceptance(model: emtp.MTPModel, rows: PackedRows, max_rows: int, vocab: np.
 
 
 def decoding(
-    model: emtp.MTPModel, prompts: list[np.ndarray], vocab: np.ndarray, new: int
+    model: emtp.MTPModel, prompts: list[np.ndarray], vocab: np.ndarray, end: int | None, new: int
 ) -> list[Row]:
-    """Greedy continuations, plain and with one to three drafts."""
+    """Greedy continuations up to the end of a document, plain and with one to three drafts."""
     rows: list[Row] = []
     for num_drafts in range(1, DEPTHS + 1):
         found = compare(
-            model, prompts, max_new_tokens=new, num_drafts=num_drafts, draft_vocab=vocab
+            model,
+            prompts,
+            max_new_tokens=new,
+            num_drafts=num_drafts,
+            draft_vocab=vocab,
+            eos_id=end,
         )
         rows.append(
             {
@@ -188,7 +193,8 @@ def main() -> None:
             prompts = held_out_prompts(
                 run.held_out_corpus, num_prompts=arguments.prompts, length=config.seq_len // 4
             )
-            for row in decoding(model, prompts, vocab, arguments.new_tokens):
+            end = run.info.config.end_of_document
+            for row in decoding(model, prompts, vocab, end, arguments.new_tokens):
                 speeds.append({"objective": objective, **row})
     print_tables(acceptances, speeds)
     write_json(arguments.json, {"acceptance": acceptances, "decoding": speeds})

@@ -19,9 +19,10 @@ from jaxtyping import Array
 from ..._platform import accumulation_dtype
 from ...sharding import with_auto_axes
 
-_SIZES = (0.5, 1.0, 1.25, 2.0)
+_SIZES = (0.5, 0.875, 1.0, 1.125, 1.25, 2.0)
 """Rows of a tile, in mean numbers of rows of a group. With a size that is little above a group's
-own number few rows are computed for nothing. Each size is a loop of its own to compile."""
+own number few rows are computed for nothing: most groups have about the mean. Each size is a loop
+of its own to compile."""
 
 
 class Groups(NamedTuple):
