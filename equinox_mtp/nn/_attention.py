@@ -42,7 +42,7 @@ class GroupedQueryAttention(AbstractAttention):
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
     attention: AttentionFunction = eqx.field(static=True)
-    rotary: Rotary = eqx.field(static=True)
+    rotary: Rotary | None = eqx.field(static=True)
     scale: float | None = eqx.field(static=True)
     window: int | None = eqx.field(static=True)
 
@@ -53,7 +53,7 @@ class GroupedQueryAttention(AbstractAttention):
         num_kv_heads: int,
         head_dim: int,
         *,
-        rotary: Rotary = Rotary(),  # noqa: B008
+        rotary: Rotary | None = Rotary(),  # noqa: B008
         bias: bool = False,
         out_bias: bool = False,
         gate: bool = False,
@@ -68,7 +68,8 @@ class GroupedQueryAttention(AbstractAttention):
 
         - `embed_size`, `num_heads`, `num_kv_heads`, `head_dim`: sizes; `num_kv_heads` divides
             `num_heads`.
-        - `rotary`: the positional encoding of queries and keys.
+        - `rotary`: the positional encoding of queries and keys; `None` for none, where positions
+            only tell what a query sees.
         - `bias`: whether queries, keys and values have biases, which are 0 at first.
         - `out_bias`: whether the output has one, which is 0 at first.
         - `gate`: whether each head's output has a gate.
@@ -208,6 +209,8 @@ class GroupedQueryAttention(AbstractAttention):
         query = project(self.query_kernel, self.query_bias, self.query_norm)
         key = project(self.key_kernel, self.key_bias, self.key_norm)
         value = project(self.value_kernel, self.value_bias, None)
+        if self.rotary is None:
+            return query, key, value
         return self.rotary(query, position_ids), self.rotary(key, position_ids), value
 
     def _project_out(self, hidden_states: Array, attended: Array) -> Array:

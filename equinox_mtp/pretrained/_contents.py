@@ -148,11 +148,22 @@ def _family(
     copies = _copies(tensors, family, mtp, num_depths, decoder.num_layers)
     tensors += _depth_tensors(layout, block.layers, decoder.num_layers)
     tensors += [copy for copy in copies if like is None or copy.name in like]
+    if mtp.kinds_key is not None:
+        written |= _windows(mtp.kinds_key, block.layers, num_depths, written)
     if not mtp.is_implied or (origin is not None and mtp.count_key in origin.config):
         written[mtp.count_key] = num_depths
     hints = hints_of(mtp, config)
     written |= {HINTS: hints} if hints else {}
     return Contents(family, tensors, written, decoder, block.layers)
+
+
+def _windows(key: str, layers: Any, num_depths: int, config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration that say which depths have a window."""
+    attention = getattr(getattr(layers, "transformer_layer", None), "attention", None)
+    window = getattr(attention, "window", None)
+    said = config.get("sliding_window")
+    sizes = {"sliding_window": window} if window is not None and said is None else {}
+    return {key: [_KINDS[window is None]] * num_depths, **sizes}
 
 
 def _copies(
@@ -236,11 +247,7 @@ def _with_transformers_depths(
     config[COUNT_KEY] = num_depths
     # transformers gives Qwen's configurations `layer_types`, and then wants the depths' too.
     if family is not LLAMA or "layer_types" in config:
-        attention = getattr(getattr(block.layers, "transformer_layer", None), "attention", None)
-        window = getattr(attention, "window", None)
-        config["mtp_layer_types"] = [_KINDS[window is None]] * num_depths
-        if window is not None and config.get("sliding_window") is None:
-            config["sliding_window"] = window
+        config |= _windows("mtp_layer_types", block.layers, num_depths, config)
     return Contents(family, tensors, config, decoder, block.layers)
 
 

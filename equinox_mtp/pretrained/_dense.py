@@ -102,11 +102,13 @@ def make_attention(
     has_window: bool,
     partial_rotary: float | None = None,
     interleaved: bool = False,
+    rotates_all: bool = True,
     key: PRNGKeyArray,
 ) -> nn.GroupedQueryAttention:
     """Grouped-query attention; see `make_layer`.
 
     `partial_rotary` is the default of `partial_rotary_factor`; `None` for families without it.
+    Unless `rotates_all` is true, layers without a window know of no positions.
     """
     has_bias, has_out_bias = _biases(settings, names, biases)
     _check_parts(settings, names)
@@ -124,7 +126,7 @@ def make_attention(
         heads,
         settings.integer("num_key_value_heads", heads),
         settings.head_dim,
-        rotary=rotary,
+        rotary=rotary if rotates_all or window is not None else None,
         bias=has_bias,
         out_bias=has_out_bias,
         norm_epsilon=epsilon if has_norm else None,
@@ -213,6 +215,7 @@ def attention_config(decoder: nn.TransformerDecoder, layers: list[Any]) -> dict[
     """The keys for everything but the feed-forward networks."""
     first = layers[0].attention
     embed_size, heads, head_dim = first.query_kernel.shape
+    rotaries = [layer.attention.rotary for layer in layers]
     config = {
         "vocab_size": decoder.embedding.shape[0],
         "hidden_size": embed_size,
@@ -225,7 +228,7 @@ def attention_config(decoder: nn.TransformerDecoder, layers: list[Any]) -> dict[
         "attention_bias": first.query_bias is not None or first.out_bias is not None,
         "tie_word_embeddings": decoder.head is None,
         "use_cache": True,
-        **rope_config(first.rotary, head_dim),
+        **rope_config(next(filter(None, rotaries), nn.Rotary()), head_dim),
     }
     windows = [layer.attention.window for layer in layers]
     if any(windows):

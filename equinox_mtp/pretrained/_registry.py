@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from ._deepseek import DEEPSEEK_V3
 from ._dense import LLAMA, MIMO, QWEN2, QWEN3
 from ._ernie import ERNIE4_5
+from ._exaone import EXAONE_MOE
 from ._hybrid import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from ._ling import BAILING_MOE_V2
 from ._moe import GLM4_MOE, QWEN3_MOE
@@ -13,7 +14,7 @@ from ._tables import Family
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, QWEN2, QWEN3, ERNIE4_5, MIMO, QWEN3_MOE, GLM4_MOE),
-    *(DEEPSEEK_V3, BAILING_MOE_V2, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT),
+    *(DEEPSEEK_V3, BAILING_MOE_V2, EXAONE_MOE, QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT),
 )
 """What `load` and `save` know."""
 

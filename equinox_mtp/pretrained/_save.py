@@ -46,6 +46,7 @@ def save(
     | `"bailing_moe_v2"` | main model and depths | SGLang |
     | `"glm4_moe"` | main model and depths | transformers, vLLM, SGLang |
     | `"mimo"`, `"deepseek_v3"` | main model and depths | vLLM, SGLang |
+    | `"exaone_moe"` | main model and one depth | vLLM, SGLang |
     | `"transformers"` | main model and depths (`num_mtp_layers`) | transformers |
     | `"speculators"` | one depth alone | speculators, vLLM |
     | `"stitched"` | the depths as `mtp.*` beside links to the files of `source` | transformers |

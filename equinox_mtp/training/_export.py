@@ -28,6 +28,7 @@ _READERS = {
     "deepseek_v3": _WITH_FLAGS,
     "bailing_moe_v2": "SGLang, with the flags in equinox_mtp/pretrained/README.md",
     "ernie4_5": _ENGINES,
+    "exaone_moe": _WITH_FLAGS,
     "qwen3_moe": _ENGINES,
     "qwen3_5": _ENGINES,
     "qwen3_5_moe": _ENGINES,
@@ -54,8 +55,8 @@ class ExportConfig:
     layout: str
     """transformers (main model and depths), stitched (depths beside links to the files of the
     released model), speculators (depths alone, for vLLM), or a family: llama, qwen2, qwen3, mimo,
-    qwen3_moe, glm4_moe, deepseek_v3, bailing_moe_v2, ernie4_5, qwen3_5, qwen3_5_moe, qwen3_next;
-    or a folder, whose layout is taken."""
+    qwen3_moe, glm4_moe, deepseek_v3, bailing_moe_v2, ernie4_5, exaone_moe, qwen3_5, qwen3_5_moe,
+    qwen3_next; or a folder, whose layout is taken."""
     out: Path
     """The folder to write; the name must be free."""
     model: Path | None = None

@@ -1,12 +1,13 @@
 """Prediction depths trained over a frozen model: one objective against another.
 
     python tests/benchmarks/draft_heads.py [--preset cpu|tiny] [--runs DIR] [--seeds N …]
-        [--objectives NAME …] [--json FILE]
+        [--objectives NAME …] [--starts NAME …] [--steps N …] [--json FILE]
 
 The model of the default training run stays as it is, and fresh depths are trained over it, for the
-same steps on the same rows, once for each objective, seed and start: `random`, or `trunk`, which
-is `distillation.start_from_trunk`. Acceptance is measured on held-out text: greedily, and as the
-expected value of sampling. `jointly` are the depths that were trained with the model.
+same steps on the same rows, once for each objective, seed, number of steps and start: `random`, or
+`trunk`, which is `distillation.start_from_trunk`. Acceptance is measured on held-out text:
+greedily, and as the expected value of sampling. `jointly` are the depths that were trained with the
+model.
 """
 
 import argparse
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="where trained models are kept, and looked for")
     parser.add_argument("--objectives", nargs="+", default=OBJECTIVES)
     parser.add_argument("--starts", nargs="+", choices=("random", "trunk"), default=("random",))
+    parser.add_argument("--steps", type=int, nargs="+", help="each is a training of its own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
@@ -163,9 +165,10 @@ def main() -> None:
         if start == "trunk":
             fresh = start_from_trunk(fresh, [first_rows(train_rows, preset)])
         measure(fresh, start=start, objective="-", steps=0, seed=seed)
-        for objective in arguments.objectives:
-            done = train_depths(fresh, train_rows, objective, preset.steps, seed)
-            measure(done, start=start, objective=objective, steps=preset.steps, seed=seed)
+        trainings = itertools.product(arguments.objectives, arguments.steps or [preset.steps])
+        for objective, steps in trainings:
+            done = train_depths(fresh, train_rows, objective, steps, seed)
+            measure(done, start=start, objective=objective, steps=steps, seed=seed)
     print_table(rows)
 
 

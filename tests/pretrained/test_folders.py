@@ -327,7 +327,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_help_shows_no_tables(function: Any) -> None:
     parameters = inspect.signature(function).parameters
     names = ("llama", "qwen2", "qwen3", "ernie4_5", "mimo", "qwen3_moe", "glm4_moe")
-    names += ("deepseek_v3", "bailing_moe_v2", "qwen3_5", "qwen3_5_moe", "qwen3_next")
+    names += ("deepseek_v3", "bailing_moe_v2", "exaone_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next")
     families = f"({', '.join(f'Family({name!r})' for name in names)})"
     assert repr(parameters["families"].default) == families
     if "rules" in parameters:
