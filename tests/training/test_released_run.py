@@ -19,12 +19,13 @@ import equinox_mtp as emtp
 from equinox_mtp import pretrained
 from equinox_mtp.__main__ import main
 from equinox_mtp.distillation import draft_losses, start_from_trunk
-from equinox_mtp.speculative import frequent_ids
-from equinox_mtp.training import TrainConfig, load_model, train
+from equinox_mtp.speculative import frequent_ids, generate
+from equinox_mtp.training import TrainConfig, held_out_prompts, load_model, train
 from equinox_mtp.training._checkpoint_files import checkpoints, write_digests
 from equinox_mtp.training._prepare import prepare
 from equinox_mtp.training._step import aligned_batch, depth_weights_at, make_model, make_optimizer
 from equinox_mtp.training._token_counts import count_tokens
+from equinox_mtp.training._train import compare_on_held_out
 
 FOLDER = released.FOLDER / "qwen3"
 
@@ -106,6 +107,21 @@ def test_generates_with_the_depths(run: Path, capsys: pytest.CaptureFixture[str]
     assert main(["generate", "--checkpoint", str(run), *common]) == 0
     assert capsys.readouterr().out == with_heads
     assert "first draft" in with_heads
+
+
+@pytest.mark.slow
+def test_continuations_end_with_their_document(config: TrainConfig, run: Path) -> None:
+    """What a model says behind an end is not what drafts are for."""
+    model, _ = load_model(run)
+    config = dataclasses.replace(config, compare_prompts=1)
+    prepared = prepare(config)
+    (prompt,) = held_out_prompts(prepared.held_out_corpus, num_prompts=1, length=12)
+    generation = generate(model, prompt[None], max_new_tokens=12, num_drafts=1)
+    tokens = generation.tokens[0, 12:].tolist()
+    assert [x.num_tokens for x in compare_on_held_out(prepared, model)] == [12, 12]
+    ended = prepare(dataclasses.replace(config, end_of_document=tokens[3]))
+    expected = tokens.index(tokens[3]) + 1
+    assert [x.num_tokens for x in compare_on_held_out(ended, model)] == [expected, expected]
 
 
 def test_drafts_of_frequent_tokens(
