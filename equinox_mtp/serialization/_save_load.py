@@ -1,17 +1,14 @@
 """A model in a single file, in the format of safetensors."""
 
-import contextlib
 import hashlib
-import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from .._types import checked
+from .._whole_file import whole_file
 from ._header import NO_DIGEST, header_bytes, in_file_order
 from ._leaves import check_savable, little_endian, named_leaves
 from ._reading import check_fit, read_array, read_header, read_numbers
@@ -58,7 +55,7 @@ def save(path: str | Path, tree: Any) -> None:
     for name, x in leaves:
         check_savable(name, x)
     header = header_bytes(leaves)
-    with _replacing(path) as file:
+    with whole_file(path) as file:
         digest = hashlib.sha256(header)
         file.write(header)
         for _, x in in_file_order(leaves):
@@ -101,18 +98,3 @@ def load(path: str | Path, like: Tree) -> Tree:
         arrays = {name: read_array(path, file, x) for name, x in in_file_order(leaves)}
     values = [arrays[name] if name in arrays else numbers.get(name, x) for name, x in leaves]
     return jax.tree.unflatten(jax.tree.structure(like), values)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, which takes the name when all is well, and is gone otherwise."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

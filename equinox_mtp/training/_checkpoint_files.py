@@ -5,12 +5,12 @@ orbax writes them; it has no digests by which a user could tell a damaged file.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import jax
 
+from .._whole_file import whole_file
 from ._processes import all_gather
 
 PREFIX = "step_"
@@ -121,13 +121,9 @@ def quarantine(folder: Path, last_step: int | None) -> None:
 
 def write_digests(checkpoint: Path) -> None:
     """Writes down the digest of every file."""
-    temporary = checkpoint / f".{_DIGESTS}.tmp"
-    with temporary.open("w", encoding="utf8") as stream:
-        digests = {name: _digest(path) for name, path in _files(checkpoint).items()}
-        json.dump(digests, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, checkpoint / _DIGESTS)
+    digests = {name: _digest(path) for name, path in _files(checkpoint).items()}
+    with whole_file(checkpoint / _DIGESTS) as file:
+        file.write(json.dumps(digests, indent=1).encode())
 
 
 def _files(checkpoint: Path) -> dict[str, Path]:
@@ -135,7 +131,8 @@ def _files(checkpoint: Path) -> dict[str, Path]:
     return {
         path.relative_to(checkpoint).as_posix(): path
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.name.strip(".").removesuffix(".tmp") != _DIGESTS
+        # A process that was killed may have left the beginning of one.
+        if path.is_file() and not path.name.removeprefix(".").startswith(_DIGESTS)
     }
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 import equinox_mtp as emtp
 
+from .._whole_file import whole_file
 from ._losses import main_hidden_states
 from ._packing import Rows
 
@@ -232,6 +233,5 @@ def _make(folder: Path, layout: HiddenStateLayout) -> None:
     (folder / _FLAGS).write_bytes(bytes(layout.num_rows))
     with (folder / _STATES).open("wb") as states:
         states.truncate(layout.num_bytes)
-    temporary = folder / f".{_INFO}.tmp"
-    temporary.write_text(json.dumps(_written(layout), indent=1) + "\n", encoding="utf8")
-    os.replace(temporary, folder / _INFO)
+    with whole_file(folder / _INFO) as file:
+        file.write((json.dumps(_written(layout), indent=1) + "\n").encode())

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from equinox_mtp import plot
 
+from .._whole_file import whole_file
 from ._compare import Comparison
 from ._corpus import Corpus
 from ._step import Evaluation, StepMetrics
@@ -52,9 +53,8 @@ class MetricsFile:
             aside = path.with_name(f"damaged-{path.name}")
             os.replace(path, aside)
             print(f"note: {num_damaged} line(s) of {path} cannot be read; it is kept as {aside}")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(record) for record in self.records), encoding="utf8")
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            file.write("".join(_line(record) for record in self.records).encode())
         self._stream = path.open("a", encoding="utf8")
 
     def write(self, record: Record) -> None:
@@ -131,9 +131,8 @@ def plot_curves(metrics: MetricsFile, path: Path) -> None:
         max_load = _by_depth(of_routers, "router_max_load")
         plot.router_load(_column(of_routers, "step"), max_load, num_depths=num_depths, ax=ax)
         ax.set_title("Load of the busiest expert")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _column(records: list[Record], name: str) -> np.ndarray:

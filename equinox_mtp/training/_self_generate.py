@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import equinox_mtp as emtp
 from equinox_mtp.pretrained import model_folder
 from equinox_mtp.speculative import Sampler, generate
 
+from .._whole_file import whole_file
 from ._checkpoint import CheckpointInfo
 from ._config import TrainConfig
 from ._corpus import Corpus
@@ -266,15 +266,10 @@ def _check_origin(folder: Path, origin: dict[str, Any]) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Writes a file, whole or not at all; `OSError` of one line that names it."""
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            # A loss of power must not leave the name of a batch without its texts.
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            file.write(content)
     except OSError as error:
         raise OSError(
             f"`self_generate`: {path} cannot be written: {error.strerror or error}. The texts "

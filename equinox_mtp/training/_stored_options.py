@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from .._whole_file import whole_file
 from ._config import TrainConfig, options
 
 FILE_NAME = "config.json"
@@ -13,9 +13,8 @@ FILE_NAME = "config.json"
 
 def write_options(folder: Path, config: TrainConfig) -> None:
     """Writes `config.json` into the folder of a run, whole or not at all."""
-    temporary = folder / f".{FILE_NAME}.tmp"
-    temporary.write_text(json.dumps(to_json(config), indent=1) + "\n", encoding="utf8")
-    os.replace(temporary, folder / FILE_NAME)
+    with whole_file(folder / FILE_NAME) as file:
+        file.write((json.dumps(to_json(config), indent=1) + "\n").encode())
 
 
 def read_options(path: Path, default: TrainConfig) -> TrainConfig:

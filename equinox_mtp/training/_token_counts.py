@@ -1,12 +1,12 @@
 """How often each token occurs in a run's data: drafts may come from the frequent ones alone."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from equinox_mtp.speculative import frequent_ids
 
+from .._whole_file import whole_file
 from ._corpus import Corpus
 
 _FILE = "token_counts.npy"
@@ -26,10 +26,8 @@ def count_tokens(corpus: Corpus) -> np.ndarray:
 
 def keep_token_counts(corpus: Corpus, folder: Path) -> None:
     """Writes the counts into a run's folder."""
-    temporary = folder / f".{_FILE}.tmp"
-    with temporary.open("wb") as file:
+    with whole_file(folder / _FILE) as file:
         np.save(file, count_tokens(corpus))
-    os.replace(temporary, folder / _FILE)
 
 
 def draft_vocabulary(run: Path, size: int) -> np.ndarray:

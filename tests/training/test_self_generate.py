@@ -325,7 +325,7 @@ def test_a_killed_run_leaves_whole_batches(
                 raise RuntimeError("power cut")
             source.rename(target)
 
-        patched.setattr("equinox_mtp.training._self_generate.os.replace", cut)
+        patched.setattr("equinox_mtp._whole_file.os.replace", cut)
         with pytest.raises(RuntimeError, match="power cut"):
             with_texts()
     assert len(stored(tmp_path / "run")) == 1
