@@ -322,6 +322,7 @@ def test_processes_are_counted_from_zero() -> None:
 # --- the step
 
 
+@pytest.mark.slow
 def test_accumulation_is_exact(text: Path) -> None:
     corpus = load_corpus([text])
     rows = PackedRows(corpus, TINY.seq_len)
