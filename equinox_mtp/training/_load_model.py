@@ -10,7 +10,7 @@ import equinox_mtp as emtp
 from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
 from ._placement import ONE_DEVICE
 from ._released import check_same_model, digest_of_frozen, released_model, split_model
-from ._step import make_optimizer, make_state, state_of
+from ._step import make_optimizer, make_state, options_of_steps, state_of
 
 
 def load_model(
@@ -41,8 +41,9 @@ def load_model(
         )
     optimizer = make_optimizer(config)
     if config.model is None:
+        options = options_of_steps(config)
         like = eqx.filter_eval_shape(
-            make_state, config, info.vocab_size, optimizer, architecture=info.architecture
+            make_state, options, info.vocab_size, optimizer, architecture=info.architecture
         )
         return load_state(checkpoint, like).model, info
     trained, frozen = split_model(released_model(config, ONE_DEVICE), config)

@@ -1,5 +1,6 @@
 """One training step and one evaluation: functions of a state and a batch."""
 
+import dataclasses
 import functools
 import math
 from functools import partial
@@ -106,8 +107,32 @@ def make_model(
     )
 
 
+# Of folders, and of what the loop does between steps.
+_READ_BY_NO_STEP: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(TrainConfig)
+    if field.name
+    in ("out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts")
+}
+
+
+def options_of_steps(config: TrainConfig) -> TrainConfig:
+    """The options with the default for those that no step reads.
+
+    A step is compiled for the options that it is given. Runs of one process that differ in the
+    others, as one that goes on does, share it.
+    """
+    return dataclasses.replace(config, **_READ_BY_NO_STEP)
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW or Muon, with warm-up, cosine decay and clipping."""
+    return _make_optimizer(options_of_steps(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The same functions for the same options: a step is compiled for them, too."""
     warmup = min(config.warmup_steps, config.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (warmup + 1),

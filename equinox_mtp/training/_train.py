@@ -46,6 +46,7 @@ from ._step import (
     TrainState,
     evaluate,
     make_state,
+    options_of_steps,
     state_of,
     train_step,
 )
@@ -118,7 +119,8 @@ def fresh_state(run: Run) -> TrainState:
     if run.released is not None:
         return state_of(run.released, run.optimizer, run.placement)
     info = run.info
-    return make_state(run.config, info.vocab_size, run.optimizer, run.placement, info.architecture)
+    options = options_of_steps(run.config)
+    return make_state(options, info.vocab_size, run.optimizer, run.placement, info.architecture)
 
 
 def open_own_texts(run: Run, state: TrainState) -> OwnTexts | None:
@@ -202,7 +204,13 @@ def step_inputs(run: Run, step: int, cache: HiddenStateCache | None) -> StepInpu
         assert frozen is not None
         hidden_states = hidden_states_of(cache, frozen.decoder, indices, rows)
     return StepInputs(
-        rows, config, run.optimizer, run.placement, frozen, run.draft_vocab, hidden_states
+        rows,
+        options_of_steps(config),
+        run.optimizer,
+        run.placement,
+        frozen,
+        run.draft_vocab,
+        hidden_states,
     )
 
 

@@ -21,6 +21,13 @@ CONFIG = emtp.nn.TransformerConfig(
 )
 SEGMENTS = np.asarray([[1] * 4 + [2] * 5 + [0] * 2, [1] * 3 + [2] * 8])
 run_draft_losses = eqx.filter_jit(draft_losses)
+run_model = eqx.filter_jit(lambda model, batch: model(batch))
+
+
+@eqx.filter_jit
+@eqx.filter_value_and_grad
+def loss_and_gradients(heads: Any, frozen: Any, batch: emtp.Batch) -> jax.Array:
+    return draft_losses(eqx.combine(heads, frozen), batch).loss
 
 
 @eqx.filter_jit
@@ -47,30 +54,35 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum()
 
 
-def distributions(model: emtp.MTPModel, batch: emtp.Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Of the main model `[batch seq vocab]`, and of the depths `[depth batch seq vocab]`."""
+@eqx.filter_jit
+def logits_of(model: emtp.MTPModel, batch: emtp.Batch) -> tuple[jax.Array, jax.Array]:
     decoder: Any = model.decoder
     block = model.block
+    context = {"position_ids": batch.position_ids, "segment_ids": batch.segment_ids}
+    hidden = decoder(jnp.asarray(batch.input_ids), **context)
+    main = jnp.asarray(decoder.final_norm(hidden)) @ decoder.output_head().T
+    targets: Any = batch.align(DEPTHS).targets
+    depths = []
+    for k in range(DEPTHS):
+        layer = block.layer(k + 1)
+        if k == 0:
+            hidden = decoder.final_norm(hidden)
+        embedding = decoder.embed(targets.input_ids[k], targets.position_ids[k])
+        raw, _ = layer(hidden, embedding, token_mask=None, **context)
+        normed, hidden = layer.normed_and_carried(raw, decoder.final_norm)
+        depths.append(normed @ decoder.output_head().T)
+    return main, jnp.stack(depths)
 
-    @eqx.filter_jit
-    def logits(batch: emtp.Batch) -> tuple[jax.Array, jax.Array]:
-        context = {"position_ids": batch.position_ids, "segment_ids": batch.segment_ids}
-        hidden = decoder(jnp.asarray(batch.input_ids), **context)
-        main = jnp.asarray(decoder.final_norm(hidden)) @ decoder.output_head().T
-        targets: Any = batch.align(DEPTHS).targets
-        depths = []
-        for k in range(DEPTHS):
-            layer = block.layer(k + 1)
-            if k == 0:
-                hidden = decoder.final_norm(hidden)
-            embedding = decoder.embed(targets.input_ids[k], targets.position_ids[k])
-            raw, _ = layer(hidden, embedding, token_mask=None, **context)
-            normed, hidden = layer.normed_and_carried(raw, decoder.final_norm)
-            depths.append(normed @ decoder.output_head().T)
-        return main, jnp.stack(depths)
 
-    on_device = jax.tree.map(jnp.asarray, batch)
-    main, depths = logits(on_device)
+@eqx.filter_jit
+def gradients_of_depths(model: emtp.MTPModel, batch: emtp.Batch, cotangent: jax.Array) -> Any:
+    """Of the parameters, for those of the depths' logits: one program for all divergences."""
+    return eqx.filter_grad(lambda model: jnp.sum(logits_of(model, batch)[1] * cotangent))(model)
+
+
+def distributions(model: emtp.MTPModel, batch: emtp.Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Of the main model `[batch seq vocab]`, and of the depths `[depth batch seq vocab]`."""
+    main, depths = logits_of(model, jax.tree.map(jnp.asarray, batch))
     return np.asarray(main, np.float64), np.asarray(depths, np.float64)
 
 
@@ -108,7 +120,7 @@ def test_total_variation_and_acceptance(
     assert_close(output.acceptance.joint, joint / counts)
     assert_close(output.acceptance.expected_accepted_length, 1 + np.sum(joint / counts))
     assert_close(output.loss, 0.1 * losses.sum() / counts.sum())
-    whole = eqx.filter_jit(model)(batch)
+    whole = run_model(model, batch)
     assert_close(output.main.mean, whole.main.mean)
     assert_close(output.hidden_states, whole.mtp.hidden_states)
 
@@ -130,26 +142,14 @@ def test_gradients(divergence: Any, batch: emtp.Batch, getkey: Any) -> None:
     targets = on_device.align(DEPTHS).targets
     assert targets is not None
 
-    def plain(model: emtp.MTPModel) -> jax.Array:
-        decoder: Any = model.decoder
-        hidden = decoder(
-            on_device.input_ids,
-            position_ids=on_device.position_ids,
-            segment_ids=on_device.segment_ids,
-        )
-        head = decoder.output_head()
-        teacher = jax.lax.stop_gradient(jax.nn.log_softmax(decoder.final_norm(hidden) @ head.T))
-        states = model.block.depth_states(
-            decoder,
-            hidden,
-            targets,
-            position_ids=on_device.position_ids,
-            segment_ids=on_device.segment_ids,
-        )
+    @jax.jit
+    @jax.grad
+    def cotangent(logits: jax.Array, main_logits: jax.Array) -> jax.Array:
+        teacher = jax.nn.log_softmax(main_logits)
         total, joint = jnp.zeros(()), 1.0
         for k in range(DEPTHS):
             log_p = jnp.roll(teacher, -(k + 1), axis=1)
-            log_q = jax.nn.log_softmax(states.normed[k] @ head.T)
+            log_q = jax.nn.log_softmax(logits[k])
             kind = "total_variation" if divergence == "joint" else divergence
             value = FUNCTIONS[kind](log_p, log_q, partial(jnp.sum, axis=-1), 0.0)
             if divergence == "joint":
@@ -158,10 +158,11 @@ def test_gradients(divergence: Any, batch: emtp.Batch, getkey: Any) -> None:
             total += jnp.sum(jnp.where(targets.mask[k], value, 0))
         return 0.1 * total / jnp.sum(targets.mask)
 
+    main, depths = logits_of(model, on_device)
+    expected = gradients_of_depths(model, on_device, cotangent(depths, main))
     gradients = eqx.filter_jit(
         eqx.filter_grad(lambda m: draft_losses(m, batch, divergence=name).loss)
     )
-    expected = eqx.filter_jit(eqx.filter_grad(plain))(model)
     for x, y in zip(jax.tree.leaves(gradients(model)), jax.tree.leaves(expected), strict=True):
         scale = float(jnp.max(jnp.abs(y))) + 1e-12
         assert_close(x / scale, y / scale, rtol=1e-3, atol=1e-4)
@@ -174,16 +175,14 @@ def test_frozen_model_has_no_gradient(model: emtp.MTPModel, batch: emtp.Batch) -
     whole, single = jax.tree.leaves(model), jax.tree.leaves(eqx.combine(heads, frozen))
     assert all(x is y for x, y in zip(whole, single, strict=True))
 
-    def loss(heads: Any, frozen: Any) -> jax.Array:
-        return draft_losses(eqx.combine(heads, frozen), batch).loss
-
-    gradients = eqx.filter_jit(eqx.filter_grad(loss))(heads, frozen)
+    _, gradients = loss_and_gradients(heads, frozen, batch)
     unfrozen = eqx.filter_jit(eqx.filter_grad(lambda m: draft_losses(m, batch).loss))(model)
     pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(unfrozen.block), strict=True)
     for x, y in pairs:
         assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_frozen_trunk_keeps_nothing(getkey: Any) -> None:
     """More layers of the main model take no more memory: nothing is kept for a backward pass."""
 
@@ -215,18 +214,13 @@ def test_frozen_trunk_keeps_nothing(getkey: Any) -> None:
 
 def test_padding_changes_nothing(model: emtp.MTPModel) -> None:
     """A row of padding, and what follows a document, whatever its tokens are."""
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 9))
-    segments = np.asarray([[1] * 6 + [0] * 3, [0] * 9])
+    tokens = np.random.default_rng(0).integers(0, VOCAB, SEGMENTS.shape)
+    segments = np.asarray([[1] * 6 + [0] * 5, [0] * 11])
     heads, frozen = freeze_model(model)
-
-    @eqx.filter_jit
-    @eqx.filter_value_and_grad
-    def loss_and_grads(heads: Any, batch: emtp.Batch) -> jax.Array:
-        return draft_losses(eqx.combine(heads, frozen), batch).loss
-
     others = np.where(segments == 0, (tokens + 1) % VOCAB, tokens)
     one, other = (
-        loss_and_grads(heads, emtp.make_batch(x, segment_ids=segments)) for x in (tokens, others)
+        loss_and_gradients(heads, frozen, emtp.make_batch(x, segment_ids=segments))
+        for x in (tokens, others)
     )
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert_close(x, y)
@@ -245,7 +239,8 @@ def test_known_hidden_states(model: Any, batch: emtp.Batch) -> None:
     """The decoder does not run: its layers may be anything."""
     on_device = jax.tree.map(jnp.asarray, batch)
     context = {"position_ids": on_device.position_ids, "segment_ids": on_device.segment_ids}
-    hidden_states: Any = eqx.filter_jit(model.decoder)(on_device.input_ids, **context)
+    run = eqx.filter_jit(lambda decoder, ids, context: decoder(ids, **context))
+    hidden_states: Any = run(model.decoder, on_device.input_ids, context)
     numbers, rest = eqx.partition(model.decoder.layers, eqx.is_inexact_array)
     spoilt = eqx.combine(jax.tree.map(lambda x: x * jnp.nan, numbers), rest)
     without = eqx.tree_at(lambda m: m.decoder.layers, model, spoilt)

@@ -17,6 +17,7 @@ VOCAB, EMBED = 23, 8
 CONFIG = emtp.nn.TransformerConfig(vocab_size=VOCAB, embed_size=EMBED, num_layers=2, num_heads=2)
 
 
+@eqx.filter_jit
 def make_model(config: emtp.MTPConfig, key: Any) -> emtp.MTPModel:
     layer = partial(emtp.nn.TransformerDecoderLayer, CONFIG)
     block = emtp.MultiTokenPredictionBlock(config, layer, embed_size=EMBED, key=key)
@@ -33,6 +34,14 @@ def make_batches() -> list[emtp.Batch]:
     return [packed, emtp.make_batch(rng.integers(0, VOCAB, (2, 16)))]
 
 
+@eqx.filter_jit
+def embeddings_and_hidden_states(decoder: Any, batch: emtp.Batch) -> tuple[jax.Array, jax.Array]:
+    ids, positions = jnp.asarray(batch.input_ids), jnp.asarray(batch.position_ids)
+    segments = jnp.ones(ids.shape, int) if batch.segment_ids is None else batch.segment_ids
+    hidden = decoder(ids, position_ids=positions, segment_ids=jnp.asarray(segments))
+    return decoder.embed(ids, positions), hidden
+
+
 def normalised(x: Any) -> np.ndarray:
     wide = np.asarray(x, np.float64)
     return wide / np.sqrt(np.mean(np.square(wide), axis=-1, keepdims=True))
@@ -40,15 +49,16 @@ def normalised(x: Any) -> np.ndarray:
 
 def pairs_of(model: emtp.MTPModel) -> list[tuple[np.ndarray, ...]]:
     """Of each pair of neighbours: embedding, hidden state, next hidden state; in a loop."""
-    decoder: Any = model.decoder
     pairs = []
     for batch in make_batches():
-        ids, positions = jnp.asarray(batch.input_ids), jnp.asarray(batch.position_ids)
-        segments = np.ones(ids.shape, int) if batch.segment_ids is None else batch.segment_ids
-        hidden = decoder(ids, position_ids=positions, segment_ids=jnp.asarray(segments))
-        embeddings = decoder.embed(ids, positions)
-        for row in range(ids.shape[0]):
-            for i in range(ids.shape[1] - 1):
+        on_device = jax.tree.map(jnp.asarray, batch)
+        found = embeddings_and_hidden_states(model.decoder, on_device)
+        # In NumPy: an index into an array of JAX takes far longer.
+        embeddings, hidden = map(np.asarray, found)
+        shape = hidden.shape[:2]
+        segments = np.ones(shape, int) if batch.segment_ids is None else batch.segment_ids
+        for row in range(shape[0]):
+            for i in range(shape[1] - 1):
                 if segments[row, i] == segments[row, i + 1] != 0:
                     pairs.append((embeddings[row, i + 1], hidden[row, i], hidden[row, i + 1]))
     return pairs
@@ -105,10 +115,8 @@ def test_norms_that_store_their_scale_less_1(preset: Any, getkey: Any) -> None:
     is_norm = lambda x: isinstance(x, emtp.nn.RMSNorm)  # noqa: E731
     offset = jax.tree.map(less_1, plain, is_leaf=is_norm)
     batch = emtp.make_batch(np.random.default_rng(0).integers(0, VOCAB, (2, 9)))
-    one, other = (
-        start_from_trunk(model, make_batches())(batch, inference=True).mtp.hidden_states
-        for model in (plain, offset)
-    )
+    run = eqx.filter_jit(lambda model: model(batch, inference=True).mtp.hidden_states)
+    one, other = (run(start_from_trunk(model, make_batches())) for model in (plain, offset))
     assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
@@ -119,9 +127,14 @@ def test_a_depth_passes_its_projection_on(getkey: Any) -> None:
     layer = started.block.layer(1)
     hidden, embedding = jax.random.normal(getkey(), (2, 1, 5, EMBED))
     positions = jnp.arange(5)[None]
-    raw, _ = layer(hidden, embedding, position_ids=positions)
-    parts = [layer.embedding_norm(embedding), layer.hidden_state_norm(hidden)]
-    assert_close(raw, layer.projection_layer(jnp.concatenate(parts, axis=-1)), rtol=1e-5)
+
+    @eqx.filter_jit
+    def outputs(layer: Any) -> tuple[jax.Array, jax.Array]:
+        raw, _ = layer(hidden, embedding, position_ids=positions)
+        parts = [layer.embedding_norm(embedding), layer.hidden_state_norm(hidden)]
+        return raw, layer.projection_layer(jnp.concatenate(parts, axis=-1))
+
+    assert_close(*outputs(layer), rtol=1e-5)
     zero = {"attention.out_kernel", "feed_forward.down.kernel"}
     before = model.block.layer(1).transformer_layer
     for (path, x), y in zip(
@@ -143,7 +156,7 @@ def test_a_linear_text_is_predicted(getkey: Any) -> None:
     decoder = eqx.tree_at(lambda d: d.embedding, decoder, 3 * jnp.eye(EMBED))
     batch = emtp.make_batch(np.arange(40).reshape(1, 40) % EMBED)
     started = start_from_trunk(emtp.MTPModel(decoder, model.block), [batch])
-    output = started(batch)
+    output = eqx.filter_jit(started)(batch)
     rate = emtp.calculate_mtp_acceptance_rate(output.mtp.acceptance, output.predictions)
     assert rate.independent.tolist() == [1.0]
 

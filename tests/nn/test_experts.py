@@ -147,19 +147,31 @@ def low(x: np.ndarray) -> Array:
     return jnp.asarray(x, jnp.float32)
 
 
+run_with_mask = quick_jit(lambda mixture, x, mask: mixture(x, token_mask=mask))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_statistics(name: str) -> None:
     mixture, x = make_mixture(**CASES[name]), inputs()
-    run = quick_jit(lambda mixture, x, mask: mixture(x, token_mask=mask))
-    y, statistics = run(mixture, low(x), jnp.asarray(MASK))
+    y, statistics = run_with_mask(mixture, low(x), jnp.asarray(MASK))
     assert_close(y, mixture_by_loop(x, mixture), 1e-5)
     for field, expected in statistics_by_loop(x, mixture.router, MASK).items():
         np.testing.assert_allclose(getattr(statistics, field), expected, rtol=2e-5, err_msg=field)
-    # Without a mask every position is a token, and outputs are the same.
-    again, whole = run(mixture, low(x), None)
+    # Outputs do not depend on which positions are tokens.
+    again, whole = run_with_mask(mixture, low(x), jnp.ones_like(MASK))
     np.testing.assert_array_equal(again, y)
     everywhere = statistics_by_loop(x, mixture.router, np.ones_like(MASK))
     np.testing.assert_allclose(whole.load, everywhere["load"])
+
+
+@pytest.mark.parametrize("name", ["softmax", "groups"])
+def test_without_a_mask_every_position_is_a_token(name: str) -> None:
+    mixture, x = make_mixture(**CASES[name]), low(inputs())
+    y, statistics = run_with_mask(mixture, x, None)
+    expected, everywhere = run_with_mask(mixture, x, jnp.ones_like(MASK))
+    np.testing.assert_array_equal(y, expected)
+    for one, other in zip(*map(jax.tree.leaves, (statistics, everywhere)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_cases_differ() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,27 +26,35 @@ FAMILIES = (
     *("deepseek_v3", "qwen3_5", "qwen3_next"),
 )
 WITH_DEPTHS = ("mimo", "fastmtp", "glm4_moe", "deepseek_v3", "qwen3_5", "qwen3_next")
+PLACEMENTS = {"post": "after_norm", "pre": "before_norm"}
+OTHER_HIDDEN_STATES = (
+    *(("mimo", "post"), ("fastmtp", "pre")),
+    *(("glm4_moe", "pre"), ("deepseek_v3", "pre")),
+)
 TOLERANCE = 1e-4
 
 
 def marked(names: Any) -> list[Any]:
-    """Cases, of which those with gated delta layers compile longest."""
-    slow = ("qwen3_5", "qwen3_next")
+    """Cases, of which those whose loop of decoding compiles longest are slow."""
+    slow = ("deepseek_v3", "qwen3_5", "qwen3_next")
     return [pytest.param(x, marks=pytest.mark.slow) if x in slow else x for x in names]
+
+
+class Loaded(dict[str, emtp.MTPModel]):
+    """The models of the families, each read when a test first asks for it."""
+
+    def __missing__(self, name: str) -> emtp.MTPModel:
+        self[name] = pretrained.load(FOLDER / name, tokenizer=False)[0]
+        return self[name]
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, emtp.MTPModel]:
-    return {name: pretrained.load(FOLDER / name, tokenizer=False)[0] for name in FAMILIES}
+    return Loaded()
 
 
 def close(actual: Any, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
-
-
-def hidden_states(decoder: Any, tokens: Any, positions: Any) -> Any:
-    """Without a router's statistics."""
-    return split_auxiliary(decoder(tokens, position_ids=positions))[0]
 
 
 def with_config(model: emtp.MTPModel, **changes: Any) -> emtp.MTPModel:
@@ -60,186 +68,280 @@ def with_config(model: emtp.MTPModel, **changes: Any) -> emtp.MTPModel:
     return emtp.MTPModel(model.decoder, block)
 
 
+# Programs that tests share: all arrays are arguments, and shapes are always these. Rows are longer
+# than a test may need: no position sees what follows it.
+
+ROWS, LENGTH = 3, 23
+
+
+def padded(*rows: Any) -> np.ndarray:
+    """Rows of tokens, and padding."""
+    out = np.zeros((ROWS, LENGTH), np.int32)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = row
+    return out
+
+
+@quick_jit
+def whole_pass(decoder: Any, ids: Any) -> tuple[Any, Any, Any]:
+    """Hidden states, the normed ones, and logits; without a router's statistics."""
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
+    hidden = split_auxiliary(decoder(ids, position_ids=positions))[0]
+    normed = decoder.final_norm(hidden)
+    return hidden, normed, normed @ decoder.output_head().T
+
+
+def logits_of(decoder: Any, tokens: np.ndarray) -> np.ndarray:
+    logits = whole_pass(decoder, padded(*tokens))[2]
+    return np.asarray(logits)[: len(tokens), : tokens.shape[1]]
+
+
+@quick_jit
+def cached_step(decoder: Any, ids: Any, cache: Any, start: Any) -> tuple[Any, Any]:
+    positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1]), ids.shape)
+    hidden, cache = decoder.decode(ids, cache, position_ids=positions)
+    normed = decoder.final_norm(hidden)
+    return (hidden, normed, normed @ decoder.output_head().T), cache
+
+
+def in_cached_steps(decoder: Any, tokens: np.ndarray) -> list[np.ndarray]:
+    """As `whole_pass`, four tokens at a time."""
+    cache, parts = decoder.init_cache(*tokens.shape), []
+    for start in range(0, tokens.shape[1], 4):
+        part, cache = cached_step(decoder, tokens[:, start : start + 4], cache, np.int32(start))
+        parts.append(part)
+    return [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
+
+
+@quick_jit
+def depth_pass(decoder: Any, layer: Any, states: Any, ids: Any, first: Any) -> tuple[Any, ...]:
+    """A depth's outputs, the normed ones, and logits; the first embedding times a number."""
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
+    embeddings = decoder.embed(ids, positions).at[:, 0].multiply(first)
+    out, _ = layer(states, embeddings, position_ids=positions)
+    normed, _ = layer.normed_and_carried(out, decoder.final_norm)
+    return out, normed, normed @ decoder.output_head().T
+
+
+run_model = quick_jit(lambda model, batch: model(batch))
+
+
+class MainPass(NamedTuple):
+    """Of a family: rows 0 and 1 are the recorded tokens, row 2 is the recorded continuation."""
+
+    hidden: np.ndarray
+    normed: np.ndarray
+    logits: np.ndarray
+
+    def entering(self, input_hidden_state: str) -> np.ndarray:
+        return self.normed if input_hidden_state == "after_norm" else self.hidden
+
+
+class MainPasses(dict[str, MainPass]):
+    """Each made when a test first asks for it."""
+
+    def __init__(self, models: dict[str, emtp.MTPModel]):
+        super().__init__()
+        self.models = models
+
+    def __missing__(self, name: str) -> MainPass:
+        numbers = reference(name)
+        ids = padded(*numbers["tokens"], *numbers["greedy"])
+        self[name] = MainPass(*map(np.asarray, whole_pass(self.models[name].decoder, ids)))
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def passes(models: dict[str, emtp.MTPModel]) -> dict[str, MainPass]:
+    return MainPasses(models)
+
+
+class KnownStates(emtp.AbstractCachedDecoder):
+    """A decoder whose hidden states are known: only what the depths do is left to compile."""
+
+    decoder: Any
+    hidden_states: Any
+
+    def embed(self, input_ids: Any, position_ids: Any) -> Any:
+        return self.decoder.embed(input_ids, position_ids)
+
+    def __call__(self, input_ids: Any, **kwargs: Any) -> Any:
+        return self.hidden_states
+
+    def final_norm(self, hidden_states: Any) -> Any:
+        return self.decoder.final_norm(hidden_states)
+
+    def output_head(self) -> Any:
+        return self.decoder.output_head()
+
+    def init_cache(self, batch_size: int, max_length: int) -> Any:
+        return ()
+
+    def prefill(self, input_ids: Any, cache: Any, **kwargs: Any) -> Any:
+        return self.hidden_states, cache
+
+    def decode(self, input_ids: Any, cache: Any, *, position_ids: Any) -> Any:
+        raise NotImplementedError("the depths' drafts do not ask for it")
+
+
+def with_known_states(model: emtp.MTPModel, hidden_states: np.ndarray) -> emtp.MTPModel:
+    return emtp.MTPModel(KnownStates(model.decoder, jnp.asarray(hidden_states)), model.block)
+
+
+def check_main_model(found: Any, numbers: dict[str, np.ndarray]) -> None:
+    for x, name in zip(found, ("hidden_pre_norm", "hidden_post_norm", "logits"), strict=True):
+        close(x, numbers[name])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_hidden_states_and_logits(name: str, models: dict[str, emtp.MTPModel]) -> None:
-    decoder: Any = models[name].decoder
+def test_hidden_states_and_logits(name: str, passes: dict[str, MainPass]) -> None:
+    check_main_model([x[:2, :16] for x in passes[name]], reference(name))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_and_logits_in_cached_steps(
+    name: str, models: dict[str, emtp.MTPModel]
+) -> None:
     numbers = reference(name)
-    tokens = jnp.asarray(numbers["tokens"][:, :16])
-    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+    check_main_model(in_cached_steps(models[name].decoder, numbers["tokens"][:, :16]), numbers)
 
-    def outputs(decoder: Any, hidden: Any) -> tuple[Any, ...]:
-        normed = decoder.final_norm(hidden)
-        return hidden, normed, normed @ decoder.output_head().T
 
-    def in_parallel(decoder: Any) -> tuple[Any, ...]:
-        return outputs(decoder, hidden_states(decoder, tokens, positions))
-
-    def in_cached_steps(decoder: Any) -> tuple[Any, ...]:
-        cache, parts = decoder.init_cache(2, 16), []
-        for start, stop in ((0, 7), (7, 8), (8, 16)):
-            part, cache = decoder.decode(
-                tokens[:, start:stop], cache, position_ids=positions[:, start:stop]
-            )
-            parts.append(part)
-        return outputs(decoder, jnp.concatenate(parts, axis=1))
-
-    for run in (in_parallel, in_cached_steps):
-        hidden, normed, logits = quick_jit(run)(decoder)
-        close(hidden, numbers["hidden_pre_norm"])
-        close(normed, numbers["hidden_post_norm"])
-        close(logits, numbers["logits"])
+@quick_jit
+def block_pass(model: emtp.MTPModel, batch: emtp.Batch) -> tuple[Any, list[Any]]:
+    """The model's output; and of each depth hidden states, the normed ones, and logits."""
+    decoder: Any = model.decoder
+    output: Any = model(batch)
+    states = []
+    for depth in range(1, model.block.config.num_depths + 1):
+        raw = output.mtp.hidden_states[depth - 1]
+        normed, _ = model.block.layer(depth).normed_and_carried(raw, decoder.final_norm)
+        states.append((raw, normed, normed @ decoder.output_head().T))
+    return output, states
 
 
 @pytest.mark.parametrize("name", WITH_DEPTHS)
-def test_the_first_depth(name: str, models: dict[str, emtp.MTPModel]) -> None:
+def test_the_first_depth(
+    name: str, models: dict[str, emtp.MTPModel], passes: dict[str, MainPass]
+) -> None:
     """The block's own pass over `tokens[:, :17]`, whose last position has no target at depth 1."""
-    numbers, model = reference(name), models[name]
-    tokens = numbers["tokens"]
-    batch = emtp.make_batch(tokens)
-    output = quick_jit(lambda model: model(batch))(model)
-    hidden = output.mtp.hidden_states[0][:, :16]
-    layer = model.block.layer(1)
-    normed, _ = layer.normed_and_carried(hidden, model.decoder.final_norm)
-    head: Any = model.decoder.output_head()
+    numbers = reference(name)
+    model = with_known_states(models[name], passes[name].hidden[:2, :17])
+    output, states = block_pass(model, emtp.make_batch(numbers["tokens"]))
+    hidden, normed, logits = (x[:, :16] for x in states[0])
     close(hidden, numbers["mtp0_hidden_pre_norm"])
     close(normed, numbers["mtp0_hidden_post_norm"])
-    close(normed @ head.T, numbers["mtp0_logits"])
+    close(logits, numbers["mtp0_logits"])
     best = numbers["mtp0_logits"].argmax(-1)
     np.testing.assert_array_equal(output.mtp.acceptance.predictions[0][:, :15], best[:, :15])
 
 
-def test_the_other_hidden_state_at_the_entrance(models: dict[str, emtp.MTPModel]) -> None:
-    for name, other, suffix in (
-        ("mimo", "after_norm", "from_post"),
-        ("fastmtp", "before_norm", "from_pre"),
-        ("deepseek_v3", "before_norm", "from_pre"),
-        ("glm4_moe", "before_norm", "from_pre"),
-    ):
-        model = with_config(models[name], input_hidden_state=other)
-        numbers = reference(name)
-        batch = emtp.make_batch(numbers["tokens"])
-        hidden = quick_jit(lambda model, b=batch: model(b))(model).mtp.hidden_states[0][:, :16]
-        normed, _ = model.block.layer(1).normed_and_carried(hidden, model.decoder.final_norm)
-        close(normed @ model.decoder.output_head().T, numbers[f"mtp0_logits_{suffix}"])  # type: ignore[operator]
+@pytest.mark.parametrize(("name", "other"), OTHER_HIDDEN_STATES)
+def test_the_other_hidden_state_at_the_entrance(
+    name: str, other: str, models: dict[str, emtp.MTPModel], passes: dict[str, MainPass]
+) -> None:
+    model = with_config(models[name], input_hidden_state=PLACEMENTS[other])
+    numbers = reference(name)
+    known = with_known_states(model, passes[name].hidden[:2, :17])
+    _, states = block_pass(known, emtp.make_batch(numbers["tokens"]))
+    close(states[0][2][:, :16], numbers[f"mtp0_logits_from_{other}"])
 
 
-def test_recursion_in_training(models: dict[str, emtp.MTPModel]) -> None:
+def test_recursion_in_training(
+    models: dict[str, emtp.MTPModel], passes: dict[str, MainPass]
+) -> None:
     """FastMTP's layer three times, each over the normed state of the one before."""
     numbers, model = reference("fastmtp"), models["fastmtp"]
     assert model.block.config.num_depths == 3
-    tokens = numbers["tokens"][:, :17]
-    output = quick_jit(lambda model: model(emtp.make_batch(tokens)))(model)
-    head: Any = model.decoder.output_head()
-    for depth in range(3):
+    known = with_known_states(model, passes["fastmtp"].hidden[:2, :17])
+    _, states = block_pass(known, emtp.make_batch(numbers["tokens"]))
+    for depth, (_, normed, logits) in enumerate(states):
         length = 15 - depth
-        normed, _ = model.block.layer(1).normed_and_carried(
-            output.mtp.hidden_states[depth][:, :length], model.decoder.final_norm
-        )
-        close(normed, numbers[f"recursive_step{depth}_hidden"])
-        close(normed @ head.T, numbers[f"recursive_step{depth}_logits"])
+        close(normed[:, :length], numbers[f"recursive_step{depth}_hidden"])
+        close(logits[:, :length], numbers[f"recursive_step{depth}_logits"])
 
 
 @pytest.mark.parametrize("name", marked(FAMILIES))
-def test_greedy_continuations(name: str, models: dict[str, emtp.MTPModel]) -> None:
+def test_greedy_continuations(
+    name: str, models: dict[str, emtp.MTPModel], passes: dict[str, MainPass]
+) -> None:
+    """With drafts where there are depths: the tokens are those of the main model alone."""
     numbers, model = reference(name), models[name]
-    ways: list[dict[str, Any]] = [{"num_drafts": 0}]
-    if model.block.config.num_depths:
-        ways += [{"num_drafts": 3}, {"num_drafts": 2, "recursion": "extended"}]
-    for way in ways:
-        generation = speculative.generate(model, numbers["prompt"], max_new_tokens=16, **way)
-        np.testing.assert_array_equal(generation.tokens[:, :23], numbers["greedy"])
+    num_drafts = 2 if model.block.config.num_depths else 0
+    generation = speculative.generate(
+        model, numbers["prompt"], max_new_tokens=16, num_drafts=num_drafts
+    )
+    np.testing.assert_array_equal(generation.tokens, numbers["greedy"])
+    best = passes[name].logits[2, 6:22].argmax(-1)
+    np.testing.assert_array_equal(best, numbers["greedy"][0, 7:])
 
 
-PLACEMENTS = {"post": "after_norm", "pre": "before_norm"}
-
-
-def draft_ids(model: emtp.MTPModel, prompt: np.ndarray, num_drafts: int) -> Any:
+@quick_jit
+def three_drafts(model: emtp.MTPModel, prompt: Any) -> Any:
     """After the prompt and the main model's own token, through the cached steps."""
     decoding = speculative.DecodingModel.of(model)
-    shape = speculative.DecodingShape(num_drafts, max_new_tokens=8, recursion="extended")
+    shape = speculative.DecodingShape(3, max_new_tokens=8, recursion="extended")
     key, sampler = jax.random.key(0), speculative.Sampler()
+    lengths = jnp.asarray([prompt.shape[1]], jnp.int32)
+    state = speculative.prefill(
+        decoding, prompt, lengths, shape, sampler, eos_id=jnp.int32(-1), key=key
+    )
+    return speculative.draft(decoding, state, shape, sampler, key=key)[0].ids
 
-    @eqx.filter_jit
-    def draft(decoding: Any, prompt: Any) -> Any:
-        state = speculative.prefill(
-            decoding,
-            prompt,
-            jnp.asarray([prompt.shape[1]], jnp.int32),
-            shape,
-            sampler,
-            eos_id=jnp.int32(-1),
-            key=key,
-        )
-        return speculative.draft(decoding, state, shape, sampler, key=key)[0].ids
 
-    return draft(decoding, jnp.asarray(prompt, jnp.int32))
+def draft_ids(model: emtp.MTPModel, name: str, main: MainPass) -> Any:
+    prompt = jnp.asarray(reference(name)["prompt"], jnp.int32)
+    return three_drafts(with_known_states(model, main.hidden[2:, :7]), prompt)
 
 
 @pytest.mark.parametrize("carried", PLACEMENTS)
-@pytest.mark.parametrize("name", marked(WITH_DEPTHS))
-def test_recursive_drafts(name: str, carried: str, models: dict[str, emtp.MTPModel]) -> None:
+@pytest.mark.parametrize("name", WITH_DEPTHS)
+def test_recursive_drafts(
+    name: str, carried: str, models: dict[str, emtp.MTPModel], passes: dict[str, MainPass]
+) -> None:
     numbers = reference(name)
     model = with_config(models[name], carried_hidden_state=PLACEMENTS[carried])
-    ids = draft_ids(model, numbers["prompt"], 3)
+    ids = np.asarray(draft_ids(model, name, passes[name]))
     np.testing.assert_array_equal(ids, numbers[f"recursive_{carried}_drafts"])
     # And the logits, in a whole pass over the text and the drafts before each.
-    pairs = jnp.concatenate([jnp.asarray(numbers["greedy"][:, 1:8]), ids], axis=1)
-    enters = model.block.config.input_hidden_state == "after_norm"
-
-    @quick_jit
-    def logits(decoder: Any, layer: Any) -> Any:
-        hidden = hidden_states(decoder, jnp.asarray(numbers["prompt"]), jnp.arange(7)[None])
-        states, found = decoder.final_norm(hidden) if enters else hidden, []
-        for index in range(3):
-            positions = jnp.arange(7 + index)[None]
-            embeddings = decoder.embed(pairs[:, : 7 + index], positions)
-            out, _ = layer(states, embeddings, position_ids=positions)
-            normed, carry = layer.normed_and_carried(out, decoder.final_norm)
-            found.append(normed[:, -1] @ decoder.output_head().T)
-            states = jnp.concatenate([states, carry[:, -1:]], axis=1)
-        return jnp.stack(found, axis=1)
-
-    found = logits(model.decoder, model.block.layer(1))
-    close(found, numbers[f"recursive_{carried}_logits"])
+    layer = models[name].block.layer(1)
+    states = passes[name].entering(model.block.config.input_hidden_state).copy()
+    pairs = padded([], [], np.concatenate([numbers["greedy"][0, 1:8], ids[0]]))
+    found = []
+    for last in (6, 7, 8):
+        out, normed, logits = depth_pass(model.decoder, layer, states, pairs, np.float32(1))
+        found.append(logits[2, last])
+        states[2, last + 1] = (normed if carried == "post" else out)[2, last]
+    close(np.stack(found)[None], numbers[f"recursive_{carried}_logits"])
 
 
 @pytest.mark.parametrize("carried", PLACEMENTS)
+@pytest.mark.parametrize(("name", "other"), OTHER_HIDDEN_STATES)
 def test_recursive_drafts_from_the_other_hidden_state(
-    carried: str, models: dict[str, emtp.MTPModel]
+    name: str,
+    other: str,
+    carried: str,
+    models: dict[str, emtp.MTPModel],
+    passes: dict[str, MainPass],
 ) -> None:
-    for name, other in (
-        ("mimo", "post"),
-        ("fastmtp", "pre"),
-        ("glm4_moe", "pre"),
-        ("deepseek_v3", "pre"),
-    ):
-        model = with_config(
-            models[name],
-            carried_hidden_state=PLACEMENTS[carried],
-            input_hidden_state=PLACEMENTS[other],
-        )
-        numbers = reference(name)
-        expected = numbers[f"recursive_{carried}_drafts_from_{other}"]
-        np.testing.assert_array_equal(draft_ids(model, numbers["prompt"], 3), expected)
+    model = with_config(
+        models[name],
+        carried_hidden_state=PLACEMENTS[carried],
+        input_hidden_state=PLACEMENTS[other],
+    )
+    expected = reference(name)[f"recursive_{carried}_drafts_from_{other}"]
+    np.testing.assert_array_equal(draft_ids(model, name, passes[name]), expected)
 
 
 @pytest.mark.parametrize("name", WITH_DEPTHS)
-def test_without_the_first_embedding(name: str, models: dict[str, emtp.MTPModel]) -> None:
+def test_without_the_first_embedding(
+    name: str, models: dict[str, emtp.MTPModel], passes: dict[str, MainPass]
+) -> None:
     """As vLLM serves them; rotary positions are relative, so they may be those of depth 1."""
     numbers, model = reference(name), models[name]
-    decoder, layer = model.decoder, model.block.layer(1)
-    tokens, positions = jnp.asarray(numbers["tokens"]), jnp.tile(jnp.arange(16), (2, 1))
-
-    @quick_jit
-    def logits(decoder: Any, layer: Any) -> Any:
-        hidden = hidden_states(decoder, tokens[:, :16], positions)
-        is_normed = model.block.config.input_hidden_state == "after_norm"
-        embeddings = decoder.embed(tokens[:, 1:17], positions).at[:, 0].set(0)
-        states = decoder.final_norm(hidden) if is_normed else hidden
-        out, _ = layer(states, embeddings, position_ids=positions)
-        return layer.normed_and_carried(out, decoder.final_norm)[0] @ decoder.output_head().T
-
-    close(logits(decoder, layer), numbers["mtp0_logits_zero0"])
+    states = passes[name].entering(model.block.config.input_hidden_state)
+    pairs = padded(*numbers["tokens"][:, 1:])
+    _, _, logits = depth_pass(model.decoder, model.block.layer(1), states, pairs, np.float32(0))
+    close(logits[:2, :16], numbers["mtp0_logits_zero0"])
 
 
 def test_conventions_are_the_families(models: dict[str, emtp.MTPModel]) -> None:
@@ -275,11 +377,7 @@ def test_tokenizers(name: str) -> None:
 def same_logits(folder: Path, name: str) -> None:
     model, _ = pretrained.load(folder, tokenizer=False)
     numbers = reference(name)
-    decoder: Any = model.decoder
-    tokens = jnp.asarray(numbers["tokens"][:, :16])
-    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
-    normed = decoder.final_norm(hidden_states(decoder, tokens, positions))
-    close(normed @ decoder.output_head().T, numbers["logits"])
+    close(logits_of(model.decoder, numbers["tokens"][:, :16]), numbers["logits"])
 
 
 def logits_by_loop(folder: Path, tokens: np.ndarray) -> np.ndarray:
@@ -382,17 +480,9 @@ def test_biases_of_attention(name: str, tmp_path: Path) -> None:
         tensors=biases,
     )
     model, _ = pretrained.load(folder, tokenizer=False)
-    decoder: Any = model.decoder
-    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
-
-    @quick_jit
-    def logits(decoder: Any) -> Any:
-        hidden = decoder(jnp.asarray(tokens), position_ids=positions)
-        return decoder.final_norm(hidden) @ decoder.output_head().T
-
-    close(logits(decoder), logits_by_loop(folder, tokens))
-    generation = speculative.generate(model, tokens[:1], max_new_tokens=1, num_drafts=0)
-    assert generation.tokens[0, 16] == logits_by_loop(folder, tokens)[0, -1].argmax()
+    expected = logits_by_loop(folder, tokens)
+    close(logits_of(model.decoder, tokens), expected)
+    close(in_cached_steps(model.decoder, tokens)[2], expected)
     # Bit for bit, in the family's layout and with depths.
     stored = tensors_of(folder)
     fresh, _ = pretrained.load(folder, num_depths=1, preset="megatron", key=jax.random.key(0))
@@ -470,15 +560,7 @@ def test_mixtures_of_experts(name: str, tmp_path: Path) -> None:
     folder = changed(source, tmp_path / "in", config=lambda c: c.update(config), tensors=tensors)
     model, _ = pretrained.load(folder)
     tokens = reference(source)["tokens"][:, :6]
-    decoder: Any = model.decoder
-    positions = jnp.broadcast_to(jnp.arange(6), tokens.shape)
-
-    @quick_jit
-    def logits(decoder: Any) -> Any:
-        hidden = hidden_states(decoder, jnp.asarray(tokens), positions)
-        return decoder.final_norm(hidden) @ decoder.output_head().T
-
-    close(logits(decoder), logits_by_loop(folder, tokens))
+    close(logits_of(model.decoder, tokens), logits_by_loop(folder, tokens))
     pretrained.save(tmp_path / "out", model, layout=source)
     written, stored = tensors_of(tmp_path / "out"), tensors_of(folder)
     assert written.keys() == stored.keys()
@@ -565,19 +647,17 @@ def test_layouts_of_other_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
-def test_chained_drafts(name: str, models: dict[str, emtp.MTPModel]) -> None:
+def test_chained_drafts(
+    name: str, models: dict[str, emtp.MTPModel], passes: dict[str, MainPass]
+) -> None:
     """The first draft is depth 1's; there is one depth."""
     numbers, model = reference(name), models[name]
     np.testing.assert_array_equal(numbers["greedy_use_mtp"], numbers["greedy"])
-    pairs = jnp.asarray(numbers["greedy"][:, 1:8])
-    decoder, layer = model.decoder, model.block.layer(1)
-    positions = jnp.arange(7)[None]
-    states = decoder.final_norm(hidden_states(decoder, jnp.asarray(numbers["prompt"]), positions))
-    out, _ = layer(states, decoder.embed(pairs, positions), position_ids=positions)
-    normed, _ = layer.normed_and_carried(out, decoder.final_norm)
-    head: Any = decoder.output_head()
-    close(normed[:, -1] @ head.T, numbers["chain_logits"][:, 0])
-    assert int(jnp.argmax(normed[:, -1] @ head.T)) == numbers["chain_drafts"][0, 0]
+    pairs = padded([], [], numbers["greedy"][0, 1:8])
+    layer, states = model.block.layer(1), passes[name].normed
+    logits = depth_pass(model.decoder, layer, states, pairs, np.float32(1))[2][2:, 6]
+    close(logits, numbers["chain_logits"][:, 0])
+    assert int(jnp.argmax(logits)) == numbers["chain_drafts"][0, 0]
 
 
 def test_biases_that_a_configuration_denies(tmp_path: Path) -> None:
@@ -603,26 +683,26 @@ def newer(config: dict[str, Any]) -> None:
     config["text_config"] = {name: config.pop(name) for name in names}
 
 
-def test_hybrid_layers(models: dict[str, emtp.MTPModel]) -> None:
-    for name, size in (("qwen3_5", 8), ("qwen3_next", 4)):
-        model = models[name]
-        decoder: Any = model.decoder
-        kinds = [type(decoder.layer(i).attention) for i in range(4)]
-        assert kinds == [nn.GatedDeltaNet] * 3 + [nn.GroupedQueryAttention]
-        assert [run.num_layers for run in decoder.layers] == [3, 1]
-        assert decoder.layer(3).attention.rotary == nn.Rotary(10_000_000.0, size=size)
-        layer: Any = model.block.layer(1)
-        assert layer.transformer_layer.attention.gate_kernel is not None
-        norms = [decoder.norm, layer.embedding_norm, layer.hidden_state_norm, layer.output_norm]
-        norms += [layer.transformer_layer.attention.key_norm, decoder.layer(0).attention_norm]
-        assert {norm.scale_offset for norm in norms} == {1.0}
-        assert decoder.layer(0).attention.output_norm.scale_offset == 0.0
-        assert model.block.config == emtp.MTPConfig.preset("megatron", 1)
-        # Fresh depths begin with scales of 1, which are stored as 0.
-        fresh, _ = pretrained.load(FOLDER / name, num_depths=1, key=jax.random.key(0))
-        fresh_layer: Any = fresh.block.layer(1)
-        for norm in (fresh_layer.embedding_norm, fresh_layer.transformer_layer.attention_norm):
-            assert (norm.scale_offset, not norm.scale.any()) == (1.0, True)
+@pytest.mark.parametrize(("name", "size"), [("qwen3_5", 8), ("qwen3_next", 4)])
+def test_hybrid_layers(name: str, size: int, models: dict[str, emtp.MTPModel]) -> None:
+    model = models[name]
+    decoder: Any = model.decoder
+    kinds = [type(decoder.layer(i).attention) for i in range(4)]
+    assert kinds == [nn.GatedDeltaNet] * 3 + [nn.GroupedQueryAttention]
+    assert [run.num_layers for run in decoder.layers] == [3, 1]
+    assert decoder.layer(3).attention.rotary == nn.Rotary(10_000_000.0, size=size)
+    layer: Any = model.block.layer(1)
+    assert layer.transformer_layer.attention.gate_kernel is not None
+    norms = [decoder.norm, layer.embedding_norm, layer.hidden_state_norm, layer.output_norm]
+    norms += [layer.transformer_layer.attention.key_norm, decoder.layer(0).attention_norm]
+    assert {norm.scale_offset for norm in norms} == {1.0}
+    assert decoder.layer(0).attention.output_norm.scale_offset == 0.0
+    assert model.block.config == emtp.MTPConfig.preset("megatron", 1)
+    # Fresh depths begin with scales of 1, which are stored as 0.
+    fresh, _ = pretrained.load(FOLDER / name, num_depths=1, key=jax.random.key(0))
+    fresh_layer: Any = fresh.block.layer(1)
+    for norm in (fresh_layer.embedding_norm, fresh_layer.transformer_layer.attention_norm):
+        assert (norm.scale_offset, not norm.scale.any()) == (1.0, True)
 
 
 def test_older_and_newer_configurations_of_hybrid_layers(tmp_path: Path) -> None:
@@ -757,17 +837,15 @@ def test_narrow_weights_stay_as_they_are(dtype: str, tmp_path: Path) -> None:
     numbers = reference("mimo")
     batch = emtp.make_batch(numbers["tokens"])
     losses = [
-        quick_jit(lambda model: model(batch).mtp.losses.mean)(one)
+        run_model(one, batch).mtp.losses.mean
         for one in (model, wide, pretrained.load(FOLDER / "mimo")[0])
     ]
     np.testing.assert_allclose(losses[1], losses[2], atol=0.05)
     np.testing.assert_allclose(losses[0], losses[2], atol=0.1)
     # Greedy decoding of narrow weights is that of a whole pass with them.
-    plain, drafted = (
-        speculative.generate(wide, numbers["prompt"], max_new_tokens=8, num_drafts=drafts)
-        for drafts in (0, 2)
-    )
-    np.testing.assert_array_equal(plain.tokens, drafted.tokens)
+    tokens = speculative.generate(wide, numbers["prompt"], max_new_tokens=16, num_drafts=2).tokens
+    best = logits_of(wide.decoder, np.asarray(tokens)).argmax(-1)
+    np.testing.assert_array_equal(best[:, 6:-1], tokens[:, 7:])
 
 
 def test_weights_of_8_bits_are_dequantized() -> None:
@@ -813,14 +891,8 @@ def test_weights_of_8_bits_become_those_of_the_configuration(tmp_path: Path) -> 
 def test_a_model_of_weights_of_8_bits() -> None:
     model, _ = pretrained.load(FOLDER / "fp8", dtype="float32", compute_dtype="float32")
     with np.load(FOLDER / "fp8" / "dequantized.npz") as stored:
-        ids, expected = jnp.asarray(stored["input_ids"]), stored["logits"]
-
-    @quick_jit
-    def logits(decoder: Any) -> Any:
-        hidden = hidden_states(decoder, ids, jnp.arange(8)[None])
-        return decoder.final_norm(hidden) @ decoder.output_head().T
-
-    close(logits(model.decoder), expected)
+        ids, expected = stored["input_ids"], stored["logits"]
+    close(logits_of(model.decoder, ids), expected)
     # The weights were made for bfloat16, the bias of the router for float32.
     narrow, _ = pretrained.load(FOLDER / "fp8")
     mixture = narrow.block.layers.transformer_layer.feed_forward  # type: ignore[union-attr]
@@ -890,6 +962,7 @@ def test_rotary_embeddings_of_a_configuration() -> None:
 # Fresh depths
 
 
+@pytest.mark.slow
 def test_fresh_depths(tmp_path: Path) -> None:
     key = jax.random.key(0)
     model, tokenizer = pretrained.load(FOLDER / "qwen3", num_depths=3, preset="fast_mtp", key=key)
@@ -899,7 +972,7 @@ def test_fresh_depths(tmp_path: Path) -> None:
     layer: Any = model.block.layer(1)
     assert layer.transformer_layer.attention.query_norm is not None
     assert layer.transformer_layer.attention.rotary == nn.Rotary(1_000_000.0)
-    generation = speculative.generate(model, numbers["prompt"], max_new_tokens=16)
+    generation = speculative.generate(model, numbers["prompt"], max_new_tokens=16, num_drafts=1)
     np.testing.assert_array_equal(generation.tokens[:, :23], numbers["greedy"])
     # In place of a folder's own; and none.
     fresh, _ = pretrained.load(FOLDER / "mimo", num_depths=2, key=key)

@@ -80,6 +80,7 @@ def assert_same_losses(folder: Path, expected: Path) -> None:
 # One process
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tokens: Path, whole: Path, tmp_path: Path) -> None:
     """Each step is that on one device, however many microbatches it is split into."""
     config = dataclasses.replace(CONFIG, data=(tokens,), out=tmp_path, accumulate=2)
@@ -108,6 +109,7 @@ def stop_after(step: int, config: TrainConfig) -> None:
             train(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", ["state", "info"])
 def test_a_run_goes_on_from_before_a_damaged_checkpoint(
     damaged: str, tokens: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

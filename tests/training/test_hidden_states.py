@@ -118,6 +118,7 @@ def test_rows_are_as_many_as_the_tests_think(run: Path) -> None:
     assert present.tolist() == [1] * ROWS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "accumulate", "num_microbatches"),
     [("total_variation", 1, 3), ("cross_entropy", 3, ROWS)],

@@ -124,6 +124,7 @@ def test_continuations_end_with_their_document(config: TrainConfig, run: Path) -
     assert [x.num_tokens for x in compare_on_held_out(ended, model)] == [expected, expected]
 
 
+@pytest.mark.slow
 def test_drafts_of_frequent_tokens(
     config: TrainConfig, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +162,7 @@ def test_frequent_tokens_that_are_not_known(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_depths_learn_to_draft_from_frequent_tokens(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +200,7 @@ def test_depths_learn_to_draft_from_frequent_tokens(
     assert_equal(drafted[1], frequent_ids(counts, 3))
 
 
+@pytest.mark.slow
 def test_drafts_of_frequent_tokens_and_fitted_depths_on_a_mesh(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -213,6 +216,7 @@ def test_drafts_of_frequent_tokens_and_fitted_depths_on_a_mesh(
     assert_close(losses[1], losses[0], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_whole_training_with_an_objective(config: TrainConfig, tmp_path: Path) -> None:
     """Beside the main loss, of a model from scratch, by Muon."""
     scratch = dataclasses.replace(
@@ -230,6 +234,7 @@ def test_whole_training_with_an_objective(config: TrainConfig, tmp_path: Path) -
     assert emtp.count_parameters(model.decoder) > 0
 
 
+@pytest.mark.slow
 def test_muon_decays_what_adamw_decays() -> None:
     """Where gradients are zero the update is the decay: matrices of both parts, and no scales."""
     config = TrainConfig(embed_size=16, num_layers=1, num_heads=2, optimizer="muon", warmup_steps=0)

@@ -181,6 +181,7 @@ def test_an_end_token_ends_a_text(config: TrainConfig, tmp_path: Path) -> None:
     assert origin["end_of_document"] == sorted({0, 1, end})
 
 
+@pytest.mark.slow
 def test_draws(config: TrainConfig, run: tuple[Path, list[np.ndarray]], tmp_path: Path) -> None:
     """A document's second text begins as its first, and is another."""
     first, second, last = stored(run[0])

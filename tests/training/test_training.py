@@ -42,6 +42,7 @@ from equinox_mtp.training._step import (
     StepInputs,
     make_optimizer,
     make_state,
+    options_of_steps,
     scaling_switch_step,
     train_step,
 )
@@ -321,6 +322,7 @@ def test_processes_are_counted_from_zero() -> None:
 # --- the step
 
 
+@pytest.mark.slow
 def test_accumulation_is_exact(text: Path) -> None:
     corpus = load_corpus([text])
     rows = PackedRows(corpus, TINY.seq_len)
@@ -340,6 +342,17 @@ def test_accumulation_is_exact(text: Path) -> None:
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5), params[0], other
         )
+
+
+def test_runs_in_other_folders_share_a_compiled_step(tmp_path: Path) -> None:
+    """It is compiled for its options and its optimizer, whose functions must be the same."""
+    there = dataclasses.replace(TINY, out=tmp_path, resume=True, checkpoint_every=1)
+    assert options_of_steps(there) == options_of_steps(TINY)
+    assert make_optimizer(there) == make_optimizer(TINY)
+    for change in ({"learning_rate": 0.5}, {"steps": 7}, {"seed": 1}):
+        other = dataclasses.replace(TINY, **change)
+        assert options_of_steps(other) != options_of_steps(TINY)
+    assert make_optimizer(dataclasses.replace(TINY, learning_rate=0.5)) != make_optimizer(TINY)
 
 
 # --- the loop
