@@ -70,7 +70,6 @@ def test_step_rows_of_every_variant_and_depth(
             assert row["relative_error"] < 1e-4
 
 
-@pytest.mark.slow
 def test_attention_rows(tmp_path: Path) -> None:
     report, printed = report_of("attention.py", ["--sizes", "tiny", "--rounds", "1"], tmp_path)
     assert [row["variant"] for row in report["rows"]] == ["xla", "library", "packed"]
@@ -81,6 +80,7 @@ def test_attention_rows(tmp_path: Path) -> None:
     assert "| 1, 160, 2, 8 | packed |" in printed
 
 
+@pytest.mark.slow
 def test_gated_delta_rows(tmp_path: Path) -> None:
     arguments = ["--preset", "tiny", "--rounds", "1"]
     report, printed = report_of("gated_delta.py", arguments, tmp_path)
@@ -124,7 +124,6 @@ def test_divergence_rows(tmp_path: Path) -> None:
     assert printed.count("| hybrid |") == 4
 
 
-@pytest.mark.slow
 def test_latent_attention_rows(tmp_path: Path) -> None:
     arguments = ["--sizes", "tiny", "--rounds", "1"]
     report, printed = report_of("latent_attention.py", arguments, tmp_path)
@@ -160,6 +159,7 @@ def test_generation_rows_of_every_batch_and_number_of_drafts(tmp_path: Path) -> 
         assert f"| tiny | {row['batch']} | {drafts} | {row['tokens_per_s']:,.0f} " in printed
 
 
+@pytest.mark.slow
 def test_a_released_model_and_its_numbers(tmp_path: Path) -> None:
     """The recorded numbers of a tiny one, in the form of the large one's."""
     stored = reference("llama3")
@@ -293,7 +293,6 @@ def test_transfers_of_each_kind_and_in_nested_loops() -> None:
     ]
 
 
-@pytest.mark.slow
 def test_shares_of_an_accelerator_are_of_its_own_rate(tmp_path: Path) -> None:
     tables = tmp_path / "tables.md"
     arguments = ["--sizes", "tiny", "--only", "loss", "--markdown", str(tables)]

@@ -163,9 +163,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "three depths": ("grouped-query", {"num_depths": 3}),
     "one layer for three depths": ("grouped-query", {"num_depths": 3, "repeated_layer": True}),
 }
+# Each compiles for more than five seconds.
+SLOW = {"dense", "latent", "mixture", "gated delta", "three depths", "one layer for three depths"}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES],
+)
 def test_as_many_as_xla_compiles(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, options = CASES[case]
     model = make_model(kind, **options)
