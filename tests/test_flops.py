@@ -156,20 +156,23 @@ def counted_by_xla(model: emtp.MTPModel, monkeypatch: pytest.MonkeyPatch) -> Cou
     return Counted(sum(product.flops for product in found) / num_tokens, total / num_tokens)
 
 
+# Each kind of layer once in the decoder and once in a depth; what depths add, of one kind.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {"num_depths": 1}) for kind in PARTS},
+    "no depths, two layers": ("grouped-query", {"num_depths": 0, "num_layers": 2}),
+    "three depths": ("grouped-query", {"num_depths": 3}),
+    "one layer for three depths": ("grouped-query", {"num_depths": 3, "repeated_layer": True}),
+}
+# Each compiles for more than five seconds.
+SLOW = {"dense", "latent", "mixture", "gated delta", "three depths", "one layer for three depths"}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"num_depths": 1},
-        pytest.param({"num_depths": 0, "num_layers": 2}, marks=pytest.mark.slow),
-        pytest.param({"num_depths": 3}, marks=pytest.mark.slow),
-        pytest.param({"num_depths": 3, "repeated_layer": True}, marks=pytest.mark.slow),
-    ],
-    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES],
 )
-@pytest.mark.parametrize("kind", PARTS)
-def test_as_many_as_xla_compiles(
-    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_as_many_as_xla_compiles(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, options = CASES[case]
     model = make_model(kind, **options)
     flops = emtp.flops_per_token(model, seq_len=SEQ)
     assert len(flops.depths) == options["num_depths"]

@@ -69,7 +69,9 @@ VALUES = {
     "`target_ids` must lie in 0 … 10": "model(np.array([[1, 2]]), np.array([[3, 11]]))",
     "`targets` must have shape": "block(decoder, hidden, bad_targets)",
     "`MTPTargets` must have fields of one shape": "emtp.MTPTargets(ids[None], ids[None], ids, ids)",
-    "`objective` must reduce": "model(ids, ids, objective=lambda losses: losses.losses)",
+    "`objective` must reduce": (
+        "eqx.filter_jit(model)(ids, ids, objective=lambda losses: losses.losses)"
+    ),
 }
 # The first lines, in full: nobody should have to read annotations as Python writes them.
 LINES = {
@@ -98,7 +100,7 @@ LINES = {
 SCRIPT = """
     import json, sys
     from functools import partial
-    import jax, jax.numpy as jnp, numpy as np
+    import equinox as eqx, jax, jax.numpy as jnp, numpy as np
     import equinox_mtp as emtp
 
     def transformer(**fields):
@@ -107,9 +109,15 @@ SCRIPT = """
 
     qkv = [jnp.ones((2, 4, 2, 8))] * 3
     key, config, ids = jax.random.key(0), emtp.MTPConfig(1), jnp.ones((2, 4), jnp.int32)
-    decoder = emtp.nn.TransformerDecoder(transformer(), key=key)
     make_layer = partial(emtp.nn.TransformerDecoderLayer, transformer())
-    block = emtp.MultiTokenPredictionBlock(config, make_layer, embed_size=8, key=key)
+
+    @eqx.filter_jit  # as one program it compiles sooner
+    def make():
+        decoder = emtp.nn.TransformerDecoder(transformer(), key=key)
+        block = emtp.MultiTokenPredictionBlock(config, make_layer, embed_size=8, key=key)
+        return decoder, block
+
+    decoder, block = make()
     model, hidden, weight = emtp.MTPModel(decoder, block), jnp.ones((2, 4, 8)), jnp.ones((11, 8))
     targets = emtp.align_targets(ids, ids, num_depths=1)
     bad_targets = emtp.align_targets(ids, ids, num_depths=2)

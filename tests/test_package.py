@@ -49,7 +49,6 @@ def metadata(release: Path) -> Message:
         return email.message_from_bytes(wheel.read(name))
 
 
-@pytest.mark.slow
 def test_wheel_holds_the_package_alone(release: Path) -> None:
     with zipfile.ZipFile(only(release, "*.whl")) as wheel:
         names = set(wheel.namelist())
@@ -66,7 +65,6 @@ def test_wheel_holds_the_package_alone(release: Path) -> None:
     assert "equinox_mtp/py.typed" in package
 
 
-@pytest.mark.slow
 def test_sources_hold_the_tests_and_nothing_unknown(release: Path) -> None:
     with tarfile.open(only(release, "*.tar.gz")) as sources:
         parts = [Path(name).parts for name in sources.getnames()]
@@ -77,7 +75,6 @@ def test_sources_hold_the_tests_and_nothing_unknown(release: Path) -> None:
     assert not any("__pycache__" in part for part in parts)
 
 
-@pytest.mark.slow
 def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "equinox-mtp"
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -98,7 +95,6 @@ def test_changelog_begins_with_this_version() -> None:
     assert newest[1] == PROJECT["version"]
 
 
-@pytest.mark.slow
 def test_wheel_installs_and_imports(release: Path, tmp_path: Path) -> None:
     wheel, folder = only(release, "*.whl"), tmp_path / "installed"
     python("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel, cwd=tmp_path)

@@ -143,6 +143,7 @@ def test_attention_without_the_square_is_attention(tmp_path: Path) -> None:
         np.testing.assert_allclose(names["attended"][1, position, 7], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded_example_is_that_of_one_device(tmp_path: Path) -> None:
     names = run_blocks(PACKAGES / "sharding" / "README.md", tmp_path)[-1]
     expected = eqx.filter_jit(names["model"])(names["batch"])
@@ -153,6 +154,7 @@ def test_sharded_example_is_that_of_one_device(tmp_path: Path) -> None:
     assert names["reordered"].position_ids[0].tolist() == names["order"].tolist()
 
 
+@pytest.mark.slow
 def test_generation_of_its_package(tmp_path: Path) -> None:
     names, own, _ = run_blocks(PACKAGES / "speculative" / "README.md", tmp_path)
     plain = emtp.speculative.generate(
@@ -195,6 +197,7 @@ def test_shim_example_is_the_functional_loss(tmp_path: Path) -> None:
     assert 0 < float(names["mtp_loss"]) < 0.2 * np.log(257)
 
 
+@pytest.mark.slow
 def test_distillation_example_trains_the_depths_alone(tmp_path: Path) -> None:
     names = run_blocks(PACKAGES / "distillation" / "README.md", tmp_path)[-1]
     trained, before = names["model"], names["decoder"]
