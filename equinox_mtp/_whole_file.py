@@ -12,7 +12,8 @@ from typing import BinaryIO
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A new file, which takes the name when all is well, and is gone otherwise.
 
-    Its content is on the disk before it has the name: a loss of power leaves the file of before.
+    Its content is on the disk before it has the name: a loss of power leaves the file of before. A
+    process that is killed meanwhile leaves a hidden file beside it.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -18,7 +18,7 @@ from ._rotary import Rotary
 
 
 class GroupedQueryAttention(AbstractAttention):
-    """Causal self-attention with rotary positions and grouped key/value heads.
+    """Causal self-attention with grouped key/value heads, and rotary positions or none.
 
     Grouped-query attention is arXiv 2305.13245. Queries, keys, values and the output may have
     biases, queries and keys a norm over the features of each head, before their rotation (arXiv
@@ -68,8 +68,8 @@ class GroupedQueryAttention(AbstractAttention):
 
         - `embed_size`, `num_heads`, `num_kv_heads`, `head_dim`: sizes; `num_kv_heads` divides
             `num_heads`.
-        - `rotary`: the positional encoding of queries and keys; `None` for none, where positions
-            only tell what a query sees.
+        - `rotary`: the positional encoding of queries and keys; `None` for none: positions then
+            serve the mask alone.
         - `bias`: whether queries, keys and values have biases, which are 0 at first.
         - `out_bias`: whether the output has one, which is 0 at first.
         - `gate`: whether each head's output has a gate.

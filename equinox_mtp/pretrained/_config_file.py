@@ -1,5 +1,6 @@
 """The `config.json` of what is written: of a family, of a folder that it is like, and notes."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,18 @@ _COUNTED = (
 )
 
 
-def merged_config(stored: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
-    """A folder's configuration, where it still says what the model is."""
+def merged_config(
+    stored: dict[str, Any], written: dict[str, Any], of_depths: Collection[str]
+) -> dict[str, Any]:
+    """A folder's configuration, where it still says what the model is.
+
+    `of_depths` are the keys that describe the depths' layers.
+    """
     config = without(stored, *_QUANTIZED, HINTS)
     nested = config.get("text_config")
     target = without(nested, HINTS) if isinstance(nested, dict) else config
     said = {**config, **target}
-    for name in _COUNTED:
+    for name in (*_COUNTED, *of_depths):
         if name in written and written[name] != said.get(name, False if "tie" in name else 0):
             target[name] = written[name]
             if name in config:

@@ -148,22 +148,13 @@ def _family(
     copies = _copies(tensors, family, mtp, num_depths, decoder.num_layers)
     tensors += _depth_tensors(layout, block.layers, decoder.num_layers)
     tensors += [copy for copy in copies if like is None or copy.name in like]
-    if mtp.kinds_key is not None:
-        written |= _windows(mtp.kinds_key, block.layers, num_depths, written)
+    if mtp.layers_config is not None:
+        written |= mtp.layers_config(block.layers, num_depths)
     if not mtp.is_implied or (origin is not None and mtp.count_key in origin.config):
         written[mtp.count_key] = num_depths
     hints = hints_of(mtp, config)
     written |= {HINTS: hints} if hints else {}
     return Contents(family, tensors, written, decoder, block.layers)
-
-
-def _windows(key: str, layers: Any, num_depths: int, config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that say which depths have a window."""
-    attention = getattr(getattr(layers, "transformer_layer", None), "attention", None)
-    window = getattr(attention, "window", None)
-    said = config.get("sliding_window")
-    sizes = {"sliding_window": window} if window is not None and said is None else {}
-    return {key: [_KINDS[window is None]] * num_depths, **sizes}
 
 
 def _copies(
@@ -190,7 +181,9 @@ def _like(model: MTPModel, origin: CheckpointFolder, families: Sequence[Family])
         return _with_transformers_depths("transformers", model, origin)
     contents = _family(family, model, origin, like=origin)
     tensors = [*contents.tensors, *_other_parts(family, origin)]
-    config = merged_config(origin.config, contents.config)
+    depths, described = contents.layers, None if family.mtp is None else family.mtp.layers_config
+    keys = () if depths is None or described is None else tuple(described(depths, 0))
+    config = merged_config(origin.config, contents.config, keys)
     return dataclasses.replace(contents, tensors=tensors, config=config)
 
 
@@ -247,7 +240,11 @@ def _with_transformers_depths(
     config[COUNT_KEY] = num_depths
     # transformers gives Qwen's configurations `layer_types`, and then wants the depths' too.
     if family is not LLAMA or "layer_types" in config:
-        config |= _windows("mtp_layer_types", block.layers, num_depths, config)
+        attention = getattr(getattr(block.layers, "transformer_layer", None), "attention", None)
+        window = getattr(attention, "window", None)
+        config["mtp_layer_types"] = [_KINDS[window is None]] * num_depths
+        if window is not None and config.get("sliding_window") is None:
+            config["sliding_window"] = window
     return Contents(family, tensors, config, decoder, block.layers)
 
 

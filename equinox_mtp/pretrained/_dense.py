@@ -102,13 +102,11 @@ def make_attention(
     has_window: bool,
     partial_rotary: float | None = None,
     interleaved: bool = False,
-    rotates_all: bool = True,
     key: PRNGKeyArray,
 ) -> nn.GroupedQueryAttention:
     """Grouped-query attention; see `make_layer`.
 
     `partial_rotary` is the default of `partial_rotary_factor`; `None` for families without it.
-    Unless `rotates_all` is true, layers without a window know of no positions.
     """
     has_bias, has_out_bias = _biases(settings, names, biases)
     _check_parts(settings, names)
@@ -126,7 +124,7 @@ def make_attention(
         heads,
         settings.integer("num_key_value_heads", heads),
         settings.head_dim,
-        rotary=rotary if rotates_all or window is not None else None,
+        rotary=rotary,
         bias=has_bias,
         out_bias=has_out_bias,
         norm_epsilon=epsilon if has_norm else None,

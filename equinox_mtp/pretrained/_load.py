@@ -56,9 +56,9 @@ def load(
     """Reads a released model: `config.json`, `*.safetensors` and `tokenizer.json` of a folder.
 
     Llama 3, Qwen2, Qwen3, Qwen3-MoE, Qwen3.5 (dense, with experts, and the text of both with
-    vision), Qwen3-Next, GLM-4.5, DeepSeek-V3 and MiMo-7B, by their names alone ERNIE-4.5 (dense)
-    and Ling 2, and FastMTP heads in the format of speculators, over the folder of the model that
-    they were made for. The prediction depths are those of the folder, or fresh ones.
+    vision), Qwen3-Next, GLM-4.5, DeepSeek-V3 and MiMo-7B, by their names alone ERNIE-4.5
+    (dense), Ling 2 and K-EXAONE, and FastMTP heads in the format of speculators, over the folder of
+    the model that they were made for. The prediction depths are those of the folder, or fresh ones.
 
         model, tokenizer = pretrained.load("MiMo-7B")  # with its own depth
         model, tokenizer = pretrained.load("Qwen3-0.6B", num_depths=3, preset="fast_mtp", key=key)

@@ -75,8 +75,8 @@ class MTPTable:
         arrays of the decoder, `"embedding"` or `"head"`. They are read if they are the same, and
         written.
     - `count_key`: of the configuration: how many depths there are; 0 without it.
-    - `kinds_key`: of the configuration: whether each depth's attention has a window; `None` if
-        there is no such key.
+    - `layers_config`: `layers_config(layers, num_depths)` gives the keys of the configuration that
+        describe the depths' layers; `None` if there are none.
     - `any_input`: whether readers differ in the main hidden state that enters depth 1.
     - `is_implied`: whether there is one without it, if there are tensors of it.
     """
@@ -88,7 +88,7 @@ class MTPTable:
     layer_prefix: str = ""
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     any_input: bool = True
-    kinds_key: str | None = None
+    layers_config: Callable[[Any, int], dict[str, Any]] | None = None
     is_implied: bool = False
 
     @property

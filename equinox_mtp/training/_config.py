@@ -376,5 +376,18 @@ def options() -> dict[str, Option]:
 
 def without_devices(config: TrainConfig) -> TrainConfig:
     """The same options but for the devices: a run may go on on others."""
-    devices = {name for name, known in options().items() if known.group == DEVICES}
-    return dataclasses.replace(config, **{name: _DEFAULTS[name] for name in devices})
+    return _without(config, DEVICES)
+
+
+def without_output(config: TrainConfig) -> TrainConfig:
+    """The same options but for the output, which no step reads.
+
+    A step is compiled for the options that it is given: runs of one process that differ in folders,
+    as one that goes on does, share it.
+    """
+    return _without(config, OUTPUT)
+
+
+def _without(config: TrainConfig, group: str) -> TrainConfig:
+    names = {name for name, known in options().items() if known.group == group}
+    return dataclasses.replace(config, **{name: _DEFAULTS[name] for name in names})

@@ -8,9 +8,10 @@ import equinox as eqx
 import equinox_mtp as emtp
 
 from ._checkpoint import CheckpointInfo, checkpoints, load_info, load_state
+from ._config import without_output
 from ._placement import ONE_DEVICE
 from ._released import check_same_model, digest_of_frozen, released_model, split_model
-from ._step import make_optimizer, make_state, options_of_steps, state_of
+from ._step import make_optimizer, make_state, state_of
 
 
 def load_model(
@@ -41,7 +42,7 @@ def load_model(
         )
     optimizer = make_optimizer(config)
     if config.model is None:
-        options = options_of_steps(config)
+        options = without_output(config)
         like = eqx.filter_eval_shape(
             make_state, options, info.vocab_size, optimizer, architecture=info.architecture
         )

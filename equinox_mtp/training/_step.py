@@ -16,7 +16,7 @@ import equinox_mtp as emtp
 
 from .._types import HostOrDeviceArray
 from ._architecture import architecture_model
-from ._config import TrainConfig
+from ._config import TrainConfig, without_output
 from ._losses import depth_losses, model_losses
 from ._packing import PackedRows, Rows
 from ._placement import ONE_DEVICE, Placement
@@ -107,32 +107,34 @@ def make_model(
     )
 
 
-# Of folders, and of what the loop does between steps.
-_READ_BY_NO_STEP: dict[str, Any] = {
-    field.name: field.default
-    for field in dataclasses.fields(TrainConfig)
-    if field.name
-    in ("out", "resume", "eval_every", "eval_rows", "checkpoint_every", "compare_prompts")
-}
+# Functions that are equal for equal options: steps are compiled for them, too.
 
 
-def options_of_steps(config: TrainConfig) -> TrainConfig:
-    """The options with the default for those that no step reads.
+@dataclasses.dataclass(frozen=True)
+class _Init:
+    options: TrainConfig
 
-    A step is compiled for the options that it is given. Runs of one process that differ in the
-    others, as one that goes on does, share it.
-    """
-    return dataclasses.replace(config, **_READ_BY_NO_STEP)
+    def __call__(self, params: optax.Params) -> optax.OptState:
+        return _optimizer(self.options).init(params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Update:
+    options: TrainConfig
+
+    def __call__(
+        self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return _optimizer(self.options).update(updates, state, params)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW or Muon, with warm-up, cosine decay and clipping."""
-    return _make_optimizer(options_of_steps(config))
+    options = without_output(config)
+    return optax.GradientTransformation(_Init(options), _Update(options))
 
 
-@functools.lru_cache(maxsize=16)
-def _make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The same functions for the same options: a step is compiled for them, too."""
+def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
     warmup = min(config.warmup_steps, config.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (warmup + 1),

@@ -20,7 +20,7 @@ from ._checkpoint import (
 )
 from ._checkpoint_files import checkpoints, last_undamaged_checkpoint
 from ._compare import Comparison, compare, held_out_prompts
-from ._config import TrainConfig, options
+from ._config import TrainConfig, options, without_output
 from ._fit_depths import with_fitted_depths
 from ._hidden_states import HiddenStateCache, hidden_states_of
 from ._interrupt import Interrupted, interruptible
@@ -46,7 +46,6 @@ from ._step import (
     TrainState,
     evaluate,
     make_state,
-    options_of_steps,
     state_of,
     train_step,
 )
@@ -119,7 +118,7 @@ def fresh_state(run: Run) -> TrainState:
     if run.released is not None:
         return state_of(run.released, run.optimizer, run.placement)
     info = run.info
-    options = options_of_steps(run.config)
+    options = without_output(run.config)
     return make_state(options, info.vocab_size, run.optimizer, run.placement, info.architecture)
 
 
@@ -205,7 +204,7 @@ def step_inputs(run: Run, step: int, cache: HiddenStateCache | None) -> StepInpu
         hidden_states = hidden_states_of(cache, frozen.decoder, indices, rows)
     return StepInputs(
         rows,
-        options_of_steps(config),
+        without_output(config),
         run.optimizer,
         run.placement,
         frozen,
@@ -302,8 +301,8 @@ def start_or_resume(run: Run, like: TrainState) -> TrainState:
 def compare_on_held_out(run: Run, model: emtp.MTPModel) -> list[Comparison]:
     """Continues held-out text with and without drafts, within the length of training rows.
 
-    With one draft a step, and with one of each depth, up to the end of the document. In every
-    process, each on one device.
+    With one draft a step, and with one of each depth; to the end of the document, if the data have
+    an id for it. In every process, each on one device.
     """
     config, length = run.config, run.config.seq_len // 2
     prompts = held_out_prompts(

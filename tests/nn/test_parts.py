@@ -112,7 +112,8 @@ def oracle(x: np.ndarray, module: Any, *, packed: bool) -> np.ndarray:
     query = norm(project(module.query_kernel, module.query_bias), module.query_norm)
     key = norm(project(module.key_kernel, module.key_bias), module.key_norm)
     value = project(module.value_kernel, module.value_bias)
-    query, key = rotate(query, module.rotary), rotate(key, module.rotary)
+    if module.rotary is not None:
+        query, key = rotate(query, module.rotary), rotate(key, module.rotary)
     attended = attend(query, key, value, module.window or SEQ, packed)
     if module.gate_kernel is not None:
         attended /= 1 + np.exp(-project(module.gate_kernel, None))
@@ -133,6 +134,7 @@ CASES: dict[str, dict[str, Any]] = {
     "norm": {"norm_epsilon": 0.1},
     "gate": {"gate": True},
     "window": {"window": 3},
+    "no-rotary": {"rotary": None},
     "window-of-one": {"window": 1},
     "all": {
         "bias": True,

@@ -1,6 +1,7 @@
 """Released layouts against the recorded numbers of other implementations."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -105,10 +106,11 @@ def cached_step(decoder: Any, ids: Any, cache: Any, start: Any) -> tuple[Any, An
 
 
 def in_cached_steps(decoder: Any, tokens: np.ndarray) -> list[np.ndarray]:
-    """As `whole_pass`, four tokens at a time."""
-    cache, parts = decoder.init_cache(*tokens.shape), []
-    for start in range(0, tokens.shape[1], 4):
-        part, cache = cached_step(decoder, tokens[:, start : start + 4], cache, np.int32(start))
+    """As `whole_pass`, four tokens at a time, and the last four one by one."""
+    cache, parts, length = decoder.init_cache(*tokens.shape), [], tokens.shape[1]
+    starts = [*range(0, length - 4, 4), *range(length - 4, length)]
+    for start, end in itertools.pairwise([*starts, length]):
+        part, cache = cached_step(decoder, tokens[:, start:end], cache, np.int32(start))
         parts.append(part)
     return [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
 

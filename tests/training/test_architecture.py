@@ -20,6 +20,7 @@ from equinox_mtp import nn, pretrained
 from equinox_mtp.__main__ import main
 from equinox_mtp.training import PackedRows, TrainConfig, load_corpus, load_model, train
 from equinox_mtp.training._architecture import differences, read_architecture
+from equinox_mtp.training._config import without_output
 from equinox_mtp.training._placement import ONE_DEVICE
 from equinox_mtp.training._routers import Auxiliary, TokenCounts
 from equinox_mtp.training._step import (
@@ -27,7 +28,6 @@ from equinox_mtp.training._step import (
     aligned_batch,
     make_optimizer,
     make_state,
-    options_of_steps,
     train_step,
 )
 
@@ -103,7 +103,7 @@ def step_inputs(config: TrainConfig) -> tuple[StepInputs, Any]:
     optimizer = make_optimizer(config)
     architecture = read_architecture(config, corpus.vocab_size)
     assert architecture is not None
-    options = options_of_steps(config)
+    options = without_output(config)
     state = make_state(
         options, corpus.vocab_size, optimizer, ONE_DEVICE, architecture=architecture.json
     )

@@ -34,19 +34,21 @@ from equinox_mtp.training import (
 )
 from equinox_mtp.training._checkpoint import load_info, save_checkpoint
 from equinox_mtp.training._checkpoint_files import checkpoints, last_checkpoint
+from equinox_mtp.training._config import without_output
 from equinox_mtp.training._lock import only_run
 from equinox_mtp.training._options import GROUPS
 from equinox_mtp.training._placement import ONE_DEVICE
+from equinox_mtp.training._prepare import prepare
 from equinox_mtp.training._report import MetricsFile, describe_corpus
 from equinox_mtp.training._step import (
     StepInputs,
     make_optimizer,
     make_state,
-    options_of_steps,
     scaling_switch_step,
     train_step,
 )
 from equinox_mtp.training._stored_options import read_options
+from equinox_mtp.training._train import step_inputs
 
 TINY = TrainConfig(
     embed_size=16,
@@ -345,13 +347,21 @@ def test_accumulation_is_exact(text: Path) -> None:
 
 
 def test_runs_in_other_folders_share_a_compiled_step(tmp_path: Path) -> None:
-    """It is compiled for its options and its optimizer, whose functions must be the same."""
+    """It is compiled for what of its inputs is no array."""
+
+    def compiled_for(**changes: Any) -> Any:
+        run = prepare(dataclasses.replace(TINY, data=(Path(__file__),), **changes))
+        return eqx.filter(step_inputs(run, 0, None), eqx.is_array, inverse=True)
+
+    here = compiled_for(out=tmp_path / "here")
+    assert here == compiled_for(out=tmp_path / "there", resume=True, checkpoint_every=1)
+    assert here != compiled_for(out=tmp_path / "here", learning_rate=0.5)
     there = dataclasses.replace(TINY, out=tmp_path, resume=True, checkpoint_every=1)
-    assert options_of_steps(there) == options_of_steps(TINY)
+    assert without_output(there) == without_output(TINY)
     assert make_optimizer(there) == make_optimizer(TINY)
     for change in ({"learning_rate": 0.5}, {"steps": 7}, {"seed": 1}):
         other = dataclasses.replace(TINY, **change)
-        assert options_of_steps(other) != options_of_steps(TINY)
+        assert without_output(other) != without_output(TINY)
     assert make_optimizer(dataclasses.replace(TINY, learning_rate=0.5)) != make_optimizer(TINY)
 
 
