@@ -10,7 +10,7 @@ import tempfile
 # the sharded tests real; asking for another platform is still possible.
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 # Most of the time goes into compiling programs that run once: half of it into LLVM's optimisations.
-# They are tested where the flag is set already, as CI does for some.
+# They are tested where the flag is set already, as CI does for some files.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     _FLAGS.append("--xla_backend_optimization_level=0")
     if importlib.metadata.version("jaxlib") < "0.11":

@@ -346,12 +346,12 @@ def test_accumulation_is_exact(text: Path) -> None:
         )
 
 
-def test_runs_in_other_folders_share_a_compiled_step(tmp_path: Path) -> None:
+def test_runs_in_other_folders_share_a_compiled_step(text: Path, tmp_path: Path) -> None:
     """It is compiled for what of its inputs is no array."""
 
     def compiled_for(**changes: Any) -> Any:
-        run = prepare(dataclasses.replace(TINY, data=(Path(__file__),), **changes))
-        return eqx.filter(step_inputs(run, 0, None), eqx.is_array, inverse=True)
+        run = prepare(dataclasses.replace(TINY, data=(text,), **changes))
+        return eqx.filter(step_inputs(run, 1, None), eqx.is_array, inverse=True)
 
     here = compiled_for(out=tmp_path / "here")
     assert here == compiled_for(out=tmp_path / "there", resume=True, checkpoint_every=1)
