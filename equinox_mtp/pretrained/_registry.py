@@ -31,7 +31,8 @@ def family_of(settings: Settings, families: Sequence[Family], names: Collection[
     for family in families:
         if set(family.architectures) & set(named):
             return family.named_as(names)
-    known = ", ".join(name for family in families for name in family.architectures)
+    # Of the names of a family, the usual one.
+    known = ", ".join(family.architectures[0] for family in families)
     raise ValueError(
         f"{settings.path}: `architectures` must hold one of {known}; got {named!r:.80}. A family "
         "is one table: see `equinox_mtp.pretrained.Family`, and pass it in `families=`."
