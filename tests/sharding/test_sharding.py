@@ -97,7 +97,9 @@ def test_a_training_step_is_that_of_one_device(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["fsdp", "data_tensor_context"])
+@pytest.mark.parametrize(
+    "name", ["fsdp", pytest.param("data_tensor_context", marks=pytest.mark.slow)]
+)
 def test_explicit_axes(name: str) -> None:
     mesh = make_mesh(MESHES[name], axis_type=AxisType.Explicit)
     model = sharding.shard_model(make_model(), mesh)
@@ -114,6 +116,7 @@ def test_explicit_axes(name: str) -> None:
     assert step.model.decoder.layers.dropout.p == 0.0
 
 
+@pytest.mark.slow
 def test_balanced_order_of_packed_rows() -> None:
     mesh = make_mesh(MESHES["data_context"])
     rows = make_rows()

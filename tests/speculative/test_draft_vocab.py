@@ -128,6 +128,7 @@ def test_drafts_are_those_of_masked_logits(head, sampler):
     assert np.isin(drafts.ids, DRAFT_VOCAB).all()
 
 
+@pytest.mark.slow
 def test_sampled_tokens_have_the_models_distribution():
     """The first two new tokens against the products of the model's own probabilities."""
     model, rows = make_model("linear"), 3000
@@ -217,6 +218,7 @@ def test_frequent_ids_of_what_is_no_text():
         frequent_ids(np.zeros(2), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["matrix", "linear"])
 def test_measured_acceptance_is_that_of_drafts_from_the_ids(head: str) -> None:
     """Against full logits, position by position: greedy drafts, and sampled ones."""

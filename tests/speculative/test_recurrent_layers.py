@@ -58,6 +58,7 @@ def plainly(num_depths: int, seed: int = 0) -> speculative.Generation:
     return speculative.generate(model, PROMPTS, LENGTHS, max_new_tokens=NEW, num_drafts=0)
 
 
+@pytest.mark.slow
 def test_plain_decoding_is_the_whole_pass() -> None:
     model, tokens = make_model(1), np.asarray(plainly(1).tokens)
 
@@ -113,6 +114,7 @@ def test_rows_that_end_leave_the_others_alone() -> None:
         np.testing.assert_array_equal(new, generated[row][:number])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_drafts", "recursion"), [(2, "by_depth"), (4, "extended")])
 def test_drafts_are_those_of_a_fresh_start(num_drafts: int, recursion: Any) -> None:
     """After every step, as if the text so far were a prompt."""

@@ -147,6 +147,7 @@ def test_eos_ends_a_row() -> None:
     assert len(set(num_generated)) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_drafts", [0, 3])
 def test_any_of_several_ends_a_row(num_drafts: int) -> None:
     model = make_model(2)

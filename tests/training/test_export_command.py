@@ -111,6 +111,7 @@ def assert_same_model(one: emtp.MTPModel, other: emtp.MTPModel) -> None:
         assert_close(x, theirs[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["transformers", "speculators", "stitched"])
 def test_depths_over_a_released_model(
     run: Path, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

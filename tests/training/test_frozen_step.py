@@ -81,6 +81,7 @@ def vocabulary_flops(function: Any, *arguments: Any) -> int:
     return sum(product.flops for product in products(program) if VOCAB in product.sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["cross_entropy", "total_variation"])
 def test_a_step_makes_no_pass_over_the_vocabulary_for_the_main_loss(objective: Any) -> None:
     """It takes the products that the depths take by themselves, and fewer than with that loss."""
@@ -125,6 +126,7 @@ def test_a_step_with_hidden_states_has_no_main_model() -> None:
     assert flops(whole) - flops(program) == flops(of_decoder) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "accumulate"), [("cross_entropy", 2), ("hybrid", 1)])
 def test_hidden_states_change_nothing(objective: Any, accumulate: int) -> None:
     inputs, state = inputs_of(objective, accumulate)

@@ -330,6 +330,7 @@ def test_positions_must_not_be_split(config: TrainConfig, tmp_path: Path) -> Non
     assert not (tmp_path / "split").exists()
 
 
+@pytest.mark.slow
 def test_depths_begin_as_fitted_to_the_main_model(config: TrainConfig, tmp_path: Path) -> None:
     """On the rows of the first steps; a first step with a rate of 0 leaves them as they are."""
     config = dataclasses.replace(

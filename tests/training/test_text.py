@@ -150,6 +150,7 @@ def test_which_token_ends_a_text(tmp_path: Path) -> None:
     assert end_tokens(tokenizer, tmp_path) == (9, 8)
 
 
+@pytest.mark.slow
 def test_generate_continues_with_a_released_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +168,7 @@ def test_generate_continues_with_a_released_model(
     assert "100% of the continuations equal" in printed
 
 
+@pytest.mark.slow
 def test_a_heads_model_says_what_ends_a_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -753,6 +753,7 @@ def test_a_full_disk_is_one_line(run: tuple[Path, TrainConfig], tmp_path: Path) 
     assert len(said[0]) <= 400 + len(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_failed_write_that_nobody_waits_for_says_nothing(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
