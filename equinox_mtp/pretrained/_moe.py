@@ -1,6 +1,7 @@
 """Families with mixtures of experts over grouped-query attention: Qwen3-MoE and GLM-4.5."""
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -63,21 +64,40 @@ def make_corrected_mixture(
     for name, wanted in ((keys.scores, "sigmoid"), ("topk_method", "noaux_tc")):
         if settings.get(name, wanted) != wanted:
             raise settings.error(name, f"{wanted!r}", settings.get(name))
-    router = nn.Router(
-        embed_size,
-        num_experts,
-        top_k=settings.integer("num_experts_per_tok"),
-        scores="sigmoid",
-        bias=True,
-        num_groups=settings.integer("n_group", 1),
-        top_groups=settings.integer("topk_group", 1),
-        normalize=settings.flag("norm_topk_prob", True),
-        scaling_factor=settings.number("routed_scaling_factor", 1.0),
-        key=router_key,
-    )
+    with _keys_in_errors(keys):
+        router = nn.Router(
+            embed_size,
+            num_experts,
+            top_k=settings.integer("num_experts_per_tok"),
+            scores="sigmoid",
+            bias=True,
+            num_groups=settings.integer("n_group", 1),
+            top_groups=settings.integer("topk_group", 1),
+            normalize=settings.flag("norm_topk_prob", True),
+            scaling_factor=settings.number("routed_scaling_factor", 1.0),
+            key=router_key,
+        )
     experts = nn.Experts(num_experts, embed_size, mlp_size, key=experts_key)
     shared = nn.SwiGLU(embed_size, mlp_size * num_shared, key=shared_key) if num_shared else None
     return nn.MixtureOfExperts(router, experts, shared_expert=shared)
+
+
+@contextlib.contextmanager
+def _keys_in_errors(keys: MixtureKeys) -> Iterator[None]:
+    """Errors of a router's arguments name the keys that they come from."""
+    names = {
+        "num_groups": "n_group",
+        "top_groups": "topk_group",
+        "top_k": "num_experts_per_tok",
+        "num_experts": keys.experts,
+    }
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for argument, key in names.items():
+            message = message.replace(f"`{argument}`", f"`{key}`")
+        raise ValueError(message) from None
 
 
 def corrected_mixture_config(

@@ -81,7 +81,7 @@ def _find(path: Path) -> Path:
             return file
     raise FileNotFoundError(
         f"`architecture`: there is no file {path}. Name a config.json, a folder of one, or one of "
-        f"{', '.join(shipped)}."
+        f"{', '.join(shipped)}. A run that goes on takes another name for the file it began with."
     )
 
 

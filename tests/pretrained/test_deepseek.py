@@ -193,7 +193,7 @@ def test_on_a_mesh() -> None:
         ({"v_head_dim": 0}, "`v_head_dim` must be an integer, at least 1; got 0"),
         ({"kv_lora_rank": 19}, "kv_a_proj_with_mqa.weight`: it must have shape .27, 64."),
         ({"q_lora_rank": None}, "`q_lora_rank` must be an integer: queries are compressed here"),
-        ({"n_group": 3}, "`num_groups` must divide `num_experts`; got 3 and 8"),
+        ({"n_group": 3}, "`n_group` must divide `n_routed_experts`; got 3 and 8"),
         ({"attention_bias": True}, "`attention_bias` must be False in this family; got True"),
         ({"scoring_func": "softmax"}, "`scoring_func` must be 'sigmoid'; got 'softmax'"),
         ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` must be 1 in this family"),
