@@ -95,6 +95,7 @@ def _self_attention(
         np.einsum("bse,ehd->bshd", x, _f64(kernel))
         for kernel in (module.query_kernel, module.key_kernel, module.value_kernel)
     )
+    assert module.rotary is not None
     query, key = (_rotate(y, _POSITIONS, module.rotary.theta) for y in (query, key))
     attended = _attend(query, key, value, segments, module.scale)
     return np.einsum("bshd,hde->bse", attended, _f64(module.out_kernel))
