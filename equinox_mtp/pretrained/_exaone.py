@@ -30,8 +30,8 @@ from ._transformers import transformers_table
 
 _KEYS = MixtureKeys("num_experts", "num_shared_experts", "scoring_func")
 _ATTENTIONS = ("sliding_attention", "full_attention")
-COUNT_KEY, DEPTH_KINDS = "num_nextn_predict_layers", "mtp_layer_types"
-DEPTH_WINDOWS = "mtp_sliding_windows"
+_COUNT_KEY, _DEPTH_KINDS = "num_nextn_predict_layers", "mtp_layer_types"
+_DEPTH_WINDOWS = "mtp_sliding_windows"
 _ROUTER: Table = {"feed_forward.router.bias": Tensor("mlp.e_score_correction_bias")}
 
 
@@ -101,7 +101,8 @@ def _check_parts(settings: Settings, names: Collection[str]) -> None:
 def _kinds(settings: Settings, key: str, known: tuple[str, str], length: int) -> list[str]:
     """One for each layer."""
     kinds = settings.get(key)
-    if not isinstance(kinds, list) or len(kinds) != length or not {*kinds} <= {*known}:
+    is_right = isinstance(kinds, list) and len(kinds) == length
+    if not (is_right and all(kind in known for kind in kinds)):
         raise settings.error(key, f"a list of {length} times {' or '.join(known)}", kinds)
     return kinds
 
@@ -119,10 +120,10 @@ def _windows(settings: Settings) -> list[int | None]:
 
 def _depth_windows(settings: Settings) -> list[int | None]:
     """Of each depth that there is; they see all if nothing is said."""
-    num_depths = settings.integer(COUNT_KEY, 0, at_least=0)
-    if settings.get(DEPTH_KINDS) is None:
+    num_depths = settings.integer(_COUNT_KEY, 0, at_least=0)
+    if settings.get(_DEPTH_KINDS) is None:
         return [None] * num_depths
-    return _sizes(settings, DEPTH_KINDS, DEPTH_WINDOWS, num_depths)
+    return _sizes(settings, _DEPTH_KINDS, _DEPTH_WINDOWS, num_depths)
 
 
 def _sizes(settings: Settings, kinds_key: str, sizes_key: str, length: int) -> list[int | None]:
@@ -174,7 +175,7 @@ def config_of(decoder: nn.TransformerDecoder) -> dict[str, Any]:
 
 def depths_config(layers: Any, num_depths: int) -> dict[str, Any]:
     """The keys of `config.json` that describe depths, which are alike."""
-    return _windows_config([layers.transformer_layer] * num_depths, DEPTH_KINDS, DEPTH_WINDOWS)
+    return _windows_config([layers.transformer_layer] * num_depths, _DEPTH_KINDS, _DEPTH_WINDOWS)
 
 
 def _windows_config(layers: list[Any], kinds_key: str, sizes_key: str) -> dict[str, Any]:
@@ -198,7 +199,7 @@ EXAONE_MOE = Family(
     },
     mtp=dataclasses.replace(
         transformers_table(1),
-        count_key=COUNT_KEY,
+        count_key=_COUNT_KEY,
         layers_config=depths_config,
         any_input=False,
     ),

@@ -373,6 +373,7 @@ def test_fresh() -> None:
             {"layer_types": ["full_attention"] * 4},
             "`sliding_window` must be null, and not left out, where no layer has a window; got 3",
         ),
+        ({"layer_types": [["full_attention"]] * 4}, "`layer_types` must be a list of 4 times"),
         ({"mtp_layer_types": []}, "`mtp_layer_types` must be a list of 1 times sliding"),
         ({"mtp_layer_types": "sliding_attention"}, "`mtp_layer_types` must be a list of 1 times"),
         ({**NO_WINDOWS, "mtp_layer_types": ["sliding_attention"]}, "`mtp_sliding_windows` must be"),
