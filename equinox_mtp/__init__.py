@@ -19,7 +19,7 @@ returns everything that it computed. The rooms, where imports run downward only:
 | 3 | `nn`, `_layer` | the reference decoder; one depth |
 | 2 | `cross_entropy`, `attention` | the loss of an output head, without logits; attention, without their square |
 | 1 | `_shift`, `_alignment`, `_losses`, `_curriculum`, `_acceptance`, `_expected_acceptance`, `_decoder`, `_parameters`, `sharding`, `serialization`, `stacking` | shifts and alignment; reductions; interfaces; what optimizers must know; rules and placement; files; layers that are alike as one |
-| 0 | `_config`, `_checks`, `_types`, `_platform`, `_annotations`, `_safetensors`, `_whole_file`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; where JAX runs; the format of files, and how they are written; the API reference |
+| 0 | `_config`, `_checks`, `_types`, `_platform`, `_products`, `_annotations`, `_safetensors`, `_whole_file`, `_documentation` | conventions; checks of arguments; the axis words, and where annotations name them; where JAX runs; products of a few rows; the format of files, and how they are written; the API reference |
 
 The examples in all docstrings begin with this model and this batch:
 

@@ -246,6 +246,7 @@ class AbstractCachedDecoderLayer(AbstractDecoderLayer):
 
         Called once, outside of the loop over steps. A layer that casts its parameters to the dtype
         of its input should do so here: in the loop it would read and cast all of them in each step.
+        `nn.outputs_first` lays out the kernels of the parts of `nn`.
         """
         del dtype
         return self

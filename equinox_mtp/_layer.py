@@ -19,7 +19,7 @@ from ._decoder import (
 )
 from ._parameters import matrix_flops
 from ._types import MakeLayer, checked
-from .nn import Linear, RMSNorm, cast_matrices
+from .nn import Linear, RMSNorm, cast_matrices, outputs_first
 
 Norm: TypeAlias = Callable[[Float[Array, "batch seq embed"]], Float[Array, "batch seq embed"]]
 """From hidden states to hidden states of another scale."""
@@ -191,7 +191,10 @@ class MultiTokenPredictionLayer(eqx.Module):
         return eqx.tree_at(
             lambda depth: (depth.projection_layer, depth.transformer_layer),
             self,
-            (cast_matrices(self.projection_layer, dtype), layer.for_decoding(dtype)),
+            (
+                outputs_first(cast_matrices(self.projection_layer, dtype)),
+                layer.for_decoding(dtype),
+            ),
         )
 
     def _combine(self, hidden_states: Array, token_embeddings: Array) -> Array:

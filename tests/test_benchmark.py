@@ -135,6 +135,20 @@ def test_latent_attention_rows(tmp_path: Path) -> None:
     assert f"| 20 | absorbed | {absorbed['ms']:.2f} |" in printed
 
 
+def test_few_rows_in_both_layouts(tmp_path: Path) -> None:
+    arguments = ["--sizes", "tiny", "--rounds", "1"]
+    report, printed = report_of("few_rows.py", arguments, tmp_path)
+    rows = report["rows"]
+    layouts = ("inputs first", "outputs first")
+    assert [(row["rows"], row["layout"]) for row in rows] == [
+        (num_rows, layout) for num_rows in (1, 2, 4, 8, 16, 32, 64) for layout in layouts
+    ]
+    one_row = min(row["ms"] for row in rows[:2])
+    for row in rows:
+        assert row["of_one_row"] == pytest.approx(row["ms"] / one_row)
+        assert f"| {row['rows']} | {row['layout']} | {row['ms']:.2f} |" in printed
+
+
 @pytest.mark.slow
 def test_generation_rows_of_every_batch_and_number_of_drafts(tmp_path: Path) -> None:
     arguments = ["--preset", "tiny", "--runs", str(tmp_path / "runs")]

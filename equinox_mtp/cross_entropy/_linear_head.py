@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Integer
 
 from .._checks import check_integer, check_number
 from .._platform import accumulation_dtype
+from .._products import rows_times
 from .._types import OutputHead, checked
 from ..sharding import HeadSharding, current_head_sharding
 from ._partitioning import tokens_on_all_devices
@@ -87,7 +88,9 @@ class LinearHead(eqx.Module):
     @checked
     def __call__(self, hidden_states: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """The logits of all token ids, accumulated in float32 (float64 for float64)."""
-        return self.logits(hidden_states)
+        weight = self.weight.astype(hidden_states.dtype)
+        dtype = accumulation_dtype(hidden_states)
+        return self._capped(rows_times(hidden_states, weight, preferred_element_type=dtype))
 
     @checked
     def rows(self, ids: Integer[Array, "ids"]) -> "LinearHead":
@@ -143,13 +146,18 @@ class LinearHead(eqx.Module):
         return head if bias is None else eqx.tree_at(lambda head: head.bias, head, bias)
 
     def logits(self, hidden_states: Array) -> Array:
-        """`__call__`, without its checks."""
-        logits = jnp.einsum(
-            "...e,ve->...v",
-            hidden_states,
-            self.weight.astype(hidden_states.dtype),
-            preferred_element_type=accumulation_dtype(hidden_states),
+        """`__call__` for many tokens, without its checks."""
+        return self._capped(
+            jnp.einsum(
+                "...e,ve->...v",
+                hidden_states,
+                self.weight.astype(hidden_states.dtype),
+                preferred_element_type=accumulation_dtype(hidden_states),
+            )
         )
+
+    def _capped(self, logits: Array) -> Array:
+        """With the bias, and under the soft-cap."""
         if self.bias is not None:
             logits += self.bias.astype(logits.dtype)
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)

@@ -4,11 +4,12 @@ from ..attention import AttentionFunction, causal_attention, causal_attention_by
 from ._attention import GroupedQueryAttention
 from ._embedding import embed_tokens
 from ._feed_forward import SwiGLU
+from ._kernels import cast_matrices, outputs_first
 from ._key_value_cache import KeyValueCache
 from ._latent_attention import MultiHeadLatentAttention
 from ._latent_cache import LatentCache
 from ._layer_runs import LayerRun
-from ._linear import Linear, cast_matrices
+from ._linear import Linear
 from ._norm import RMSNorm
 from ._parts import AbstractAttention, AbstractFeedForward
 from ._rotary import (
@@ -67,6 +68,7 @@ __all__ = [
     "causal_attention_by_position",
     "embed_tokens",
     "gated_delta_rule",
+    "outputs_first",
     "rotary_embedding",
     "router_statistics",
     "router_statistics_in",

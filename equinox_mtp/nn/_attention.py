@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ from .._parameters import matrix_flops
 from .._types import checked
 from ..attention import AttentionFunction, causal_attention
 from ._init import fan_in_normal
+from ._kernels import Kernel, multiply
 from ._key_value_cache import KeyValueCache
 from ._norm import RMSNorm
 from ._parts import AbstractAttention, mean_keys
@@ -29,6 +30,15 @@ class GroupedQueryAttention(AbstractAttention):
     >>> attention(jnp.ones((1, 3, 16)), position_ids=jnp.asarray([[0, 1, 2]])).shape
     (1, 3, 16)
     """
+
+    # In each: inputs, outputs. After `outputs_first` these fields hold an `OutputsFirst`.
+    _kernel_axes: ClassVar = {
+        "query_kernel": (1, 2),
+        "key_kernel": (1, 2),
+        "value_kernel": (1, 2),
+        "gate_kernel": (1, 2),
+        "out_kernel": (2, 1),
+    }
 
     query_kernel: Float[Array, "embed heads head_dim"]
     key_kernel: Float[Array, "embed kv_heads head_dim"]
@@ -199,11 +209,10 @@ class GroupedQueryAttention(AbstractAttention):
     def _project(self, hidden_states: Array, position_ids: Array) -> tuple[Array, Array, Array]:
         """Query, key and value, with their positions."""
 
-        def project(kernel: Array, bias: Array | None, norm: RMSNorm | None) -> Array:
-            dtype = hidden_states.dtype
-            projected = jnp.einsum("bse,ehd->bshd", hidden_states, kernel.astype(dtype))
+        def project(kernel: Kernel, bias: Array | None, norm: RMSNorm | None) -> Array:
+            projected = multiply(hidden_states, kernel)
             if bias is not None:
-                projected += bias.astype(dtype)
+                projected += bias.astype(projected.dtype)
             return projected if norm is None else norm(projected)
 
         query = project(self.query_kernel, self.query_bias, self.query_norm)
@@ -215,9 +224,6 @@ class GroupedQueryAttention(AbstractAttention):
 
     def _project_out(self, hidden_states: Array, attended: Array) -> Array:
         if self.gate_kernel is not None:
-            kernel = self.gate_kernel.astype(attended.dtype)
-            attended *= jax.nn.sigmoid(jnp.einsum("bse,ehd->bshd", hidden_states, kernel))
-        # As one matrix: an `einsum` over two axes would transpose the kernel, in every step.
-        kernel = self.out_kernel.astype(attended.dtype).reshape(-1, self.out_kernel.shape[-1])
-        out = attended.reshape(*attended.shape[:-2], kernel.shape[0]) @ kernel
+            attended *= jax.nn.sigmoid(multiply(hidden_states, self.gate_kernel))
+        out = multiply(attended, self.out_kernel, num_inputs=2)
         return out if self.out_bias is None else out + self.out_bias.astype(out.dtype)

@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -11,8 +11,9 @@ from .._parameters import matrix_flops
 from .._types import checked
 from ..attention import AttentionFunction, causal_attention
 from ._init import fan_in_normal
+from ._kernels import cast_matrices, multiply, outputs_first
 from ._latent_cache import LatentCache
-from ._linear import Linear, cast_matrices
+from ._linear import Linear
 from ._norm import RMSNorm
 from ._parts import AbstractAttention, mean_keys
 from ._rotary import Rotary
@@ -66,6 +67,13 @@ class MultiHeadLatentAttention(AbstractAttention):
     - `up_kernel`: from the latent to the keys of a head, but for the rotated part, and its values.
         After `for_decoding` a module that holds them apart.
     """
+
+    # In each: inputs, outputs. After `outputs_first` these fields hold an `OutputsFirst`.
+    _kernel_axes: ClassVar = {
+        "query_kernel": (1, 2),
+        "query_up_kernel": (1, 2),
+        "out_kernel": (2, 1),
+    }
 
     query_kernel: Float[Array, "embed heads head_dim"] | None
     query_down: Linear | None
@@ -167,7 +175,7 @@ class MultiHeadLatentAttention(AbstractAttention):
     def for_decoding(self, dtype: Any) -> "MultiHeadLatentAttention":
         """With matrices of `dtype`, and up-projections as decoding multiplies by them."""
         with_parts = eqx.tree_at(lambda attention: attention.up_kernel, self, self._up())
-        return cast_matrices(with_parts, dtype)
+        return outputs_first(cast_matrices(with_parts, dtype))
 
     def decode(
         self,
@@ -238,7 +246,7 @@ class MultiHeadLatentAttention(AbstractAttention):
         if self.query_down is not None and self.query_norm is not None:
             latent, kernel = self.query_norm(self.query_down(latent)), self.query_up_kernel
         assert kernel is not None
-        query = jnp.einsum("bsr,rhd->bshd", latent, kernel.astype(latent.dtype))
+        query = multiply(latent, kernel)
         rotated = self.latent_down.kernel.shape[1] - self.latent_norm.scale.shape[0]
         return query[..., :-rotated], self.rotary(query[..., -rotated:], position_ids)
 
@@ -273,9 +281,7 @@ class MultiHeadLatentAttention(AbstractAttention):
         return self._project_out(attended)
 
     def _project_out(self, attended: Array) -> Array:
-        # As one matrix: an `einsum` over two axes would transpose the kernel, in every step.
-        kernel = self.out_kernel.astype(attended.dtype).reshape(-1, self.out_kernel.shape[-1])
-        return attended.reshape(*attended.shape[:-2], kernel.shape[0]) @ kernel
+        return multiply(attended, self.out_kernel, num_inputs=2)
 
 
 def _check_rotary(rotary: Rotary, rotary_size: int) -> None:

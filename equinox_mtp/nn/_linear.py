@@ -1,15 +1,12 @@
-from typing import Any, TypeVar
+from typing import ClassVar
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_integer
 from .._types import checked
 from ._init import fan_in_normal
-
-Tree = TypeVar("Tree")
+from ._kernels import multiply
 
 
 class Linear(eqx.Module):
@@ -20,6 +17,9 @@ class Linear(eqx.Module):
     >>> emtp.nn.Linear(3, 5, key=jax.random.key(0))(jnp.ones((2, 8, 3))).shape
     (2, 8, 5)
     """
+
+    # Inputs, outputs. After `outputs_first` the field holds an `OutputsFirst`.
+    _kernel_axes: ClassVar = {"kernel": (1, 1)}
 
     kernel: Float[Array, "in_features out_features"]
 
@@ -47,7 +47,7 @@ class Linear(eqx.Module):
         **Raises:** `ValueError` if `x` has not `in_features` features.
         """
         check_features(x, self.kernel.shape[0], "the linear map")
-        return jnp.matmul(x, self.kernel.astype(x.dtype))
+        return multiply(x, self.kernel)
 
 
 def check_features(x: Array, wanted: int, whose: str) -> None:
@@ -57,20 +57,3 @@ def check_features(x: Array, wanted: int, whose: str) -> None:
             f"`x` must have the {wanted} features of {whose} in its last axis; got an array "
             f"{x.shape}."
         )
-
-
-def cast_matrices(tree: Tree, dtype: DTypeLike) -> Tree:
-    """A module whose kernels and embeddings are of `dtype`; norms and biases stay as they are.
-
-    For modules that cast these parameters to the dtype of their input anyway: their results do not
-    change, and less memory is read. Floating-point arrays of two axes and more are cast.
-
-    >>> layer = emtp.nn.cast_matrices(decoder.layer(0), jnp.bfloat16)
-    >>> print(layer.attention.query_kernel.dtype, layer.attention_norm.scale.dtype)
-    bfloat16 float32
-    """
-
-    def cast(x: Any) -> Any:
-        return x.astype(dtype) if eqx.is_inexact_array(x) and x.ndim >= 2 else x
-
-    return jax.tree.map(cast, tree)

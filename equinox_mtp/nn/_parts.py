@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Integer
 
 from .._decoder import Cache, HiddenStates
 from .._parameters import matrix_flops
-from ._linear import cast_matrices
+from ._kernels import cast_matrices, outputs_first
 
 _Part = TypeVar("_Part", bound=eqx.Module)
 
@@ -57,8 +57,11 @@ class AbstractAttention(eqx.Module):
         return self.decode(hidden_states, cache, position_ids=position_ids)
 
     def for_decoding(self: _Part, dtype: Any) -> _Part:
-        """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
-        return cast_matrices(self, dtype)
+        """With matrices of `dtype`, laid out; see `AbstractCachedDecoderLayer`.
+
+        Call an inner `Linear`: what is in its `kernel` then is no plain array on a CPU.
+        """
+        return outputs_first(cast_matrices(self, dtype))
 
     def flops_per_token(self, seq_len: int) -> float:
         """See `AbstractDecoderLayer`; by default two for each number of every matrix."""
@@ -85,8 +88,11 @@ class AbstractFeedForward(eqx.Module):
         """
 
     def for_decoding(self: _Part, dtype: Any) -> _Part:
-        """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
-        return cast_matrices(self, dtype)
+        """With matrices of `dtype`, laid out; see `AbstractCachedDecoderLayer`.
+
+        Call an inner `Linear`: what is in its `kernel` then is no plain array on a CPU.
+        """
+        return outputs_first(cast_matrices(self, dtype))
 
     def flops_per_token(self, seq_len: int) -> float:
         """See `AbstractDecoderLayer`; by default two for each number of every matrix."""

@@ -19,6 +19,7 @@ from .._decoder import (
 from .._types import checked, module_of
 from ._embedding import embed_tokens
 from ._init import fan_in_normal
+from ._kernels import cast_matrices
 from ._layer_runs import (
     LayerRun,
     Layers,
@@ -27,7 +28,6 @@ from ._layer_runs import (
     num_layers_of,
     stacked_auxiliary,
 )
-from ._linear import cast_matrices
 from ._norm import RMSNorm
 from ._transformer_layer import TransformerConfig, TransformerDecoderLayer
 
@@ -78,6 +78,7 @@ class TransformerDecoder(AbstractCachedDecoder):
         self.checkpoint_policy = config.checkpoint_policy
 
     @classmethod
+    @checked
     def of(
         cls,
         layers: Sequence[AbstractCachedDecoderLayer],
@@ -104,12 +105,18 @@ class TransformerDecoder(AbstractCachedDecoder):
         - `dtype`: the compute dtype, `float32` or `bfloat16`; parameters may have others.
         - `checkpoint_policy`: see `TransformerConfig`.
 
-        **Raises:** `ValueError` without layers, or for an unknown `dtype`.
+        **Raises:** `ValueError` without layers, for an unknown `dtype`, or for a norm of another
+        size than the embedding.
         """
         check_choice("dtype", dtype, ("float32", "bfloat16"))
         check_checkpoint_policy(checkpoint_policy)
         if not layers:
             raise ValueError("`layers` must hold at least one layer; got none.")
+        if norm.scale.shape != embedding.shape[1:]:
+            raise ValueError(
+                f"`norm` must be of the {embedding.shape[1]} features of `embedding`; got one of "
+                f"{norm.scale.shape[0]}. Make it by `nn.RMSNorm({embedding.shape[1]})`."
+            )
         return module_of(
             cls,
             embedding=embedding,
@@ -229,7 +236,7 @@ class TransformerDecoder(AbstractCachedDecoder):
         return hidden_states, tuple(caches)
 
     def for_decoding(self) -> "TransformerDecoder":
-        """The same decoder with one array for each layer's matrix, in the compute dtype."""
+        """With one array for each layer's matrix, in the compute dtype and laid out."""
         dtype = self.dtype
         layers = tuple(self.layer(index).for_decoding(dtype) for index in range(self.num_layers))
         return eqx.tree_at(

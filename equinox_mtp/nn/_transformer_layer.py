@@ -188,6 +188,7 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         self.dropout = eqx.nn.Dropout(config.dropout_rate)
 
     @classmethod
+    @checked
     def of(
         cls,
         attention: AbstractAttention,
@@ -215,7 +216,15 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         - `attention`, `feed_forward`: modules of these two abstract classes.
         - `attention_norm`, `feed_forward_norm`: the norms in front of them.
         - `dropout_rate`: of both outputs; 0 needs no `key`.
+
+        **Raises:** `ValueError` for norms of different sizes.
         """
+        sizes = attention_norm.scale.shape[0], feed_forward_norm.scale.shape[0]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                "`attention_norm` and `feed_forward_norm` must have the same number of features, "
+                f"that of the hidden states; got {sizes[0]} and {sizes[1]}."
+            )
         return module_of(
             cls,
             attention_norm=attention_norm,
@@ -260,7 +269,7 @@ class TransformerDecoderLayer(AbstractCachedDecoderLayer):
         return self.attention.init_cache(batch_size, max_length, dtype, **taken)
 
     def for_decoding(self, dtype: Any) -> "TransformerDecoderLayer":
-        """With matrices of `dtype`; see `AbstractCachedDecoderLayer`."""
+        """With matrices of `dtype`, laid out; see `AbstractCachedDecoderLayer`."""
         return eqx.tree_at(
             lambda layer: (layer.attention, layer.feed_forward),
             self,

@@ -110,7 +110,10 @@ def _integers(name: str, values: Any, num_axes: int) -> Any:
             "`prompt_lengths`."
         ) from None
     if array.ndim != num_axes:
-        raise ValueError(f"`{name}` must have {num_axes} axes; got the shape {array.shape}.")
+        shape = (
+            "one axis, such as [3, 7]" if num_axes == 1 else "two axes, such as [[5, 6], [9, 3]]"
+        )
+        raise ValueError(f"`{name}` must have {shape}; got the shape {array.shape}.")
     if array.size == 0 and not np.issubdtype(array.dtype, np.integer):
         return array.astype(np.int32)  # an empty list is one of floats
     if not np.issubdtype(array.dtype, np.integer):

@@ -22,7 +22,7 @@ from ._arguments import (
     check_end_ids,
     check_prompts,
 )
-from ._model import DecodingModel, check_cached_steps
+from ._model import DecodingModel, check_cached_steps, check_laid_out
 from ._sampling import GREEDY, Sampler
 from ._shape import DecodingShape, Recursion
 from ._state import DecodingState, Generation
@@ -31,7 +31,7 @@ from ._steps import prefill, step
 
 @checked
 def generate(
-    model: MTPModel,
+    model: MTPModel | DecodingModel,
     prompt_ids: Integer[HostOrDeviceArray, "batch prompt"] | Sequence[Any],
     prompt_lengths: Integer[HostOrDeviceArray, "batch"] | Sequence[Any] | None = None,
     *,
@@ -61,7 +61,7 @@ def generate(
     **Arguments:**
 
     - `model`: its decoder is an `AbstractCachedDecoder`, and its layers
-        `AbstractCachedDecoderLayer`s.
+        `AbstractCachedDecoderLayer`s. A `DecodingModel` of it saves the time of laying it out.
     - `prompt_ids`: one prompt a row, padded at its end with anything; an array, or lists of equal
         length.
     - `prompt_lengths`: how many tokens of a row are its prompt; at least 1. `None`: all.
@@ -74,7 +74,8 @@ def generate(
     - `draft_vocab`: the token ids that may be drafted, such as the frequent ones of the text
         (`frequent_ids`); `None` for all. A draft then reads these rows of the output head alone,
         and costs less; other tokens are never drafted, so fewer drafts are accepted (arXiv
-        2502.14856; 2509.18362). For a head that is a matrix or a `LinearHead`.
+        2502.14856; 2509.18362). For a head that is a matrix or a `LinearHead`. A `DecodingModel`
+        has its own.
     - `sampler`: greedy, or `Sampler(temperature, top_k, top_p)`; for drafts and model alike.
     - `eos_id`: ends a row; it is the row's last token then. Of several, as `[2, 7]` or an array of
         them, the first that comes does.
@@ -127,7 +128,7 @@ class StreamedStep(NamedTuple):
 
 @checked
 def stream(
-    model: MTPModel,
+    model: MTPModel | DecodingModel,
     prompt_ids: Integer[HostOrDeviceArray, "batch prompt"] | Sequence[Any],
     prompt_lengths: Integer[HostOrDeviceArray, "batch"] | Sequence[Any] | None = None,
     *,
@@ -163,10 +164,10 @@ def stream(
     return _stream(request, model)
 
 
-def _stream(request: "_Request", model: MTPModel) -> Iterator[StreamedStep]:
+def _stream(request: "_Request", model: MTPModel | DecodingModel) -> Iterator[StreamedStep]:
     lengths = np.asarray(request.prompt_lengths)
     accepted = np.zeros_like(lengths)
-    decoding = _lay_out(request, model)
+    decoding = _lay_out(request, model) if isinstance(model, MTPModel) else model
     state = _prefill(request, decoding)
     width = request.shape.num_drafts + 1
     while True:
@@ -195,6 +196,11 @@ class _Request(NamedTuple):
     eos_id: Int32[Array, ""] | Int32[Array, "ends"]
     key: PRNGKeyArray
 
+    def lay_out(self, model: MTPModel | DecodingModel) -> DecodingModel:
+        if isinstance(model, DecodingModel):
+            return model
+        return DecodingModel.of(model, self.draft_vocab)
+
     def prefill(self, model: DecodingModel) -> DecodingState:
         return prefill(
             model,
@@ -211,7 +217,7 @@ class _Request(NamedTuple):
 
 
 def _request(
-    model: MTPModel,
+    model: MTPModel | DecodingModel,
     prompt_ids: Any,
     prompt_lengths: Any,
     max_new_tokens: Any,
@@ -222,10 +228,14 @@ def _request(
     eos_id: Any,
     key: PRNGKeyArray | None,
 ) -> _Request:
-    check_cached_steps(model)
+    if isinstance(model, MTPModel):
+        check_cached_steps(model)
+        num_depths = model.block.config.num_depths
+    else:
+        check_laid_out(model, draft_vocab)
+        num_depths = model.config.num_depths
     vocab_size = head_vocab_size(model.decoder.output_head())
     prompts, lengths = check_prompts(prompt_ids, prompt_lengths, vocab_size)
-    num_depths = model.block.config.num_depths
     drafts = check_integer("num_drafts", num_depths if num_drafts is None else num_drafts)
     if drafts > 0 and num_depths == 0:
         raise ValueError(
@@ -262,8 +272,8 @@ def _check_finite(last_ids: Any, num_generated: Any) -> None:
 
 
 @eqx.filter_jit
-def _run(request: _Request, model: MTPModel) -> Generation:
-    decoding = DecodingModel.of(model, request.draft_vocab)
+def _run(request: _Request, model: MTPModel | DecodingModel) -> Generation:
+    decoding = request.lay_out(model)
     state = lax.while_loop(
         lambda state: ~jnp.all(state.done),
         lambda state: request.step(decoding, state),
@@ -283,7 +293,7 @@ def _run(request: _Request, model: MTPModel) -> Generation:
 
 @eqx.filter_jit
 def _lay_out(request: _Request, model: MTPModel) -> DecodingModel:
-    return DecodingModel.of(model, request.draft_vocab)
+    return request.lay_out(model)
 
 
 @eqx.filter_jit

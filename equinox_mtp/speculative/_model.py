@@ -12,12 +12,17 @@ from .._decoder import AbstractCachedDecoder, AbstractCachedDecoderLayer
 from .._layer import MultiTokenPredictionLayer, enter_first_depth
 from .._model import MTPModel
 from ..cross_entropy import LinearHead
-from ._arguments import check_rows, linear_head
+from ._arguments import DraftVocab, check_draft_vocab, check_rows, linear_head
 from ._sampling import Sampler
 
 
-def check_cached_steps(model: MTPModel) -> None:
-    """**Raises:** `TypeError` if a part of the model has no cached step."""
+def check_cached_steps(model: Any) -> None:
+    """**Raises:** `TypeError` if a part has no cached step, or the model is laid out already."""
+    if isinstance(model, DecodingModel):
+        raise TypeError(
+            "`model` must be an `MTPModel`; got a `DecodingModel`, which is laid out already. Give "
+            "it to `generate` or `stream` as it is."
+        )
     parts: list[tuple[str, Any, type]] = [("decoder", model.decoder, AbstractCachedDecoder)]
     if model.block.layers is not None:
         layer = model.block.layers.transformer_layer
@@ -34,12 +39,14 @@ def check_cached_steps(model: MTPModel) -> None:
 class DecodingModel(eqx.Module):
     """A decoder and its prediction depths, laid out for many small steps.
 
-    `DecodingModel.of(model)` copies the parameters that are stacked, or of another dtype than they
-    are used in; so it is made once, outside of the loop over steps.
+    `DecodingModel.of(model)` copies the parameters that are stacked, or whose dtype or layout in
+    memory is not the one that they are used in. `generate` makes one in each call, unless it is
+    given one: for many calls that saves time, and `model` can be deleted. Shard the model first.
 
-    >>> decoding = emtp.speculative.DecodingModel.of(model)
+    >>> decoding = eqx.filter_jit(emtp.speculative.DecodingModel.of)(model)
     >>> len(decoding.layers), decoding.layer(depth=5) is decoding.layers[-1]
     (2, True)
+    >>> generation = emtp.speculative.generate(decoding, [[5, 6], [9, 3]], max_new_tokens=4)
 
     **Fields:**
 
@@ -57,20 +64,35 @@ class DecodingModel(eqx.Module):
 
     @classmethod
     def of(
-        cls, model: MTPModel, draft_vocab: Int32[Array, "draft_vocab"] | None = None
+        cls,
+        model: MTPModel,
+        draft_vocab: DraftVocab = None,
     ) -> "DecodingModel":
-        """**Raises:** `TypeError` if a part of the model has no cached step; `ValueError` for a
-        `draft_vocab` over a head that is neither a matrix nor a `LinearHead`."""
+        """A model, laid out.
+
+        **Arguments:**
+
+        - `model`: its parameters are read, and copied where that saves time.
+        - `draft_vocab`: the token ids that may be drafted; `None` for all. Inside `jit` ids cannot
+            be looked at if they are arguments. Close over them, as in
+            `eqx.filter_jit(lambda model: DecodingModel.of(model, ids))`.
+
+        **Raises:** `TypeError` if a part of the model has no cached step; `ValueError` for a
+        `draft_vocab` over a head that is neither a matrix nor a `LinearHead`, or with ids that
+        are none of the head's.
+        """
         check_cached_steps(model)
         decoder, block = model.decoder, model.block
         assert isinstance(decoder, AbstractCachedDecoder)
         num_layers = 1 if block.config.repeated_layer else block.config.num_depths
         one_id = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         dtype = eqx.filter_eval_shape(decoder.embed, one_id, one_id).dtype
-        layers = (block.layer(depth).for_decoding(dtype) for depth in range(1, num_layers + 1))
+        depths = range(1, num_layers + 1)
+        layers = tuple(block.layer(depth).for_decoding(dtype) for depth in depths)
         decoder = decoder.for_decoding()
-        head = None if draft_vocab is None else linear_head(decoder.output_head()).rows(draft_vocab)
-        return cls(decoder, tuple(layers), draft_vocab, head, block.config)
+        ids = check_draft_vocab(draft_vocab, decoder.output_head())
+        head = None if ids is None else linear_head(decoder.output_head()).rows(ids)
+        return cls(decoder, layers, ids, head, block.config)
 
     def layer(self, depth: int) -> MultiTokenPredictionLayer:
         """That of a draft; beyond the model's depths its last one, again and again.
@@ -108,3 +130,12 @@ class DecodingModel(eqx.Module):
         vocab_size = check_rows(self.decoder.output_head())
         nothing = jnp.zeros((len(normed), vocab_size), probabilities.dtype)
         return ids, nothing.at[:, self.draft_vocab].set(probabilities)
+
+
+def check_laid_out(model: DecodingModel, draft_vocab: Any) -> None:
+    """**Raises:** `ValueError` if `draft_vocab` is given beside a `DecodingModel`."""
+    if draft_vocab is not None:
+        raise ValueError(
+            "`draft_vocab` must be given when a model is laid out; got it beside a "
+            "`DecodingModel`. Write `DecodingModel.of(model, draft_vocab)`, and leave it out here."
+        )

@@ -5,12 +5,13 @@ import statistics
 import time
 from collections.abc import Sequence
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import equinox_mtp as emtp
-from equinox_mtp.speculative import Generation, generate
+from equinox_mtp.speculative import DecodingModel, Generation, generate
 
 from ._corpus import Corpus
 
@@ -67,7 +68,8 @@ def compare(
 ) -> Comparison:
     """Continues prompts one by one, greedily, with and without drafts in turn.
 
-    All in this process and after a warm-up, so that no compilation is counted.
+    All in this process and after a warm-up, so that no compilation is counted; the model is laid
+    out once, beforehand.
 
     >>> prompts = [np.arange(4), np.arange(4, 8)]
     >>> comparison = training.compare(model, prompts, max_new_tokens=4, rounds=1)
@@ -82,14 +84,19 @@ def compare(
     """
     drafts = model.block.config.num_depths if num_drafts is None else num_drafts
 
+    @eqx.filter_jit
+    def lay_out(model: emtp.MTPModel) -> DecodingModel:
+        return DecodingModel.of(model, draft_vocab)
+
+    laid_out = lay_out(model)
+
     def run(drafts: int) -> list[Generation]:
         generations = [
             generate(
-                model,
+                laid_out,
                 prompt[None],
                 max_new_tokens=max_new_tokens,
                 num_drafts=drafts,
-                draft_vocab=draft_vocab,
                 eos_id=eos_id,
             )
             for prompt in prompts

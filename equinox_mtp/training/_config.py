@@ -177,8 +177,8 @@ class TrainConfig:
     initial_depths: str = choice(
         "random",
         DEPTHS,
-        "How depths over a released model begin: random, or fitted to it by least squares; see "
-        "distillation.start_from_trunk. Take a smaller learning rate then, such as 1e-4.",
+        "How depths over a released model begin: random, or trunk: fitted to it by least squares; "
+        "see distillation.start_from_trunk. Take a smaller learning rate then, such as 1e-4.",
         ("random", "trunk"),
     )
     depth_decay: float = number(
@@ -189,7 +189,8 @@ class TrainConfig:
     curriculum: str = choice(
         "none",
         DEPTHS,
-        "Add a depth in each part of the steps, or leave one out; see curriculum_depth_weights.",
+        "Add a depth in each part of the steps (forward), or leave one out (reverse), or none; see "
+        "curriculum_depth_weights.",
         ("none", "forward", "reverse"),
     )
     mtp_scaling: tuple[float, float] = option(
@@ -215,7 +216,7 @@ class TrainConfig:
     optimizer: str = choice(
         "adamw",
         OPTIMISATION,
-        "AdamW, or Muon for matrices and AdamW for everything else.",
+        "adamw, or muon for matrices and AdamW for everything else.",
         ("adamw", "muon"),
     )
     learning_rate: float = number(

@@ -130,7 +130,7 @@ def _json_documents(file: Path, field: str) -> Iterator[Document]:
         if field not in record:
             raise ValueError(
                 f"`text_field`: {where} has no field {field!r}; it has {_names(record)}. Name the "
-                "field of the text with --text-field."
+                "field of the text with --text-field, or mend the line."
             )
         yield Document(_checked_text(record[field], field, where), file, position)
 

@@ -24,8 +24,12 @@ def with_fitted_depths(run: Run, state: TrainState) -> TrainState:
     batches = first_batches(run, _TOKENS_PER_FEATURE * embed_size)
     fitted = start_from_trunk(state.combined(run.frozen), batches)
     trains, _ = split_model(fitted, run.config)
-    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), trains, state.model)
-    return dataclasses.replace(state, model=placed)
+    return dataclasses.replace(state, model=jax.tree.map(_placed_like, trains, state.model))
+
+
+def _placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    # An array that is put on a device stays there, and the second step would be compiled anew.
+    return jax.device_put(x, like.sharding) if like.committed else x
 
 
 def first_batches(run: Run, num_tokens: int) -> Iterator[emtp.Batch]:

@@ -64,6 +64,6 @@ def newest_checkpoint(path: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(
             f"`checkpoint`: there is none in {path}. Give the folder of a run of `train`, such as "
-            "runs/0001, or of one of its checkpoints."
+            "runs/0001, or of one of its checkpoints. Exported heads are a `--model` by themselves."
         )
     return found[-1]

@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
 import equinox_mtp as emtp
 from equinox_mtp.pretrained import model_folder
-from equinox_mtp.speculative import Sampler, generate
+from equinox_mtp.speculative import DecodingModel, Sampler, generate
 
 from .._whole_file import whole_file
 from ._checkpoint import CheckpointInfo
@@ -119,11 +120,13 @@ class OwnTexts:
         `FloatingPointError` if logits are not finite; `OSError` if texts cannot be written.
         """
         sources, lengths, digest = [], [], hashlib.sha256()
+        laid_out = None
         with progress_bar(self.num_texts) as bar, interruptible() as interrupted:
             for batch in range(-(-self.num_texts // self.num_rows)):
                 tokens = self._read(batch)
                 if tokens is None:
-                    tokens = self._make(batch, model, bar)
+                    laid_out = laid_out or eqx.filter_jit(DecodingModel.of)(model)
+                    tokens = self._make(batch, laid_out, bar)
                 bar.update(len(tokens))
                 sources.append(TokenFile(self._file(batch), tokens.size, self.config.seq_len))
                 lengths.append(np.sum(tokens != NO_TOKEN, axis=1))
@@ -136,7 +139,7 @@ class OwnTexts:
         ends = np.concatenate(lengths)
         return Corpus(Stream(sources), starts, ends, self.vocab_size, digest.hexdigest())
 
-    def generate(self, batch: int, model: emtp.MTPModel) -> np.ndarray:
+    def generate(self, batch: int, model: emtp.MTPModel | DecodingModel) -> np.ndarray:
         """The texts of a batch `[batch seq]`; of the last one some may be too many."""
         seq_len, (prompt_ids, lengths) = self.config.seq_len, self.prompts(batch)
         width = prompt_ids.shape[1]
@@ -196,7 +199,7 @@ class OwnTexts:
         is_in_range = tokens.min() >= NO_TOKEN and tokens.max() < self.vocab_size
         return tokens if is_in_range else None
 
-    def _make(self, batch: int, model: emtp.MTPModel, bar: tqdm) -> np.ndarray:
+    def _make(self, batch: int, model: DecodingModel, bar: tqdm) -> np.ndarray:
         """Generates texts, and stores them."""
         started, num_rows = time.perf_counter(), self._shape(batch)[0]
         tokens = self.generate(batch, model)[:num_rows]

@@ -142,7 +142,7 @@ def measure(
     def run(drafts: int, max_new_tokens: int) -> list[emtp.speculative.Generation]:
         return [
             generate(
-                model,
+                decoding,
                 rows,
                 max_new_tokens=max_new_tokens,
                 num_drafts=drafts,

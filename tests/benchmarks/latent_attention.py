@@ -45,7 +45,7 @@ def recomputed(attention: Any, x: jax.Array, cache: Any, ids: jax.Array) -> jax.
     is_seen = jnp.arange(key.shape[1]) <= ids[:, None, :, None]
     weights = jax.nn.softmax(jnp.where(is_seen, logits, -jnp.inf), axis=-1)
     attended = jnp.einsum("bhsl,blhd->bshd", weights, value)
-    return jnp.einsum("bshd,hde->bse", attended, attention.out_kernel)
+    return attention._project_out(attended)
 
 
 def measure(name: str, rounds: int) -> list[Row]:

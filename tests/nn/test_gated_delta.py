@@ -325,7 +325,7 @@ def test_bfloat16_keeps_its_state_in_float32() -> None:
     assert ready.a_log.dtype == jnp.float32
     decode = quick_jit(lambda layer, x: layer.decode(x, cache, **step)[0])
     outs = [decode(one, x[:, :1].astype(jnp.bfloat16)) for one in (layer, ready)]
-    np.testing.assert_array_equal(f64(outs[0]), f64(outs[1]))
+    assert_close(outs[1], outs[0], 0.01)
 
 
 def test_vmap_and_remat_change_no_value() -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import assert_close, build, quick_jit
+from helpers import assert_rejects
 from jaxtyping import Array
 
 import equinox_mtp as emtp
@@ -387,3 +388,21 @@ def test_biases_are_neither_decayed_nor_matrices() -> None:
 def test_no_layers() -> None:
     with pytest.raises(ValueError, match="`layers` must hold at least one layer"):
         nn.TransformerDecoder.of([], embedding=jnp.zeros((3, EMBED)), norm=nn.RMSNorm(EMBED))
+
+
+def test_parts_that_do_not_fit() -> None:
+    layer, embedding = make_layer(None, jax.random.key(0)), jnp.zeros((3, EMBED))
+    with pytest.raises(ValueError, match="`norm` must be of the 12 features of `embedding`; got"):
+        nn.TransformerDecoder.of([layer], embedding=embedding, norm=nn.RMSNorm(EMBED + 1))
+    head = jnp.zeros((4, EMBED))
+    norm = nn.RMSNorm(EMBED)
+    assert_rejects(
+        "head", nn.TransformerDecoder.of, [layer], embedding=embedding, norm=norm, head=head
+    )
+    with pytest.raises(ValueError, match=r"`attention_norm` and `feed_forward_norm`.*12 and 5"):
+        nn.TransformerDecoderLayer.of(
+            layer.attention,
+            layer.feed_forward,
+            attention_norm=nn.RMSNorm(EMBED),
+            feed_forward_norm=nn.RMSNorm(5),
+        )

@@ -85,6 +85,26 @@ def test_the_text_is_that_of_plain_decoding(head, draft_vocab):
         assert np.array_equal(drafted.num_accepted, of_all.num_accepted)
 
 
+def test_a_model_may_be_laid_out_beforehand():
+    model = make_model()
+    wanted = quick_generate(model, PROMPTS, LENGTHS, max_new_tokens=NEW, draft_vocab=DRAFT_VOCAB)
+    laid_out = DecodingModel.of(model, DRAFT_VOCAB.tolist())
+    found = quick_generate(laid_out, PROMPTS, LENGTHS, max_new_tokens=NEW)
+    assert np.array_equal(found.tokens, wanted.tokens)
+    assert np.array_equal(found.num_accepted, wanted.num_accepted)
+    steps = speculative.stream(laid_out, PROMPTS, LENGTHS, max_new_tokens=NEW)
+    assert np.array_equal(sum(step.num_new for step in steps), wanted.num_generated)
+    # Its arrays are still there.
+    again = quick_generate(laid_out, PROMPTS, LENGTHS, max_new_tokens=NEW, num_drafts=0)
+    assert np.array_equal(again.tokens, wanted.tokens)
+    with pytest.raises(ValueError, match="`draft_vocab` must be given when a model is laid out"):
+        generate(laid_out, PROMPTS, max_new_tokens=2, draft_vocab=DRAFT_VOCAB)
+    with pytest.raises(ValueError, match="`draft_vocab`"):
+        DecodingModel.of(model, [VOCAB])
+    with pytest.raises(TypeError, match="`model` must be an `MTPModel`; got a `DecodingModel`"):
+        DecodingModel.of(laid_out)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("head", ["matrix", "linear"])
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.7), Sampler(1.3, top_k=2)])
 def test_drafts_are_those_of_masked_logits(head, sampler):
@@ -191,7 +211,7 @@ def test_frequent_ids_against_a_loop():
         ([], "`draft_vocab` must hold at least one token id"),
         ([3, 3], "`draft_vocab` must hold each token id once; got 2 ids, 1 of them different"),
         ([VOCAB], r"`draft_vocab` must lie in 0 … 10"),
-        ([[1]], "`draft_vocab` must have 1 axes"),
+        ([[1]], "`draft_vocab` must have one axis, such as"),
         ([0.5], "`draft_vocab` must be integers"),
     ],
 )

@@ -760,7 +760,7 @@ def test_steps_reuse_the_memory_of_the_state() -> None:
         ({"prompt_ids": jnp.full((3, 6), -1)}, "`prompt_ids` must lie in 0 … 4"),
         ({"prompt_ids": np.full((3, 6), 2**32)}, "`prompt_ids` must lie in"),
         ({"prompt_ids": [[1, 2], [3]]}, "`prompt_ids` must have rows of one length"),
-        ({"prompt_ids": [1, 2]}, "`prompt_ids` must have 2 axes"),
+        ({"prompt_ids": [1, 2]}, "`prompt_ids` must have two axes, such as"),
         ({"prompt_ids": [[1.0, 2.0]] * 3}, "`prompt_ids` must be integers"),
         ({"prompt_ids": "text"}, "`prompt_ids` must be .* got text. Encode it first"),
         ({"prompt_ids": ["abc"]}, "`prompt_ids` must be .* got text. Encode it first"),

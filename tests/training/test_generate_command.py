@@ -275,8 +275,9 @@ def test_counts_of_the_command_are_of_what_was_committed() -> None:
 def test_comparison_counts_what_generate_counts(run: tuple[Path, str]) -> None:
     model, _ = load_model(run[0])
     prompts = [np.arange(4, dtype=np.int32), np.arange(4, 8, dtype=np.int32)]
-    comparison = compare(model, prompts, max_new_tokens=6, num_drafts=3, rounds=1)
-    together = generate(model, np.stack(prompts), max_new_tokens=6, num_drafts=3)
+    drafts: dict[str, Any] = {"num_drafts": 3, "draft_vocab": np.arange(64)}
+    comparison = compare(model, prompts, max_new_tokens=6, rounds=1, **drafts)
+    together = generate(model, np.stack(prompts), max_new_tokens=6, **drafts)
     assert comparison.num_tokens == 12
     assert comparison.same_tokens == 1
     assert comparison.speedup == comparison.plain_seconds / comparison.seconds > 0

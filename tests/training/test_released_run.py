@@ -22,10 +22,11 @@ from equinox_mtp.distillation import draft_losses, start_from_trunk
 from equinox_mtp.speculative import frequent_ids, generate
 from equinox_mtp.training import TrainConfig, held_out_prompts, load_model, train
 from equinox_mtp.training._checkpoint_files import checkpoints, write_digests
+from equinox_mtp.training._fit_depths import with_fitted_depths
 from equinox_mtp.training._prepare import prepare
 from equinox_mtp.training._step import aligned_batch, depth_weights_at, make_model, make_optimizer
 from equinox_mtp.training._token_counts import count_tokens
-from equinox_mtp.training._train import compare_on_held_out
+from equinox_mtp.training._train import compare_on_held_out, fresh_state
 
 FOLDER = released.FOLDER / "qwen3"
 
@@ -348,6 +349,11 @@ def test_depths_begin_as_fitted_to_the_main_model(config: TrainConfig, tmp_path:
     wanted = start_from_trunk(model, batches)
     for x, y in zip(arrays(started), arrays(wanted), strict=True):
         assert_close(x, y, rtol=1e-2, atol=1e-3)
+    # What is put on a device must not be: the second step would be compiled anew.
+    state = fresh_state(run)
+    committed = [[x.committed for x in jax.tree.leaves(state.model)]]
+    committed += [[x.committed for x in jax.tree.leaves(with_fitted_depths(run, state).model)]]
+    assert committed[0] == committed[1]
 
 
 def test_depths_that_decay_and_a_curriculum(config: TrainConfig) -> None:

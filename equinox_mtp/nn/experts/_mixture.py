@@ -15,7 +15,8 @@ from ..._platform import accumulation_dtype
 from ..._types import checked
 from .._feed_forward import SwiGLU
 from .._init import fan_in_normal
-from .._linear import Linear, cast_matrices, check_features
+from .._kernels import cast_matrices, outputs_first
+from .._linear import Linear, check_features
 from .._parts import AbstractFeedForward
 from ._grouped import Groups, Matrices, grouped_swiglu
 from ._partitioning import ExpertSpecs
@@ -179,7 +180,7 @@ class MixtureOfExperts(AbstractFeedForward):
 
     def for_decoding(self, dtype: Any) -> "MixtureOfExperts":
         """With matrices of `dtype`, but for the router's; see `AbstractCachedDecoderLayer`."""
-        cast = cast_matrices(self, dtype)
+        cast = outputs_first(cast_matrices(self, dtype))
         return eqx.tree_at(lambda mixture: mixture.router, cast, self.router)
 
 

@@ -11,6 +11,7 @@ from ..._parameters import matrix_flops
 from ..._types import checked
 from ...sharding import current_spec
 from .._init import fan_in_normal
+from .._kernels import multiply
 from .._norm import RMSNorm
 from .._parts import AbstractAttention
 from ._cache import GatedDeltaCache, GatedDeltaInputs, window_of
@@ -37,6 +38,14 @@ class GatedDeltaNet(AbstractAttention):
     """
 
     takes_rollback: ClassVar[bool] = True
+    # In each: inputs, outputs. After `outputs_first` these fields hold an `OutputsFirst`.
+    _kernel_axes: ClassVar = {
+        "query_kernel": (1, 2),
+        "key_kernel": (1, 2),
+        "value_kernel": (1, 2),
+        "gate_kernel": (1, 2),
+        "out_kernel": (2, 1),
+    }
 
     query_kernel: Float[Array, "embed kv_heads head_dim"]
     key_kernel: Float[Array, "embed kv_heads head_dim"]
@@ -138,17 +147,12 @@ class GatedDeltaNet(AbstractAttention):
     def project(self, hidden_states: Float[Array, "batch seq embed"]) -> GatedDeltaInputs:
         """What the convolution and the rule take of each position by itself."""
 
-        def project(kernel: Array) -> Array:
-            kernel = kernel.astype(hidden_states.dtype)
-            out = hidden_states @ kernel.reshape(kernel.shape[0], -1)
-            return out.reshape(*out.shape[:2], *kernel.shape[1:])
-
         return GatedDeltaInputs(
-            query=project(self.query_kernel),
-            key=project(self.key_kernel),
-            value=project(self.value_kernel),
-            decay=project(self.decay_kernel),
-            beta=project(self.beta_kernel),
+            query=multiply(hidden_states, self.query_kernel),
+            key=multiply(hidden_states, self.key_kernel),
+            value=multiply(hidden_states, self.value_kernel),
+            decay=multiply(hidden_states, self.decay_kernel),
+            beta=multiply(hidden_states, self.beta_kernel),
         )
 
     def init_cache(
@@ -269,11 +273,9 @@ class GatedDeltaNet(AbstractAttention):
 
     def _project_out(self, hidden_states: Array, read: Array) -> Array:
         dtype = hidden_states.dtype
-        gate = jnp.einsum("bse,ehv->bshv", hidden_states, self.gate_kernel.astype(dtype))
+        gate = multiply(hidden_states, self.gate_kernel)
         gated = self.output_norm(read) * jax.nn.silu(gate.astype(jnp.float32))
-        kernel = self.out_kernel.astype(dtype)
-        kernel = kernel.reshape(-1, kernel.shape[-1])  # as one matrix
-        return gated.astype(dtype).reshape(*gated.shape[:2], kernel.shape[0]) @ kernel
+        return multiply(gated.astype(dtype), self.out_kernel, num_inputs=2)
 
 
 def _causal_convolution(
