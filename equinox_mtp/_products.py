@@ -43,5 +43,7 @@ def rows_times(
     out = lax.dot_general(
         matrix, x, ((of_matrix, of_x), ((), ())), preferred_element_type=preferred_element_type
     )
+    # XLA turns a transposed product into the product of the transposed factors.
+    out = lax.optimization_barrier(out)
     rows = tuple(range(out.ndim - num_rows_axes, out.ndim))
     return jnp.moveaxis(out, rows, tuple(range(num_rows_axes)))
