@@ -10,7 +10,7 @@ from jaxtyping import Array
 from ._platform import default_platform
 
 # As a right factor XLA on a CPU packs the matrix anew in each product. For 2 to 64 rows that takes
-# 1.3 to 2 times as long as the matrix as a left factor, which is read as it lies; a single row
+# 1.1 to 2 times as long as the matrix as a left factor, which is read as it lies; a single row
 # takes as long both ways. Rows of a `vmap` are not counted: there the result may be transposed
 # needlessly.
 _FEW_ROWS = 64

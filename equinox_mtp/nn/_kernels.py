@@ -61,7 +61,7 @@ def multiply(x: Array, kernel: Kernel, *, num_inputs: int = 1) -> Array:
 def outputs_first(tree: _Tree) -> _Tree:
     """The same modules, with kernels laid out for steps of a few rows, on a CPU.
 
-    There a product of 2 to 64 rows takes 1.3 to 1.6 times as long if the inputs of the kernel come
+    There a product of 2 to 64 rows takes 1.1 to 1.4 times as long if the inputs of the kernel come
     first in memory, and one of a single row 1.0 to 1.1 times as long if the outputs do. It is for
     kernels of `Linear` and of the attentions of this package, wherever they are in `tree`, and
     copies them; such a field is then to be multiplied by, and is no plain array. On other platforms
