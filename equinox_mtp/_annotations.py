@@ -39,7 +39,7 @@ def annotated_leaf(tree: Any, path: Any) -> AnnotatedLeaf:
         if isinstance(key, GetAttrKey):
             names.append(key.name)
             owner = type(node)
-            words = _annotated_words(owner).get(key.name, ())
+            words = annotated_words(owner).get(key.name, ())
             node = getattr(node, key.name)
             is_stacked = key.name in getattr(owner, "STACKED", ()) and not isinstance(node, tuple)
             num_stacked += is_stacked
@@ -61,7 +61,7 @@ def names_last_axes(words: tuple[str, ...], shape: tuple[int, ...]) -> bool:
 
 
 @functools.cache
-def _annotated_words(cls: type) -> dict[str, tuple[str, ...]]:
+def annotated_words(cls: type) -> dict[str, tuple[str, ...]]:
     """The axis words in the annotations of a class, by field."""
     if not issubclass(cls, eqx.Module):
         return {}

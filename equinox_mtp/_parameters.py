@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers
 
-from ._annotations import AnnotatedLeaf, annotated_leaf, names_last_axes
+from ._annotations import AnnotatedLeaf, annotated_leaf, annotated_words, names_last_axes
 from ._types import checked, is_array_or_shape
 
 # Equinox's own layers have annotations without axis words.
@@ -122,6 +122,12 @@ def muon_dimension_numbers(tree: PyTree[Any]) -> PyTree[Any]:
         return MuonDimensionNumbers(*features[-2:]) if len(features) >= 2 else None
 
     return jax.tree_util.tree_map_with_path(numbers, tree)
+
+
+def matrix_axes(owner: type, field: str) -> tuple[int, int]:
+    """How many axes of a matrix are its inputs, and its outputs, by the words of its annotation."""
+    inputs, outputs = _feature_axes(annotated_words(owner)[field])
+    return len(inputs), len(outputs)
 
 
 def matrix_flops(tree: PyTree[Any], *, except_axis_size: int | None = None) -> float:

@@ -88,9 +88,7 @@ class LinearHead(eqx.Module):
     @checked
     def __call__(self, hidden_states: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
         """The logits of all token ids, accumulated in float32 (float64 for float64)."""
-        weight = self.weight.astype(hidden_states.dtype)
-        dtype = accumulation_dtype(hidden_states)
-        return self._capped(rows_times(hidden_states, weight, preferred_element_type=dtype))
+        return self.logits(hidden_states)
 
     @checked
     def rows(self, ids: Integer[Array, "ids"]) -> "LinearHead":
@@ -146,18 +144,12 @@ class LinearHead(eqx.Module):
         return head if bias is None else eqx.tree_at(lambda head: head.bias, head, bias)
 
     def logits(self, hidden_states: Array) -> Array:
-        """`__call__` for many tokens, without its checks."""
-        return self._capped(
-            jnp.einsum(
-                "...e,ve->...v",
-                hidden_states,
-                self.weight.astype(hidden_states.dtype),
-                preferred_element_type=accumulation_dtype(hidden_states),
-            )
+        """`__call__`, without its checks."""
+        logits = rows_times(
+            hidden_states,
+            self.weight.astype(hidden_states.dtype),
+            preferred_element_type=accumulation_dtype(hidden_states),
         )
-
-    def _capped(self, logits: Array) -> Array:
-        """With the bias, and under the soft-cap."""
         if self.bias is not None:
             logits += self.bias.astype(logits.dtype)
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)

@@ -31,14 +31,8 @@ class GroupedQueryAttention(AbstractAttention):
     (1, 3, 16)
     """
 
-    # In each: inputs, outputs. After `outputs_first` these fields hold an `OutputsFirst`.
-    _kernel_axes: ClassVar = {
-        "query_kernel": (1, 2),
-        "key_kernel": (1, 2),
-        "value_kernel": (1, 2),
-        "gate_kernel": (1, 2),
-        "out_kernel": (2, 1),
-    }
+    # What `outputs_first` lays out; each of these fields holds an `OutputsFirst` then.
+    _kernels: ClassVar = ("query_kernel", "key_kernel", "value_kernel", "gate_kernel", "out_kernel")
 
     query_kernel: Float[Array, "embed heads head_dim"]
     key_kernel: Float[Array, "embed kv_heads head_dim"]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
+from .._parameters import matrix_axes
 from .._platform import default_platform
 from .._products import rows_times
 
@@ -78,13 +79,14 @@ def outputs_first(tree: _Tree) -> _Tree:
 
 def _outputs_first(tree: Any) -> Any:
     def is_inner(x: Any) -> bool:
-        return x is not tree and isinstance(x, eqx.Module) and bool(_kernel_axes(x))
+        return x is not tree and isinstance(x, eqx.Module) and bool(_kernels_of(x))
 
     tree = jax.tree.map(lambda x: _outputs_first(x) if is_inner(x) else x, tree, is_leaf=is_inner)
-    for name, (num_inputs, num_outputs) in _kernel_axes(tree).items():
+    for name in _kernels_of(tree):
         kernel = getattr(tree, name)
         if not eqx.is_array(kernel):
             continue
+        num_inputs, num_outputs = matrix_axes(type(tree), name)
         if kernel.ndim != num_inputs + num_outputs:
             raise ValueError(
                 f"`tree` must hold single layers; got a `{type(tree).__name__}` whose `{name}` is "
@@ -96,9 +98,9 @@ def _outputs_first(tree: Any) -> Any:
     return tree
 
 
-def _kernel_axes(module: Any) -> dict[str, tuple[int, int]]:
-    """The numbers of inputs' and of outputs' axes of its kernels, by field."""
-    return getattr(type(module), "_kernel_axes", {})
+def _kernels_of(module: Any) -> tuple[str, ...]:
+    """The fields of a module that it multiplies by with `multiply`."""
+    return getattr(type(module), "_kernels", ())
 
 
 def cast_matrices(tree: _Tree, dtype: DTypeLike) -> _Tree:

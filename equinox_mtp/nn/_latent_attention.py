@@ -68,12 +68,8 @@ class MultiHeadLatentAttention(AbstractAttention):
         After `for_decoding` a module that holds them apart.
     """
 
-    # In each: inputs, outputs. After `outputs_first` these fields hold an `OutputsFirst`.
-    _kernel_axes: ClassVar = {
-        "query_kernel": (1, 2),
-        "query_up_kernel": (1, 2),
-        "out_kernel": (2, 1),
-    }
+    # What `outputs_first` lays out; each of these fields holds an `OutputsFirst` then.
+    _kernels: ClassVar = ("query_kernel", "query_up_kernel", "out_kernel")
 
     query_kernel: Float[Array, "embed heads head_dim"] | None
     query_down: Linear | None

@@ -18,8 +18,8 @@ class Linear(eqx.Module):
     (2, 8, 5)
     """
 
-    # Inputs, outputs. After `outputs_first` the field holds an `OutputsFirst`.
-    _kernel_axes: ClassVar = {"kernel": (1, 1)}
+    # What `outputs_first` lays out; the field holds an `OutputsFirst` then.
+    _kernels: ClassVar = ("kernel",)
 
     kernel: Float[Array, "in_features out_features"]
 

@@ -1,5 +1,6 @@
 """Kernels that are laid out with their outputs first."""
 
+import re
 from typing import Any
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import assert_close, build, quick_jit
+from helpers import compiled_text
 from jax.sharding import AxisType
 
 import equinox_mtp as emtp
@@ -137,6 +139,15 @@ def test_no_kernel_is_transposed_in_a_step() -> None:
         kernel = getattr(part, f"{name}_kernel").array
         assert equations[0].invars[0].aval.shape == kernel.shape
         assert equations[2].invars[0].aval.size < kernel.size
+
+
+@pytest.mark.parametrize("shape", [(4, EMBED), (1, 4, EMBED)])
+def test_xla_keeps_the_kernel_on_the_left(shape: tuple[int, ...]) -> None:
+    """It would turn a product whose result is transposed around, and pack the kernel then."""
+    linear = nn.outputs_first(nn.Linear(EMBED, 32, key=jax.random.key(0)))
+    text = compiled_text(lambda linear, x: [linear(x)], linear, jnp.ones(shape))
+    (product,) = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)
+    assert product == "32,4"
 
 
 def test_laid_out_twice_is_laid_out_once() -> None:

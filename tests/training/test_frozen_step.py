@@ -75,6 +75,11 @@ def hidden_states_of(rows: Rows) -> jax.Array:
     return jnp.stack(one_by_one)
 
 
+def temporary_bytes(function: Any, *arguments: Any) -> int:
+    compiled, _ = compile_for(function, *arguments)
+    return compiled.compiled.memory_analysis().temp_size_in_bytes
+
+
 def vocabulary_flops(function: Any, *arguments: Any) -> int:
     """Of the matrix products with the output head."""
     _, program = compile_for(function, *arguments)
@@ -157,3 +162,14 @@ def test_a_step_reports_the_depths_alone(tmp_path: Path) -> None:
     spoilt = eqx.tree_at(lambda m: m.mtp.losses, metrics, jnp.asarray([jnp.nan, 1.0]))
     with pytest.raises(FloatingPointError, match=r"at step 7: mtp_losses \[nan, .*\], grad_norm "):
         train_record(7, spoilt)
+
+
+def test_a_step_takes_the_memory_of_a_forward_pass_and_of_the_depths() -> None:
+    """Beside the parameters: no residuals of the main model, and no copy of it."""
+    inputs, state = inputs_of("hybrid")
+    states = hidden_states_of(inputs.rows)
+    of_depths = temporary_bytes(train_step, *inputs_of("hybrid", hidden_states=states))
+    decoder, batch = parts()[1].decoder, jax.tree.map(lambda x: x[0], inputs.rows)
+    run = eqx.filter_jit(lambda decoder, x: main_hidden_states(decoder, aligned_batch(x, DEPTHS)))
+    forward = temporary_bytes(run, decoder, batch)
+    assert temporary_bytes(train_step, inputs, state) <= of_depths + forward + states.nbytes

@@ -38,14 +38,8 @@ class GatedDeltaNet(AbstractAttention):
     """
 
     takes_rollback: ClassVar[bool] = True
-    # In each: inputs, outputs. After `outputs_first` these fields hold an `OutputsFirst`.
-    _kernel_axes: ClassVar = {
-        "query_kernel": (1, 2),
-        "key_kernel": (1, 2),
-        "value_kernel": (1, 2),
-        "gate_kernel": (1, 2),
-        "out_kernel": (2, 1),
-    }
+    # What `outputs_first` lays out; each of these fields holds an `OutputsFirst` then.
+    _kernels: ClassVar = ("query_kernel", "key_kernel", "value_kernel", "gate_kernel", "out_kernel")
 
     query_kernel: Float[Array, "embed kv_heads head_dim"]
     key_kernel: Float[Array, "embed kv_heads head_dim"]
@@ -146,7 +140,6 @@ class GatedDeltaNet(AbstractAttention):
 
     def project(self, hidden_states: Float[Array, "batch seq embed"]) -> GatedDeltaInputs:
         """What the convolution and the rule take of each position by itself."""
-
         return GatedDeltaInputs(
             query=multiply(hidden_states, self.query_kernel),
             key=multiply(hidden_states, self.key_kernel),
